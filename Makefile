@@ -1,0 +1,39 @@
+# Every target does its own set-up: a virtual environment in .venv with the tested versions.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= $(PLUGBRIDGE_DATA)
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint setup pair clean
+help:  ## show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## create the virtual environment
+
+# torch first and by version: a plain `torch` may bring several GB of CUDA
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=python3.x (3.11 or newer)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch (CPU is enough) and the tested versions of the rest into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the main job on the embedded models, in a few minutes
+	@$(BIN)/plugbridge run configs/demo.yaml --out runs/demo
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-cache
+
+test: $(READY) lint  ## every check and every test
+	@$(BIN)/python -m pytest -n 2 -q
+
+pair: $(READY)  ## pretrain the embedded models anew; DATA=directory of the texts (hours)
+	@test -n "$(DATA)" || { echo "error: give the directory of the texts, see pairs/README.md: make pair DATA=DIR" >&2; exit 2; }
+	@echo "see pairs/README.md"
+
+clean:  ## remove the virtual environment and all runs
+	rm -rf $(VENV) runs

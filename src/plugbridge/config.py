@@ -1,0 +1,259 @@
+"""The run's configuration: one strict, documented schema. Unknown keys are refused.
+
+Field descriptions are the help text of ``plugbridge explain``; the same text stands in
+docs/configuration.md.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from plugbridge.errors import ConfigError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskConfig(_Strict):
+    """The user's own task: a jsonl file, a prompt and label words."""
+
+    file: str | None = Field(default=None, description="one jsonl file, split 80/10/10 by the seed")
+    train: str | None = Field(default=None, description="jsonl file of training rows")
+    validation: str | None = Field(default=None, description="jsonl file of validation rows")
+    test: str | None = Field(default=None, description="jsonl file of test rows")
+    prompt: str = Field(description="template such as '{text} Topic:'; fields of the row in braces")
+    words: dict[str, str] = Field(description="label -> label word, with its leading space for GPT-2")
+    label: str = Field(default="label", description="the field that holds the label")
+    passage: str | None = Field(default=None, description="the field that may be cut when a prompt is too long")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TaskConfig":
+        three = [self.train, self.validation, self.test]
+        if (self.file is None) == (not any(three)) or (any(three) and not all(three)):
+            raise ValueError("give either `file`, or all of `train`, `validation` and `test`")
+        return self
+
+
+class MethodConfig(_Strict):
+    """The parameter-efficient method."""
+
+    name: str = Field(default="lora", description="a method's name, see `plugbridge methods`")
+    rank: int | None = Field(
+        default=None, ge=1, description="LoRA rank, adapter bottleneck or prefix tokens; the method's default"
+    )
+    alpha: float | None = Field(default=None, gt=0, description="LoRA's alpha; 2 x rank by default")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout inside the module")
+
+
+class TrainConfig(_Strict):
+    """One training loop: AdamW, linear warmup, cosine decay."""
+
+    steps: int = Field(default=300, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=32, ge=1, description="rows a step")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="peak learning rate of the module; the method's default"
+    )
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps with rising rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of all gradients together")
+    checkpoint_every: int = Field(default=50, ge=1, description="steps between resumable checkpoints")
+
+
+class ScoreConfig(_Strict):
+    """How the large model's units are ranked."""
+
+    importance: Literal["fisher", "activation", "magnitude"] = Field(
+        default="fisher",
+        description="fisher needs the large model's gradients (the paper); activation and magnitude "
+        "run it forward only",
+    )
+    samples: int = Field(default=256, ge=1, description="training rows to score on")
+
+
+class PruneConfig(_Strict):
+    """How small the Bridge is: a reduction of every axis, or a budget of parameters."""
+
+    reduction: float | None = Field(
+        default=None, ge=1, description="divide hidden size, heads and MLP width by this (the paper's r)"
+    )
+    budget: float | None = Field(
+        default=None, gt=0, description="share of the large model's parameters (below 1), or their number"
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "PruneConfig":
+        if (self.reduction is None) == (self.budget is None):
+            raise ValueError("give exactly one of `reduction` and `budget`")
+        return self
+
+
+class CoupleConfig(TrainConfig):
+    """How module, plug and Bridge train together."""
+
+    mode: str = Field(default="standalone", description="coupling mode; `standalone`: the Bridge reads tokens itself")
+    layer_map: Literal["uniform"] = Field(default="uniform", description="which small layer each large layer copies")
+    plug: Literal["random"] = Field(default="random", description="how the plug maps start")
+    plug_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of plug and down")
+    down: Literal["select", "learned"] = Field(default="select", description="from large width to the Bridge's")
+    bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
+    bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
+
+
+class EvaluateConfig(_Strict):
+    """Scoring on the test split."""
+
+    batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
+    split: Literal["test", "validation"] = Field(default="test", description="validation while you choose settings")
+    limit: int | None = Field(default=None, ge=1, description="score only the first rows")
+
+
+class RunConfig(_Strict):
+    """A whole run. `small`, `large` and `task` are required."""
+
+    small: str = Field(description="Hugging Face id or local directory of the model that is tuned")
+    large: str = Field(description="Hugging Face id or local directory of the model that is only run")
+    task: str | TaskConfig = Field(description="a task's name (see `plugbridge tasks`), or your own rows")
+    data: str | None = Field(default=None, description="directory of task files; --data and PLUGBRIDGE_DATA override")
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    tune: TrainConfig = Field(default_factory=TrainConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    prune: PruneConfig = Field(default_factory=lambda: PruneConfig(reduction=4))
+    couple: CoupleConfig = Field(default_factory=CoupleConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    ceiling: TrainConfig | None = Field(
+        default=None, description="also tune the large model itself, with gradients, as the ceiling"
+    )
+    seed: int = Field(default=0, ge=0, description="one seed for data order, initialisation and dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to run")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the models' weights")
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with a model; off unless you say so"
+    )
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
+        if field is None:
+            continue
+        options = [field.annotation, *get_args(field.annotation)]
+        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        model = inner[0] if inner else model
+    return list(model.model_fields)
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """The first problem of a configuration in one line: where, what, and what to write instead."""
+    problems = error.errors()
+    # `task` may be a name or a table: for a table the string branch's complaint says nothing
+    first = next((p for p in problems if p["loc"][-1] != "str"), problems[0])
+    location = tuple(part for part in first["loc"] if part != "TaskConfig")
+    where = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+        return f"{source}: unknown key '{where}'; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{source}: '{where}' is required and not given"
+    return f"{source}: {where or 'config'}: {message}" + (
+        f" (found {first['input']!r})" if not isinstance(first["input"], dict) else ""
+    )
+
+
+def parse_config(raw: Any, source: str) -> RunConfig:
+    """Check a configuration. Raises ConfigError with one line."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: expected keys and values, found {type(raw).__name__}")
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(explain(error, source)) from error
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file, apply ``key.sub=value`` overrides, resolve paths against the file's folder.
+
+    Raises ConfigError.
+    """
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        raw = apply_override(raw, override)
+    config = parse_config(raw, str(path))
+    return resolve_paths(config, path.resolve().parent)
+
+
+def apply_override(raw: Any, override: str) -> Any:
+    """Set one value: ``couple.steps=500``. Raises ConfigError for a malformed override."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected key=value, such as couple.steps=500")
+    target: Any = raw if isinstance(raw, dict) else {}
+    root = target
+    *path, last = key.strip().split(".")
+    for part in path:
+        inner: Any = target.get(part)
+        if not isinstance(inner, dict):
+            inner = {}
+            target[part] = inner
+        target = cast(dict[str, Any], inner)
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML") from error
+    return root
+
+
+def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """Make relative paths absolute that exist beside the config file; hub ids stay as they are."""
+
+    def model(source: str) -> str:
+        path = (folder / Path(source).expanduser()).resolve()
+        return str(path) if path.exists() or source.startswith((".", "~", "/")) else source
+
+    def file(source: str | None) -> str | None:
+        return None if source is None else str((folder / Path(source).expanduser()).resolve())
+
+    task = config.task
+    if isinstance(task, TaskConfig):
+        changes = {name: file(getattr(task, name)) for name in ("file", "train", "validation", "test")}
+        task = task.model_copy(update=changes)
+    return config.model_copy(
+        update={
+            "small": model(config.small),
+            "large": model(config.large),
+            "task": task,
+            "data": file(config.data),
+        }
+    )
+
+
+def fields_help() -> list[tuple[str, str, str]]:
+    """(key, default, description) of every configuration field, in the schema's order."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in RunConfig.model_fields.items():
+        options = [field.annotation, *get_args(field.annotation)]
+        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if field.description:
+            rows.append((name, _default(field), field.description))
+        for model in inner:
+            for key, sub in model.model_fields.items():
+                rows.append((f"{name}.{key}", _default(sub), sub.description or ""))
+    return rows
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    return "-" if field.default is None else str(field.default)

@@ -1,0 +1,33 @@
+"""The one exception tree: everything a user can mend by changing input is a `PlugbridgeError`.
+
+The command line prints such an error as one line (fact, expectation, remedy) and exits with
+code 2; anything else is a bug and keeps its traceback.
+"""
+
+
+class PlugbridgeError(Exception):
+    """Base of all errors that name a user's mistake or an outside limit."""
+
+
+class ConfigError(PlugbridgeError):
+    """The run's configuration is not usable."""
+
+
+class ModelError(PlugbridgeError):
+    """A model directory is missing, unreadable, or not of a known family."""
+
+
+class DataError(PlugbridgeError):
+    """A task's rows are missing or malformed; the message names file and line."""
+
+
+class RunError(PlugbridgeError):
+    """The run directory cannot be used: locked, out of order, or out of disk."""
+
+
+class TrainingDiverged(PlugbridgeError):
+    """A loss was not finite."""
+
+
+class ShapeError(PlugbridgeError):
+    """A tensor does not have the shape its named axes promise."""

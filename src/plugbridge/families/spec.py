@@ -1,0 +1,292 @@
+"""A model family as data: which weights a model has, and what their axes are called.
+
+`load_family` reads one TOML file strictly: a key that no code reads is refused. `Layout` is a
+family met with one model's configuration: the sizes of its axes and the place of each weight.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from plugbridge.errors import ConfigError, ModelError, ShapeError
+from plugbridge.tensors.axes import axis_names, infer_sizes, parse
+
+Scope = Literal["model", "stack", "layer"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Constraints(_Strict):
+    """Relations between axis sizes that the model's code relies on; each side a product of axes."""
+
+    equal: tuple[tuple[str, str], ...] = ()
+    divisible: tuple[tuple[str, str], ...] = ()
+
+
+class PrefixPlace(_Strict):
+    """The stack whose self-attention takes past keys and values, and the axes of one such vector."""
+
+    stack: str
+    axes: str
+
+
+class LogitScale(_Strict):
+    """A factor ``size(axis) ** power`` in the model's code, undone in `weight` when the size changes."""
+
+    flag: str
+    weight: str
+    axis: str
+    power: float
+
+
+class Norms(_Strict):
+    """Norm modules outside of the stacks."""
+
+    modules: tuple[str, ...]
+
+
+class Stack(_Strict):
+    """A run of like blocks: `path` with ``{}`` for the layer number."""
+
+    path: str
+    layers: str
+    norms: tuple[str, ...]
+    roles: dict[str, tuple[str, ...]]
+    weights: dict[str, str]
+
+
+class Family(_Strict):
+    """One family file. `linear` is the order in which its linear layers store (in, out)."""
+
+    name: str
+    model_type: str
+    architecture: str
+    kind: Literal["causal", "seq2seq"]
+    linear: Literal["in out", "out in"]
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: str
+    embedding: str
+    config: dict[str, str]
+    fixed: dict[str, int]
+    constraints: Constraints
+    scope: dict[str, Scope]
+    prefix: PrefixPlace
+    norms: Norms
+    logit_scale: LogitScale | None = None
+    weights: dict[str, str]
+    stack: dict[str, Stack]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight or module sits: stack and layer are None outside of the stacks."""
+
+    stack: str | None
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a model: its state-dict name, axes and place."""
+
+    name: str
+    pattern: str
+    place: Place
+    optional: bool
+
+
+@cache
+def load_family(name: str) -> Family:
+    """Read ``families/<name>.toml``. Raises ConfigError for unknown names, keys or axes."""
+    path = files("plugbridge.families") / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"no family '{name}'; known: {', '.join(family_names())}")
+    return parse_family(tomllib.loads(path.read_text(encoding="utf-8")), f"{name}.toml")
+
+
+def parse_family(raw: Mapping[str, Any], source: str) -> Family:
+    """Check one family's data. Raises ConfigError that names the source and the wrong key."""
+    try:
+        family = Family.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{source}: {where}: {first['msg']}") from error
+    patterns = [*family.weights.values()]
+    for stack in family.stack.values():
+        patterns.extend(stack.weights.values())
+    axes = {name for pattern in patterns for name in axis_names(pattern)}
+    for axis in family.scope:
+        if axis not in axes:
+            raise ConfigError(f"{source}: scope names axis '{axis}', which no weight has")
+    if family.prefix.stack not in family.stack:
+        raise ConfigError(f"{source}: prefix.stack '{family.prefix.stack}' is not a stack")
+    return family
+
+
+def family_names() -> list[str]:
+    """Names of all shipped families, sorted."""
+    root = files("plugbridge.families")
+    return sorted(p.name.removesuffix(".toml") for p in root.iterdir() if p.name.endswith(".toml"))
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a Hugging Face `model_type`. Raises ModelError if none is known."""
+    for name in family_names():
+        family = load_family(name)
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(family_names())
+    raise ModelError(
+        f"model type '{model_type}' is of no known family (known: {known}); "
+        "a family is one TOML file, see docs/architecture.md"
+    )
+
+
+def _product(expression: str, sizes: Mapping[str, int]) -> int:
+    result = 1
+    for name in expression.split():
+        result *= sizes[name]
+    return result
+
+
+def solve_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Axis sizes that a configuration gives, solved from products of axes.
+
+    Axes that only the weights' shapes tell (GPT-2's `ffn` when `n_inner` is unset) are left out.
+    Raises ModelError when two attributes disagree.
+    """
+    sizes = dict(family.fixed)
+    equations = [
+        (expression, int(config[attribute]), attribute)
+        for attribute, expression in family.config.items()
+        if config.get(attribute) is not None
+    ]
+    for _ in range(len(equations) + len(family.constraints.equal) + 1):
+        for expression, value, attribute in equations:
+            _solve_one(expression, value, sizes, f"{attribute} = {value}")
+        for left, right in family.constraints.equal:
+            for known, unknown in ((left, right), (right, left)):
+                if all(name in sizes for name in known.split()):
+                    _solve_one(unknown, _product(known, sizes), sizes, f"{left} = {right}")
+    return sizes
+
+
+def _solve_one(expression: str, value: int, sizes: dict[str, int], what: str) -> None:
+    unknown = [name for name in expression.split() if name not in sizes]
+    known = 1
+    for name in expression.split():
+        known *= sizes.get(name, 1)
+    if not unknown and known != value:
+        raise ModelError(f"the model's configuration contradicts itself: {what}, but axes give {known}")
+    if len(unknown) == 1:
+        if value % known:
+            raise ModelError(f"the model's configuration is not usable: {what} is not divisible by {known}")
+        sizes[unknown[0]] = value // known
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family met with one model: axis sizes, layer counts, and every weight it must have."""
+
+    family: Family
+    sizes: dict[str, int]
+    layers: dict[str, int]
+
+    def weights(self) -> Iterator[Weight]:
+        """Every weight the family can have in this model, optional ones included."""
+        for key, pattern in self.family.weights.items():
+            yield Weight(key.removesuffix("?"), pattern, Place(None, None), key.endswith("?"))
+        for stack_name, stack in self.family.stack.items():
+            for layer in range(self.layers[stack_name]):
+                for key, pattern in stack.weights.items():
+                    name = f"{stack.path.format(layer)}.{key.removesuffix('?')}"
+                    yield Weight(name, pattern, Place(stack_name, layer), key.endswith("?"))
+
+    def table(self) -> dict[str, Weight]:
+        """Weights by state-dict name."""
+        return {weight.name: weight for weight in self.weights()}
+
+    def sites(self, role: str) -> Iterator[tuple[str, Place]]:
+        """Modules that play a role (``attention_input`` …), as (module path, place)."""
+        for stack_name, stack in self.family.stack.items():
+            for layer in range(self.layers[stack_name]):
+                for site in stack.roles[role]:
+                    yield f"{stack.path.format(layer)}.{site}", Place(stack_name, layer)
+
+    def norms(self) -> Iterator[str]:
+        """Paths of every norm module that reads the residual stream."""
+        for stack_name, stack in self.family.stack.items():
+            for layer in range(self.layers[stack_name]):
+                for norm in stack.norms:
+                    yield f"{stack.path.format(layer)}.{norm}"
+        yield from self.family.norms.modules
+
+    def place_of(self, module: str) -> tuple[Place, str]:
+        """Place of a module path, and its path inside the block. Raises ShapeError if outside."""
+        for stack_name, stack in self.family.stack.items():
+            head = stack.path.partition("{}")[0]
+            if module.startswith(head):
+                number, _, rest = module[len(head) :].partition(".")
+                if number.isdigit():
+                    return Place(stack_name, int(number)), rest
+        raise ShapeError(f"'{module}' is in no stack of family '{self.family.name}'")
+
+    def linear_axes(self, module: str) -> tuple[str, str]:
+        """(in, out) axes of a linear module, each one dimension of its weight's pattern."""
+        place, rest = self.place_of(module)
+        assert place.stack is not None
+        weights = self.family.stack[place.stack].weights
+        pattern = weights.get(f"{rest}.weight", weights.get(f"{rest}.weight?", ""))
+        dims = [f"({' '.join(dim)})" if len(dim) > 1 else "".join(dim) for dim in parse(pattern)]
+        if len(dims) != 2:
+            raise ShapeError(f"'{module}' is not a linear layer of family '{self.family.name}'")
+        return (dims[0], dims[1]) if self.family.linear == "in out" else (dims[1], dims[0])
+
+
+def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Meet a model: find its family, solve its axis sizes, check every weight's name and shape.
+
+    `config` is the Hugging Face configuration as a dict, `shapes` the state dict's shapes by name.
+    Raises ModelError for an unknown family, an unexpected or missing weight, or a wrong shape.
+    """
+    family = family_of(str(config.get("model_type")))
+    sizes = solve_sizes(family, config)
+    layers = {name: int(config[stack.layers]) for name, stack in family.stack.items()}
+    layout = Layout(family, sizes, layers)
+    table = layout.table()
+    for name in shapes:
+        if name not in table:
+            raise ModelError(f"family '{family.name}' does not know weight '{name}' of this model")
+    for name, weight in table.items():
+        if name in shapes:
+            try:
+                sizes.update(infer_sizes(weight.pattern, shapes[name], sizes, name))
+            except ShapeError as error:
+                raise ModelError(f"{error}; is this really a {family.name} model?") from error
+        elif not weight.optional:
+            raise ModelError(f"weight '{name}' of family '{family.name}' is not in this model")
+    return layout
+
+
+def check_constraints(family: Family, sizes: Mapping[str, int]) -> str | None:
+    """The first constraint of the family that these sizes break, in words; None if all hold."""
+    for left, right in family.constraints.equal:
+        if _product(left, sizes) != _product(right, sizes):
+            return f"{left} = {_product(left, sizes)} must equal {right} = {_product(right, sizes)}"
+    for left, right in family.constraints.divisible:
+        if _product(left, sizes) % _product(right, sizes):
+            return f"{left} = {_product(left, sizes)} must be divisible by {right} = {_product(right, sizes)}"
+    return None
+
+
+def config_changes(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Configuration attributes for new axis sizes."""
+    return {attribute: _product(expression, sizes) for attribute, expression in family.config.items()}

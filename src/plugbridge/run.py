@@ -1,0 +1,179 @@
+"""A run directory: stages, digests, done-markers written last, resume. Knows no model.
+
+Each stage has a folder. ``started.json`` holds the digest of everything the stage depends on:
+its settings, its input files, and the digests of the stages it needs. ``done.json`` is written last.
+A stage whose marker carries today's digest is skipped; a folder with another digest is cleared;
+a started one with today's digest goes on from what is there.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plugbridge.errors import RunError
+from plugbridge.files import digest_of, disk_errors, write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+DONE = "done.json"
+STARTED = "started.json"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage returns: JSON facts for reports, and what it cost."""
+
+    facts: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run: a name, the stages it reads, what it depends on, and the work itself."""
+
+    name: str
+    needs: tuple[str, ...]
+    depends: Mapping[str, Any]
+    work: Callable[[Path], StageResult]
+
+
+def stage_digests(stages: Sequence[Stage]) -> dict[str, str]:
+    """Digest of every stage: its own dependencies and those of all stages it needs."""
+    digests: dict[str, str] = {}
+    for stage in stages:
+        digests[stage.name] = digest_of(
+            {
+                "format": FORMAT,
+                "stage": stage.name,
+                "depends": stage.depends,
+                "needs": {name: digests[name] for name in stage.needs},
+            }
+        )
+    return digests
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """A stage's done-marker, or None if it is absent or unreadable."""
+    return _read(folder / DONE)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def is_done(folder: Path, digest: str) -> bool:
+    """Whether a stage is finished for this digest, with all its files in place."""
+    marker = read_marker(folder)
+    if marker is None or marker.get("digest") != digest:
+        return False
+    outputs: dict[str, int] = marker["outputs"]
+    for name, size in outputs.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            log.warning("%s has changed since it was written; its stage runs again", path)
+            return False
+    return True
+
+
+@contextmanager
+def locked(root: Path) -> Generator[None]:
+    """Hold the run directory for this process. Raises RunError if another holds it."""
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another process is working in {root}; wait for it or choose another --out") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_root(root: Path) -> None:
+    """Refuse a directory that holds something other than a run. Raises RunError."""
+    if root.exists() and not root.is_dir():
+        raise RunError(f"{root} is a file; --out must name a run directory")
+    if root.is_dir():
+        visible = [p for p in root.iterdir() if not p.name.startswith(".")]
+        if visible and not (root / "config.yaml").is_file():
+            raise RunError(f"{root} is not empty and not a run; choose another --out")
+
+
+def execute(root: Path, stages: Sequence[Stage], only: str | None, announce: Callable[[str, str], None]) -> None:
+    """Run all stages that are not done, or only one of them. The caller holds the lock.
+
+    `announce(stage, what)` is told ``skipped`` or ``running``. Raises RunError when `only` needs a
+    stage that is not done with today's settings.
+    """
+    digests = stage_digests(stages)
+    for stage in stages:
+        folder = root / stage.name
+        digest = digests[stage.name]
+        if only is not None and stage.name != only:
+            continue
+        if only is not None:
+            for need in stage.needs:
+                if not is_done(root / need, digests[need]):
+                    raise RunError(
+                        f"stage '{only}' needs '{need}', which is not done with these settings; "
+                        f"run `plugbridge {need}` first, or `plugbridge run` for all"
+                    )
+        if is_done(folder, digest):
+            announce(stage.name, "skipped")
+            continue
+        announce(stage.name, "running")
+        _run_stage(folder, stage, digest)
+
+
+def _run_stage(folder: Path, stage: Stage, digest: str) -> None:
+    started = _read(folder / STARTED)
+    if folder.exists() and (started is None or started.get("digest") != digest):
+        shutil.rmtree(folder)
+    (folder / DONE).unlink(missing_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STARTED, {"digest": digest, "depends": dict(stage.depends)})
+    with disk_errors(folder):
+        result = stage.work(folder)
+    outputs = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (DONE, STARTED) and not path.name.startswith(".")
+    }
+    write_json(
+        folder / DONE,
+        {
+            "stage": stage.name,
+            "digest": digest,
+            "needs": list(stage.needs),
+            "depends": dict(stage.depends),
+            "outputs": outputs,
+            "seconds": result.seconds,
+            "peak_bytes": result.peak_bytes,
+            "facts": result.facts,
+        },
+    )
+
+
+def facts_of(root: Path, stage: str) -> dict[str, Any]:
+    """Facts a finished stage left. Raises RunError if it is not finished."""
+    marker = read_marker(root / stage)
+    if marker is None:
+        raise RunError(f"stage '{stage}' of {root} is not done; run `plugbridge {stage}` first")
+    facts: dict[str, Any] = marker["facts"]
+    return facts

@@ -1,0 +1,166 @@
+"""Tensors with named axes, and the one operation on them: change a named axis.
+
+A pattern such as ``"hidden (qkv heads head_dim)"`` names the axes of a tensor; parentheses
+join several axes into one dimension, the last varying fastest (as in einops). Selecting,
+projecting, duplicating and folding are all `transform` with different operators.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from plugbridge.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Select:
+    """Keep some positions of an axis, in the order given. index: (new,) long."""
+
+    index: Tensor
+
+    def apply(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor.index_select(dim, self.index.to(tensor.device))
+
+    @property
+    def size(self) -> int:
+        return self.index.numel()
+
+
+@dataclass(frozen=True)
+class Project:
+    """Multiply an axis by a matrix. matrix: (new, old); differentiable in both operands."""
+
+    matrix: Tensor
+
+    def apply(self, tensor: Tensor, dim: int) -> Tensor:
+        matrix = self.matrix.to(tensor.dtype)
+        return (tensor.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[0]
+
+
+Op = Select | Project
+Dims = tuple[tuple[str, ...], ...]
+
+
+@cache
+def parse(pattern: str) -> Dims:
+    """Split a pattern into dimensions, each a tuple of axis names.
+
+    >>> parse("hidden (qkv heads head_dim)")
+    (('hidden',), ('qkv', 'heads', 'head_dim'))
+    """
+    dims: list[tuple[str, ...]] = []
+    group: list[str] | None = None
+    for word in pattern.replace("(", " ( ").replace(")", " ) ").split():
+        if word == "(" and group is None:
+            group = []
+        elif word == ")" and group:
+            dims.append(tuple(group))
+            group = None
+        elif word in "()":
+            raise ShapeError(f"pattern '{pattern}' has unbalanced or empty parentheses")
+        elif group is None:
+            dims.append((word,))
+        else:
+            group.append(word)
+    if group is not None:
+        raise ShapeError(f"pattern '{pattern}' has unbalanced parentheses")
+    names = [name for dim in dims for name in dim]
+    if len(set(names)) != len(names):
+        raise ShapeError(f"pattern '{pattern}' names an axis twice")
+    return tuple(dims)
+
+
+def axis_names(pattern: str) -> tuple[str, ...]:
+    """All axis names of a pattern, in order of variation (slowest first)."""
+    return tuple(name for dim in parse(pattern) for name in dim)
+
+
+def shape_of(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape that a tensor with this pattern has. Raises KeyError for an unknown axis."""
+    return tuple(math.prod(sizes[name] for name in dim) for dim in parse(pattern))
+
+
+def infer_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int], what: str = "tensor") -> dict[str, int]:
+    """Sizes of all axes of a tensor, from its shape and the sizes already known.
+
+    One axis of each dimension may be unknown. Raises ShapeError where the shape does not fit.
+    """
+    dims = parse(pattern)
+    if len(dims) != len(shape):
+        raise ShapeError(f"{what} has {len(shape)} dimensions but its axes are '{pattern}'")
+    sizes: dict[str, int] = {}
+    for dim, length in zip(dims, shape, strict=True):
+        unknown = [name for name in dim if name not in known]
+        product = math.prod(known[name] for name in dim if name in known)
+        if len(unknown) > 1:
+            raise ShapeError(f"{what}: sizes of axes {unknown} of '{pattern}' are not known")
+        if unknown:
+            if product == 0 or length % product:
+                raise ShapeError(f"{what}: a dimension of {length} is not divisible by {product} ('{pattern}')")
+            sizes[unknown[0]] = length // product
+        elif product != length:
+            raise ShapeError(f"{what} has a dimension of {length}, but its axes ({' '.join(dim)}) give {product}")
+        sizes.update({name: known[name] for name in dim if name in known})
+    return sizes
+
+
+def transform(
+    tensor: Tensor,
+    pattern: str,
+    ops: Mapping[str, Op],
+    known: Mapping[str, int],
+    what: str = "tensor",
+) -> Tensor:
+    """Change named axes of a tensor.
+
+    ``ops`` maps an axis, or several neighbouring axes of one dimension joined by a space
+    (``"heads head_dim"``), to an operator; axes the pattern does not have are skipped.
+    ``known`` gives the sizes of composite axes before the change.
+    Shape: as the pattern says, with the changed axes' new sizes. Raises ShapeError.
+    """
+    sizes = infer_sizes(pattern, tuple(tensor.shape), known, what)
+    dims = [list(dim) for dim in parse(pattern)]
+    result = tensor.reshape([sizes[name] for dim in dims for name in dim])
+    for key, op in ops.items():
+        words = key.split()
+        for dim in dims:
+            if words[0] not in dim:
+                continue
+            start = dim.index(words[0])
+            if dim[start : start + len(words)] != words:
+                continue
+            position = [name for d in dims for name in d].index(words[0])
+            result = result.flatten(position, position + len(words) - 1)
+            dim[start : start + len(words)] = [key]
+            result = op.apply(result, position)
+            break
+    shape: list[int] = []
+    position = 0
+    for dim in dims:
+        shape.append(math.prod(result.shape[position : position + len(dim)]))
+        position += len(dim)
+    return result.reshape(shape)
+
+
+def reduce_to(tensor: Tensor, pattern: str, axis: str, known: Mapping[str, int]) -> Tensor:
+    """Sum a tensor over every axis but one. Returns (size of axis,)."""
+    sizes = infer_sizes(pattern, tuple(tensor.shape), known)
+    names = axis_names(pattern)
+    expanded = tensor.reshape([sizes[name] for name in names])
+    others = [i for i, name in enumerate(names) if name != axis]
+    return expanded.sum(dim=others) if others else expanded
+
+
+def selection_matrix(select: Select, old: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The 0/1 matrix that `select` is a projection by. Returns (new, old)."""
+    matrix = torch.zeros(select.size, old, dtype=dtype)
+    matrix[torch.arange(select.size), select.index] = 1
+    return matrix

@@ -1,0 +1,174 @@
+"""Loading Hugging Face models and tokenizers, with the checks that come before any work."""
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from plugbridge.errors import ModelError
+from plugbridge.families.spec import Layout, family_of, layout_of
+
+log = logging.getLogger(__name__)
+
+MODEL_CLASS = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+
+
+class Tokenizer(Protocol):
+    """What plugbridge asks of a Hugging Face tokenizer."""
+
+    pad_token_id: int | None
+    eos_token_id: int | None
+    unk_token_id: int | None
+
+    def get_vocab(self) -> dict[str, int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+    def save_pretrained(self, save_directory: str) -> Any: ...
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own progress bars and advice out of our output (the command line calls it)."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _check_source(source: str) -> None:
+    """Refuse a missing directory before transformers asks the hub for it.
+
+    Without this, a mistyped path costs 23 seconds of retries and five tracebacks.
+    """
+    path = Path(source).expanduser()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{source} has no config.json; expected a Hugging Face model directory")
+        return
+    if path.exists():
+        raise ModelError(f"{source} is a file; expected a Hugging Face model directory")
+    if looks_local and source.count("/") > 0:
+        raise ModelError(f"model directory {source} does not exist; check the path in the config")
+
+
+def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model's configuration. Raises ModelError."""
+    _check_source(source)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the configuration of {source}: {_first_line(error)}") from error
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer:
+    """A model's tokenizer. Raises ModelError."""
+    _check_source(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
+    return cast(Tokenizer, cast(PreTrainedTokenizerBase, tokenizer))
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A pretrained model in evaluation mode, from safetensors or `weights_only` pickles.
+
+    Raises ModelError for a family that is not known, unreadable or missing weights.
+    """
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    family = family_of(config.model_type)
+    try:
+        loaded: Any = MODEL_CLASS[family.kind].from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            attn_implementation="sdpa" if family.kind == "causal" else None,
+        )
+    except Exception as error:
+        raise ModelError(f"cannot load the model in {source}: {_first_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} weights, the first is '{missing[0]}'; is the checkpoint complete?"
+        )
+    return cast(PreTrainedModel, model.to(device).eval())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's state dict by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def layout_for(model: PreTrainedModel) -> Layout:
+    """Meet a loaded model with its family. Raises ModelError."""
+    return layout_of(model.config.to_dict(), shapes_of(model))
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The longest sequence a model's positions allow, or None for relative positions."""
+    for name in ("n_positions", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if value is not None and config.model_type != "t5":
+            return int(value)
+    return None
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_same_tokenizer(small: Tokenizer, large: Tokenizer) -> None:
+    """Refuse a pair whose tokenizers differ, and say in what. Raises ModelError."""
+    a, b = small.get_vocab(), large.get_vocab()
+    hint = "a module can only move between models that read the same tokens"
+    if len(a) != len(b):
+        raise ModelError(f"small's tokenizer has {len(a)} tokens, large's has {len(b)}; {hint}")
+    for token, number in a.items():
+        if b.get(token) != number:
+            raise ModelError(f"token {token!r} is {number} for small but {b.get(token, 'absent')} for large; {hint}")
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(small, name) != getattr(large, name):
+            raise ModelError(f"{name} is {getattr(small, name)} for small but {getattr(large, name)} for large; {hint}")
+
+
+def check_pair(small: PreTrainedConfig, large: PreTrainedConfig) -> None:
+    """Refuse a pair of two families. Raises ModelError."""
+    a, b = family_of(small.model_type), family_of(large.model_type)
+    if a.name != b.name:
+        raise ModelError(f"small is a {a.name} model but large is a {b.name} model; both must be of one family")
+
+
+def pick_device(name: str) -> str:
+    """Resolve ``auto`` to ``cuda`` where there is one, else ``cpu``. Raises ModelError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError("device is 'cuda' but torch sees no CUDA card; use device: cpu")
+    return name
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """A torch dtype by name."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

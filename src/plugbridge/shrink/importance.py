@@ -1,0 +1,167 @@
+"""How much each unit of the large model matters: scores per position of each prunable axis.
+
+Three scores, all summed over the weights that have the axis:
+
+- ``fisher``: squared gradients of the label's log-likelihood, averaged over samples
+  (Jin et al. 2023, section 2, the equation of W; Sung et al. 2021). Needs gradients.
+- ``activation``: squared weight times mean squared input (Wanda, Sun et al. 2024, squared and
+  summed over outputs). Forward only.
+- ``magnitude``: squared weight.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from plugbridge.families.spec import Layout, Place, Weight
+from plugbridge.tensors.axes import axis_names, parse, reduce_to
+
+Importance = Literal["fisher", "activation", "magnitude"]
+Scores = dict[str, Tensor]
+LogLikelihood = Callable[[Any], Tensor]
+
+
+def scope_key(layout: Layout, axis: str, place: Place) -> str | None:
+    """The name under which an axis is scored at a place; None if it is not pruned there.
+
+    ``hidden`` (one choice per model), ``heads@encoder`` (per stack), ``ffn@decoder.3`` (per layer).
+    """
+    scope = layout.family.scope.get(axis)
+    if scope == "model":
+        return axis
+    if scope is None or place.stack is None:
+        return None
+    return f"{axis}@{place.stack}" if scope == "stack" else f"{axis}@{place.stack}.{place.layer}"
+
+
+def add_scores(scores: Scores, layout: Layout, weight: Weight, values: Tensor) -> None:
+    """Add one weight's element scores to every prunable axis it has."""
+    for axis in axis_names(weight.pattern):
+        key = scope_key(layout, axis, weight.place)
+        if key is not None:
+            part = reduce_to(values, weight.pattern, axis, layout.sizes).double().cpu()
+            scores[key] = scores[key] + part if key in scores else part
+
+
+def magnitude(model: nn.Module, layout: Layout) -> Scores:
+    """Squared weights, summed per unit."""
+    scores: Scores = {}
+    table = layout.table()
+    for name, parameter in model.named_parameters():
+        add_scores(scores, layout, table[name], parameter.detach().float().square())
+    return scores
+
+
+def fisher(model: nn.Module, layout: Layout, samples: Iterable[Any], log_likelihood: LogLikelihood) -> Scores:
+    """Diagonal Fisher information of every weight, reduced to units (Jin et al. 2023, section 2).
+
+    One backward pass per sample: the square is of a single sample's gradient. Gradients are
+    reduced to the axes' scores at once; no accumulator of the model's size is kept.
+    """
+    scores: Scores = {}
+    table = layout.table()
+    count = 0
+    parameters = dict(model.named_parameters())
+    for sample in samples:
+        gradients = torch.autograd.grad(log_likelihood(sample), list(parameters.values()), materialize_grads=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            add_scores(scores, layout, table[name], gradient.float().square())
+        count += 1
+    return {key: value / count for key, value in scores.items()}
+
+
+def activation(model: nn.Module, layout: Layout, samples: Iterable[Any], forward: Callable[[Any], object]) -> Scores:
+    """Wanda-like scores of the units that linear layers read, from forward passes only."""
+    linear = _linear_weights(model, layout)
+    scores: Scores = {}
+    with record_inputs({name: module for name, (module, _) in linear.items()}) as moments:
+        with torch.no_grad():
+            for sample in samples:
+                forward(sample)
+    for name, (module, weight) in linear.items():
+        squared = module.get_parameter("weight").detach().float().square()
+        first = layout.family.linear == "in out"
+        mean = moments.mean(name)
+        values = squared * (mean[:, None] if first else mean[None, :])
+        reader = parse(weight.pattern)[0 if first else 1]
+        for axis in reader:
+            key = scope_key(layout, axis, weight.place)
+            if key is not None:
+                part = reduce_to(values, weight.pattern, axis, layout.sizes).double().cpu()
+                scores[key] = scores[key] + part if key in scores else part
+    return scores
+
+
+def _linear_weights(model: nn.Module, layout: Layout) -> dict[str, tuple[nn.Module, Weight]]:
+    """Linear layers inside the stacks by module path; embeddings and norms are none."""
+    found: dict[str, tuple[nn.Module, Weight]] = {}
+    present = dict(model.named_modules())
+    for weight in layout.weights():
+        path = weight.name.removesuffix(".weight")
+        if weight.place.stack is None or path == weight.name or len(parse(weight.pattern)) != 2:
+            continue
+        module = present.get(path)
+        if module is not None and not isinstance(module, nn.Embedding):
+            found[path] = (module, weight)
+    return found
+
+
+class Moments:
+    """Running mean of squared activations, one vector per recorded module."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """x: (…, channels)."""
+        flat = x.detach().reshape(-1, x.shape[-1]).double()
+        total = flat.square().sum(0).cpu()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + flat.shape[0]
+
+    def mean(self, name: str) -> Tensor:
+        """(channels,) mean square."""
+        return self.sums[name] / self.counts[name]
+
+
+@contextmanager
+def record_inputs(modules: Mapping[str, nn.Module], *, centre: bool = False) -> Generator[Moments]:
+    """Record mean squared inputs of modules while the block runs.
+
+    With `centre` the mean over channels is taken off first, as a LayerNorm does.
+    """
+    moments = Moments()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x: Tensor = inputs[0]
+            moments.add(name, x - x.mean(-1, keepdim=True) if centre else x)
+
+        return record
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def residual_energy(
+    model: nn.Module, layout: Layout, samples: Iterable[Any], forward: Callable[[Any], object]
+) -> dict[str, Tensor]:
+    """Mean square of each residual channel at the input of every norm, by norm path.
+
+    Pruning needs it to keep each norm's scale: a norm divides by the root mean square over all
+    channels, and the kept channels may carry more or less than the average.
+    """
+    modules = {name: model.get_submodule(name) for name in layout.norms()}
+    with record_inputs(modules, centre=layout.family.norm == "layernorm") as moments:
+        with torch.no_grad():
+            for sample in samples:
+                forward(sample)
+    return {name: moments.mean(name) for name in modules}

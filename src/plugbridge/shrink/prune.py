@@ -1,0 +1,157 @@
+"""From scores to a Bridge: which units stay, and the pruned model as a Hugging Face directory.
+
+Residual-consistent: one set of hidden channels for the whole model, whole heads, MLP rows and
+columns together. Scores are sums, so an axis shared by many weights is ranked by all of them.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from plugbridge.errors import ConfigError
+from plugbridge.families.spec import Layout, Place, check_constraints, config_changes
+from plugbridge.shrink.importance import Scores, scope_key
+from plugbridge.tensors.axes import Op, Select, axis_names, shape_of, transform
+
+
+@dataclass(frozen=True)
+class BridgePlan:
+    """What a Bridge keeps: `sizes` of all axes, and kept positions per scored key, ascending."""
+
+    sizes: dict[str, int]
+    keep: dict[str, Tensor]
+
+    def ops(self, layout: Layout, pattern: str, place: Place) -> dict[str, Op]:
+        """The selections that apply to a tensor with these axes at this place."""
+        found: dict[str, Op] = {}
+        for axis in axis_names(pattern):
+            key = scope_key(layout, axis, place)
+            if key is not None:
+                found[axis] = Select(self.keep[key])
+        return found
+
+
+def reduced_sizes(layout: Layout, reduction: float) -> dict[str, int]:
+    """Axis sizes after dividing every prunable axis by `reduction` (Jin et al. 2023: d/r).
+
+    Rounded to whole units, at least one; where transformers ties sizes together
+    (`constraints`), the left side of the constraint follows the right one.
+    Raises ConfigError for a reduction below 1.
+    """
+    if reduction < 1:
+        raise ConfigError(f"reduction is {reduction} but must be at least 1")
+    sizes = dict(layout.sizes)
+    for axis in layout.family.scope:
+        sizes[axis] = max(1, round(layout.sizes[axis] / reduction))
+    for left, right in layout.family.constraints.equal:
+        if left in sizes:
+            sizes[left] = math.prod(sizes[name] for name in right.split())
+    for left, right in layout.family.constraints.divisible:
+        unit = math.prod(sizes[name] for name in right.split())
+        sizes[left] = unit * math.ceil(sizes[left] / unit)
+    broken = check_constraints(layout.family, sizes)
+    if broken:
+        raise ConfigError(f"no Bridge of this family at reduction {reduction}: {broken}")
+    return sizes
+
+
+def count_parameters(layout: Layout, names: set[str], sizes: Mapping[str, int]) -> int:
+    """Parameters of a model that has the weights `names` at these axis sizes."""
+    return sum(math.prod(shape_of(weight.pattern, sizes)) for weight in layout.weights() if weight.name in names)
+
+
+def budgeted_sizes(layout: Layout, names: set[str], budget: int) -> dict[str, int]:
+    """The widest axis sizes, all axes reduced alike, whose parameters fit the budget.
+
+    Raises ConfigError if even one unit per axis does not fit.
+    """
+    widest = max(layout.sizes[axis] for axis in layout.family.scope)
+    reductions = sorted({layout.sizes[a] / k for a in layout.family.scope for k in _units(layout.sizes[a])})
+    smallest = 0
+    for reduction in [*reductions, float(2 * widest)]:
+        sizes = reduced_sizes(layout, max(1.0, reduction))
+        smallest = count_parameters(layout, names, sizes)
+        if smallest <= budget:
+            return sizes
+    raise ConfigError(f"a budget of {budget} parameters is too small: the smallest Bridge of this model has {smallest}")
+
+
+def _units(size: int) -> list[float]:
+    """Just past every rounding border of `round(size / r)`, widest first."""
+    step = max(1, size // 512)
+    return [units - 0.499 for units in range(size, 0, -step)] + [float(size)]
+
+
+def plan_bridge(layout: Layout, scores: Scores, sizes: Mapping[str, int]) -> BridgePlan:
+    """Keep the best-scored units of every axis. Ties go to the lower position."""
+    keep: dict[str, Tensor] = {}
+    for key, values in scores.items():
+        axis = key.partition("@")[0]
+        order = torch.sort(values, descending=True, stable=True).indices
+        keep[key] = order[: sizes[axis]].sort().values
+    return BridgePlan(dict(sizes), keep)
+
+
+def prune_state(
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    plan: BridgePlan,
+    energy: Mapping[str, Tensor],
+    scaled: bool,
+) -> dict[str, Tensor]:
+    """Prune every weight of a state dict.
+
+    Each norm's weight is multiplied by the ratio of the kept channels' root mean square to that
+    of all channels (`energy`, see `residual_energy`), so that pruning channels that are always
+    zero changes nothing. `scaled` says that the model's `logit_scale` flag is set.
+    """
+    pruned: dict[str, Tensor] = {}
+    table = layout.table()
+    for name, tensor in state.items():
+        weight = table[name]
+        ops = plan.ops(layout, weight.pattern, weight.place)
+        pruned[name] = transform(tensor, weight.pattern, ops, layout.sizes, name).clone()
+    for norm, values in energy.items():
+        pruned[f"{norm}.weight"] *= _norm_ratio(values, plan.keep["hidden"])
+    scale = layout.family.logit_scale
+    if scale is not None and scaled:
+        change = layout.sizes[scale.axis] / plan.sizes[scale.axis]
+        pruned[scale.weight] *= change**scale.power
+    return pruned
+
+
+def _norm_ratio(energy: Tensor, kept: Tensor) -> float:
+    whole = energy.mean()
+    return 1.0 if whole == 0 else float((energy[kept].mean() / whole).sqrt())
+
+
+def bridge_config(config: PreTrainedConfig, layout: Layout, plan: BridgePlan) -> PreTrainedConfig:
+    """The Bridge's configuration. The norm's epsilon grows with the width that is taken away."""
+    changed = copy.deepcopy(config)
+    for attribute, value in config_changes(layout.family, plan.sizes).items():
+        if getattr(changed, attribute, None) is not None or plan.sizes != layout.sizes:
+            setattr(changed, attribute, value)
+    eps = layout.family.norm_eps
+    width = layout.sizes["hidden"] / plan.sizes["hidden"]
+    setattr(changed, eps, getattr(config, eps) * width)
+    return changed
+
+
+def prune_model(
+    model: PreTrainedModel, layout: Layout, plan: BridgePlan, energy: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The Bridge as a model of the same class, in evaluation mode."""
+    scale = layout.family.logit_scale
+    scaled = scale is not None and bool(getattr(model.config, scale.flag, False))
+    bridge = type(model)(bridge_config(model.config, layout, plan))
+    bridge.generation_config = copy.deepcopy(model.generation_config)
+    state = prune_state(model.state_dict(), layout, plan, energy, scaled)
+    bridge.load_state_dict(state)
+    placed: PreTrainedModel = cast(Any, bridge).to(dtype=model.dtype, device=model.device)
+    return placed.eval()

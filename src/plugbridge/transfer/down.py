@@ -1,0 +1,52 @@
+"""W_down: from the large model's axes to the Bridge's (Jin et al. 2023, section 2).
+
+`select` takes the channels and heads the Bridge kept. `learned` starts there, as a 0/1 matrix,
+and trains with the rest.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plugbridge.families.spec import Layout, Place
+from plugbridge.shrink.importance import scope_key
+from plugbridge.shrink.prune import BridgePlan
+from plugbridge.tensors.axes import Op, Project, Select, axis_names, selection_matrix, transform
+from plugbridge.transfer.plug import known_sizes
+from plugbridge.tuners.module import Module, pattern_of
+from plugbridge.tuners.table import Method
+
+DownKind = Literal["select", "learned"]
+Down = dict[str, Tensor]
+
+
+def start_down(kind: DownKind, layout: Layout, plan: BridgePlan, method: Method, module: Module) -> Down:
+    """Matrices (bridge, large) by scope key, for the axes the module's tensors have; none for `select`."""
+    if kind == "select":
+        return {}
+    down: Down = {}
+    for slot in module:
+        place = Place(slot.stack, slot.layer)
+        for axis in axis_names(pattern_of(method, layout, slot)):
+            key = scope_key(layout, axis, place)
+            if key is not None and key not in down:
+                select = Select(plan.keep[key])
+                down[key] = selection_matrix(select, layout.sizes[axis], torch.float32)
+    return down
+
+
+def apply_down(method: Method, layout: Layout, plan: BridgePlan, down: Mapping[str, Tensor], module: Module) -> Module:
+    """View a module of large width at the Bridge's width. Differentiable."""
+    viewed: Module = {}
+    for slot, tensor in module.items():
+        pattern = pattern_of(method, layout, slot)
+        place = Place(slot.stack, slot.layer)
+        ops: dict[str, Op] = {}
+        for axis, select in plan.ops(layout, pattern, place).items():
+            key = scope_key(layout, axis, place)
+            matrix = down.get(key) if key is not None else None
+            ops[axis] = select if matrix is None else Project(matrix)
+        viewed[slot] = transform(tensor, pattern, ops, known_sizes(layout), slot.tensor)
+    return viewed

@@ -1,0 +1,1 @@
+"""PEFT methods: those that peft has, and our own registered beside them."""

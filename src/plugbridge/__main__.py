@@ -1,0 +1,5 @@
+"""``python -m plugbridge``."""
+
+from plugbridge.cli import main
+
+main()

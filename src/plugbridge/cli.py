@@ -1,0 +1,342 @@
+"""The command line: one command, one short function. The only file that prints."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from plugbridge import __version__
+from plugbridge.config import RunConfig, fields_help, load_config
+from plugbridge.errors import PlugbridgeError
+from plugbridge.progress import Advance, Progress, Silent
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune a language model you can run but not train: tune a small sibling, prune the large "
+    "model into a Bridge, couple them, and plug the result into the large model.",
+    epilog="Start with: plugbridge run config.yaml.  Every key of the file: plugbridge explain",
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+ConfigArg = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(help="a finished run's directory", show_default=False)]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="run directory  [default: runs/<config's name>]", show_default=False)
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="PLUGBRIDGE_DATA", help="directory of task files", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override one key, such as couple.steps=500; repeatable", show_default=False),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars, results only")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+class Bars:
+    """Progress drawn with rich on standard error."""
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Generator[Advance]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("  {task.description:<34}"), BarColumn(24), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with RichProgress(*columns, console=err, transient=True) as shown:
+            task = shown.add_task(title, total=total, completed=done)
+            yield lambda count: shown.advance(task, count)
+
+
+def _progress(quiet: bool) -> Progress:
+    return Silent() if quiet or not err.is_terminal else Bars()
+
+
+def _setup(quiet: bool) -> None:
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "httpx2", "urllib3", "matplotlib", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from plugbridge.models import quiet_transformers
+
+    quiet_transformers()
+
+
+def _execute(
+    config_path: Path, root: Path | None, data: Path | None, sets: list[str] | None, quiet: bool, only: str | None
+) -> Path:
+    config = load_config(config_path, tuple(sets or ()))
+    root = root if root is not None else Path("runs") / config_path.stem
+    from plugbridge.run import check_root, execute, locked
+
+    check_root(root)
+    _setup(quiet)
+    from plugbridge.stages import build_stages, prepare
+
+    if not quiet:
+        err.print(f"[bold]plugbridge {__version__}[/] {config_path} -> {root}", highlight=False)
+    prepared = prepare(config, data)
+    with locked(root):
+        _describe(root, config)
+        execute(root, build_stages(prepared, root, _progress(quiet)), only, _announcer(quiet))
+    return root
+
+
+def _describe(root: Path, config: RunConfig) -> None:
+    import platform
+
+    import yaml
+
+    from plugbridge.files import write_json, write_text
+    from plugbridge.report import versions
+
+    write_text(root / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    environment: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
+    write_json(root / "environment.json", environment)
+
+
+def _announcer(quiet: bool) -> Callable[[str, str], None]:
+    def announce(stage: str, what: str) -> None:
+        if not quiet:
+            text = f"  {stage:<9} done before, skipped" if what == "skipped" else f"  {stage}"
+            err.print(text, highlight=False)
+
+    return announce
+
+
+@app.command()
+def run(
+    config: ConfigArg,
+    out_dir: OutOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Do the whole job: tune, score, prune, couple, plug, evaluate. Finished stages are skipped."""
+    root = _execute(config, out_dir, data, sets, quiet, None)
+    _finish(root)
+
+
+def _finish(root: Path) -> None:
+    from plugbridge.report import draw, read_report
+
+    found = read_report(root)
+    draw(found, root / "report.png")
+    _print_table(found)
+    _print_loading(root, found)
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    def command(
+        config: ConfigArg,
+        out_dir: OutOption = None,
+        data: DataOption = None,
+        sets: SetOption = None,
+        quiet: QuietOption = False,
+    ) -> None:
+        root = _execute(config, out_dir, data, sets, quiet, name)
+        out.print(f"{name}: done, in {root / name}", highlight=False)
+
+    command.__doc__ = help_text
+    app.command(name=name)(command)
+
+
+for _name, _help in {
+    "tune": "Tune the small model on the task.",
+    "score": "Rank the large model's heads, channels and MLP units.",
+    "prune": "Prune the large model into the Bridge, a model directory of its own.",
+    "couple": "Train module, plug and Bridge together.",
+    "plug": "Fold module and plug into a peft checkpoint of the large model.",
+    "ceiling": "Tune the large model itself, with gradients: the reference, not the method.",
+    "evaluate": "Score every model of the run.",
+}.items():
+    _stage_command(_name, _help)
+
+
+@app.command()
+def report(root: RunArg, as_json: JsonOption = False) -> None:
+    """Print a finished run as a table (and write report.png) or as one JSON object."""
+    from plugbridge.report import draw, read_report
+
+    found = read_report(root)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    draw(found, root / "report.png")
+    _print_table(found)
+    out.print(f"picture: {root / 'report.png'}", highlight=False)
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    from plugbridge.report import TITLES
+
+    first = found["rows"][0]
+    table = Table(
+        title=f"{found['task']}, {first['n']} {found['split']} rows; {found['method']}, "
+        f"{found['mode']} coupling, Bridge {100 * found['models']['bridge']['share']:.1f} % of large",
+        title_justify="left",
+    )
+    for column in ("model", first["metric"], "trained s", "peak MiB", "trainable", "changed"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for row in found["rows"]:
+        counts = row["parameters"]
+        table.add_row(
+            TITLES[row["name"]], f"{row['value']:.3f}", f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}", f"{counts['trainable']:,}", f"{counts['changed']:,}",
+        )  # fmt: skip
+    out.print(table)
+    chance = found["majority"][first["metric"]]
+    pgr = found["pgr"]
+    recovered = "-" if pgr is None else f"{pgr:+.2f}"
+    out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}", highlight=False)
+
+
+def _print_loading(root: Path, found: dict[str, Any]) -> None:
+    kind = "AutoModelForSeq2SeqLM" if "T5" in _architecture(found) else "AutoModelForCausalLM"
+    ours = "import plugbridge  # knows the adapter; " if found["method"] == "adapter" else ""
+    out.print(f"\nplugged checkpoint: {found['checkpoint']}\npicture: {root / 'report.png'}", highlight=False)
+    out.print(
+        f"\nload it:\n  {ours}from transformers import {kind}; from peft import PeftModel\n"
+        f"  model = {kind}.from_pretrained({found['models']['large']['source']!r})\n"
+        f"  model = PeftModel.from_pretrained(model, {found['checkpoint']!r})",
+        highlight=False, markup=False,
+    )  # fmt: skip
+
+
+def _architecture(found: dict[str, Any]) -> str:
+    from plugbridge.models import load_config as model_config
+
+    return " ".join(model_config(found["models"]["large"]["source"]).architectures or ())
+
+
+def _list(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return
+    table = Table()
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    out.print(table)
+
+
+@app.command()
+def families(as_json: JsonOption = False) -> None:
+    """List the model families."""
+    from plugbridge.families.spec import family_names, load_family
+
+    rows = [
+        {
+            "name": family.name,
+            "model_type": family.model_type,
+            "architecture": family.architecture,
+            "kind": family.kind,
+            "axes": dict(family.scope),
+        }
+        for family in map(load_family, family_names())
+    ]
+    _list(rows, ("name", "architecture", "kind"), as_json)
+
+
+@app.command()
+def tasks(as_json: JsonOption = False) -> None:
+    """List the tasks."""
+    from plugbridge.tasks.spec import load_task, task_names
+
+    rows = [
+        {
+            "name": task.name,
+            "title": task.title,
+            "source": task.source,
+            "licence": task.licence,
+            "shipped": task.shipped,
+            "metrics": list(task.metrics),
+            "files": dict(task.files),
+            "folder": task.folder,
+        }
+        for task in map(load_task, task_names())
+    ]
+    _list(rows, ("name", "title", "shipped", "licence"), as_json)
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List the parameter-efficient methods."""
+    from plugbridge.tuners.table import METHODS, describe
+
+    _list([describe(method) for method in METHODS.values()], ("name", "title", "library", "source"), as_json)
+
+
+@app.command()
+def explain() -> None:
+    """Explain every key of a run's YAML file."""
+    table = Table()
+    for column in ("key", "default", "meaning"):
+        table.add_column(column)
+    for key, default, text in fields_help():
+        table.add_row(key, default, text)
+    out.print(table)
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+    del version
+
+
+def _fail(error: PlugbridgeError) -> NoReturn:
+    err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+    sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except PlugbridgeError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        err.print("\ninterrupted; run the same command again to resume", highlight=False)
+        sys.exit(130)

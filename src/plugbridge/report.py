@@ -1,0 +1,188 @@
+"""Finished runs as one JSON object, a table and a picture."""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from plugbridge.errors import RunError
+from plugbridge.files import write_atomically
+from plugbridge.run import read_marker
+
+TITLES = {
+    "small_tuned": "small, tuned",
+    "large_zero_shot": "large, zero-shot",
+    "bridge_coupled": "Bridge, coupled (thrown away)",
+    "large_plugged": "large, plugged",
+    "large_tuned": "large, tuned (ceiling)",
+}
+TRANSFER = ("tune", "score", "prune", "couple", "plug")
+LIBRARIES = ("plugbridge", "torch", "transformers", "peft", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class _Markers:
+    stages: dict[str, dict[str, Any]]
+
+    def facts(self, name: str) -> dict[str, Any]:
+        return self.stages[name]["facts"]
+
+    def cost(self, names: tuple[str, ...]) -> tuple[float, int]:
+        found = [self.stages[name] for name in names]
+        return sum(s["seconds"] for s in found), max(s["peak_bytes"] for s in found)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries a result depends on."""
+    found: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def read_report(root: Path) -> dict[str, Any]:
+    """One JSON object for a finished run.
+
+    `rows`: name, metric, value, n, seconds and peak_bytes of making the model (training stages),
+    evaluate_seconds, parameters {trainable, changed, rank}. Also `pgr` (performance gap recovered:
+    (plugged - small) / (ceiling - small), null without a ceiling or without a gap), `stages`,
+    `models`, `versions`, `seed`. Raises RunError if the run is not finished.
+    """
+    if not (root / "config.yaml").is_file():
+        raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
+    config: dict[str, Any] = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
+    names = (*TRANSFER, *(("ceiling",) if config.get("ceiling") else ()), "evaluate")
+    markers: dict[str, dict[str, Any]] = {}
+    for name in names:
+        marker = read_marker(root / name)
+        if marker is None:
+            raise RunError(f"stage '{name}' of {root} is not done; finish with `plugbridge run`")
+        markers[name] = marker
+    return _assemble(root, config, _Markers(markers))
+
+
+def _assemble(root: Path, config: dict[str, Any], markers: _Markers) -> dict[str, Any]:
+    facts = markers.facts("evaluate")
+    rank = markers.facts("tune")["rank"]
+    trained = markers.facts("couple")["trainable"]
+    changed = markers.facts("plug")["changed"]
+    small = markers.facts("tune")["trainable"]
+    parameters: dict[str, dict[str, int]] = {
+        "small_tuned": {"trainable": small, "changed": small, "rank": rank},
+        "large_zero_shot": {"trainable": 0, "changed": 0, "rank": 0},
+        "bridge_coupled": {"trainable": sum(trained.values()), "changed": sum(trained.values()), "rank": rank},
+        "large_plugged": {"trainable": sum(trained.values()), "changed": changed, "rank": rank},
+    }
+    made_by: dict[str, tuple[str, ...]] = {
+        "small_tuned": ("tune",),
+        "large_zero_shot": (),
+        "bridge_coupled": TRANSFER[:4],
+        "large_plugged": TRANSFER,
+        "large_tuned": ("ceiling",),
+    }
+    if "ceiling" in markers.stages:
+        count = markers.facts("ceiling")["trainable"]
+        parameters["large_tuned"] = {"trainable": count, "changed": count, "rank": rank}
+    rows: list[dict[str, Any]] = []
+    values: dict[str, float] = {}
+    for name, counts in parameters.items():
+        found = facts[name]
+        metrics = cast(dict[str, float], found["metrics"])
+        metric = next(iter(metrics))
+        values[name] = metrics[metric]
+        stages = made_by[name]
+        seconds, peak = markers.cost(stages) if stages else (0.0, found["peak_bytes"])
+        rows.append(
+            {
+                "name": name,
+                "metric": metric,
+                "value": metrics[metric],
+                "metrics": metrics,
+                "n": found["n"],
+                "seconds": seconds,
+                "peak_bytes": peak,
+                "evaluate_seconds": found["seconds"],
+                "parameters": counts,
+            }
+        )
+    pruned = markers.facts("prune")
+    return {
+        "task": config["task"] if isinstance(config["task"], str) else "own",
+        "split": config["evaluate"]["split"],
+        "method": config["method"]["name"],
+        "mode": config["couple"]["mode"],
+        "rows": rows,
+        "majority": facts["majority"]["metrics"],
+        "pgr": recovered(values),
+        "stages": [
+            {"name": name, "seconds": m["seconds"], "peak_bytes": m["peak_bytes"]} for name, m in markers.stages.items()
+        ],
+        "models": {
+            "small": {"source": config["small"], "parameters": markers.facts("tune")["model_parameters"]},
+            "large": {"source": config["large"], "parameters": pruned["large_parameters"]},
+            "bridge": {
+                "parameters": pruned["bridge_parameters"],
+                "share": pruned["bridge_share"],
+                "sizes": pruned["sizes"],
+            },
+        },
+        "checkpoint": str(root / "plug" / "checkpoint"),
+        "versions": versions(),
+        "seed": config["seed"],
+    }
+
+
+def recovered(values: dict[str, float]) -> float | None:
+    """Performance gap recovered: (plugged - small) / (ceiling - small); None without a gap."""
+    if "large_tuned" not in values:
+        return None
+    gap = values["large_tuned"] - values["small_tuned"]
+    return None if gap <= 0 else (values["large_plugged"] - values["small_tuned"]) / gap
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """A bar for every model of the run, as a PNG, with Wilson 95 % intervals for accuracy."""
+    from matplotlib.figure import Figure
+
+    rows = report["rows"]
+    figure = Figure(figsize=(7.2, 0.55 * len(rows) + 1.4), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {"large_plugged": "#c1440e", "large_tuned": "#3b6ea5", "bridge_coupled": "#c9c9c9"}
+    names = [TITLES[row["name"]] for row in rows]
+    values = [row["value"] for row in rows]
+    spans = [wilson(row["value"], row["n"]) for row in rows]
+    errors = [
+        [max(0.0, v - low) for v, (low, _) in zip(values, spans, strict=True)],
+        [max(0.0, high - v) for v, (_, high) in zip(values, spans, strict=True)],
+    ]
+    accuracy = rows[0]["metric"] == "accuracy"
+    axes.barh(
+        names, values, color=[colours.get(row["name"], "#8a8a8a") for row in rows],
+        xerr=errors if accuracy else None, error_kw={"lw": 1, "capsize": 3, "ecolor": "#222222"},
+    )  # fmt: skip
+    for i, (value, (_, high)) in enumerate(zip(values, spans, strict=True)):
+        axes.text((high if accuracy else value) + 0.015, i, f"{value:.3f}", va="center", fontsize=9)
+    chance = report["majority"].get(rows[0]["metric"])
+    if chance is not None:
+        axes.axvline(chance, color="#222222", lw=1, ls=":", label=f"majority class {chance:.3f}")
+        axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlabel(f"{rows[0]['metric']} on {rows[0]['n']} {report['split']} rows")
+    axes.set_title(f"{report['task']}: {report['method']}, {report['mode']} coupling", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def wilson(value: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927)."""
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((value * (1 - value) / n + z * z / (4 * n * n)) ** 0.5)
+    return centre - half, centre + half

@@ -1,0 +1,563 @@
+"""The stages of a run, and the only file that joins shrink, transfer and train.
+
+`prepare` reads and checks everything a run depends on before anything is written; `build_stages`
+gives the stages as `run.Stage`s. Stages meet only on disk.
+"""
+
+import gc
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plugbridge.config import RunConfig, TaskConfig, TrainConfig
+from plugbridge.cost import measure
+from plugbridge.errors import ConfigError
+from plugbridge.evaluate import log_likelihood, mean_loss, option_scores, predictions
+from plugbridge.families.spec import Layout, family_of
+from plugbridge.files import file_digest, folder_atomically, folder_digest, write_atomically, write_json
+from plugbridge.models import (
+    Tokenizer,
+    check_pair,
+    check_same_tokenizer,
+    layout_for,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parameter_count,
+    pick_device,
+    pick_dtype,
+    positions_of,
+)
+from plugbridge.progress import Progress
+from plugbridge.run import Stage, StageResult, facts_of
+from plugbridge.shrink.importance import activation, fisher, magnitude, residual_energy
+from plugbridge.shrink.prune import BridgePlan, budgeted_sizes, plan_bridge, prune_model, reduced_sizes
+from plugbridge.tasks.encode import Encoded, Encoder, gold
+from plugbridge.tasks.metrics import METRICS
+from plugbridge.tasks.own import own_rows, own_task
+from plugbridge.tasks.spec import SPLITS, Split, Task, load_rows, load_task, split_files
+from plugbridge.train import Schedule, fit
+from plugbridge.transfer.couple import Coupling, bridge_state, find_mode, require_gradients
+from plugbridge.transfer.down import start_down
+from plugbridge.transfer.fold import fold
+from plugbridge.transfer.plug import duplicate, plug_shapes, random_plug, uniform_layer_map
+from plugbridge.tuners.module import (
+    Module,
+    Slot,
+    attach,
+    load_state,
+    read,
+    save,
+    state_of,
+    trainable,
+    unpack,
+)
+from plugbridge.tuners.table import Method, MethodSettings, find_method
+
+STAGES = ("tune", "score", "prune", "couple", "plug", "ceiling", "evaluate")
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's checked inputs: rows in tokens, the method, the digests of all input files."""
+
+    config: RunConfig
+    task: Task
+    method: Method
+    settings: MethodSettings
+    encoder: Encoder
+    large_encoder: Encoder
+    rows: dict[Split, list[Encoded]]
+    large_rows: dict[Split, list[Encoded]]
+    device: str
+    dtype: torch.dtype
+    inputs: dict[str, Any]
+
+    def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
+        """Load a model and meet it with its family."""
+        model = load_model(
+            source,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return model, layout_for(model)
+
+
+def prepare(config: RunConfig, data: Path | None) -> Prepared:
+    """Read and check everything a run depends on; writes nothing.
+
+    Raises ConfigError, ModelError or DataError, each a single line.
+    """
+    method = find_method(config.method.name)
+    find_mode(config.couple.mode)
+    rank = config.method.rank if config.method.rank is not None else method.rank
+    alpha = config.method.alpha if config.method.alpha is not None else 2.0 * rank
+    if method.name != "lora" and config.method.dropout > 0:
+        raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
+    device = pick_device(config.device)
+    remote = config.trust_remote_code
+    small, large = (load_config(source, trust_remote_code=remote) for source in (config.small, config.large))
+    check_pair(small, large)
+    kind = family_of(large.model_type).kind
+    tokenizers: list[Tokenizer] = [
+        load_tokenizer(source, trust_remote_code=remote) for source in (config.small, config.large)
+    ]
+    check_same_tokenizer(*tokenizers)
+    reserved = rank if method.stacked else 0  # a prefix takes positions of its own
+    encoders = [
+        Encoder(tokenizer, kind, _room(positions_of(model), reserved))
+        for tokenizer, model in zip(tokenizers, (small, large), strict=True)
+    ]
+    task, texts, digests = _read_task(config, data, kind)
+    form = task.form(kind)
+    encoded: list[dict[Split, list[Encoded]]] = []
+    for encoder in encoders:
+        if encoded and encoders[0].positions == encoder.positions:
+            encoded.append(encoded[0])
+        else:
+            encoded.append({s: [encoder.encode(task, form, row) for row in texts[s]] for s in SPLITS})
+    return Prepared(
+        config=config,
+        task=task,
+        method=method,
+        settings=MethodSettings(rank, alpha, config.method.dropout),
+        encoder=encoders[0],
+        large_encoder=encoders[1],
+        rows=encoded[0],
+        large_rows=encoded[1],
+        device=device,
+        dtype=pick_dtype(config.dtype),
+        inputs={
+            "small": _model_digest(config.small),
+            "large": _model_digest(config.large),
+            "task": {"spec": task.model_dump(mode="json"), "files": digests},
+        },
+    )
+
+
+def _room(positions: int | None, reserved: int) -> int | None:
+    return None if positions is None else positions - reserved
+
+
+def _model_digest(source: str) -> dict[str, str]:
+    path = Path(source)
+    return {"source": source} if not path.is_dir() else {"files": folder_digest(path)}
+
+
+def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, dict[Split, list[Any]], dict[str, str]]:
+    if isinstance(config.task, TaskConfig):
+        task = own_task(config.task)
+        texts, paths = own_rows(config.task, task, kind, config.seed)
+    else:
+        task = load_task(config.task)
+        folder = data if data is not None else (Path(config.data) if config.data else None)
+        texts = load_rows(task, kind, folder, config.seed)
+        paths = split_files(task, folder)
+    return task, dict(texts), {name: file_digest(path) for name, path in paths.items()}
+
+
+def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Schedule:
+    """A training's numbers from its configuration."""
+    return Schedule(
+        steps=train.steps,
+        batch_size=train.batch_size,
+        learning_rates=rates,
+        warmup=train.warmup,
+        weight_decay=train.weight_decay,
+        clip=train.clip,
+        checkpoint_every=train.checkpoint_every,
+        seed=seed,
+    )
+
+
+def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
+    """All stages of a run, in order, with what each depends on."""
+    config = prepared.config
+    common = {
+        "seed": config.seed,
+        "device": prepared.device,
+        "dtype": config.dtype,
+        "task": prepared.inputs["task"],
+    }
+    method = {
+        "name": prepared.method.name,
+        "rank": prepared.settings.rank,
+        "alpha": prepared.settings.alpha,
+        "dropout": prepared.settings.dropout,
+    }
+    small, large = prepared.inputs["small"], prepared.inputs["large"]
+
+    def stage(
+        name: str,
+        needs: tuple[str, ...],
+        depends: dict[str, Any],
+        work: Callable[["Work"], dict[str, Any]],
+    ) -> Stage:
+        def measured(folder: Path) -> StageResult:
+            gc.collect()
+            with measure(prepared.device) as cost:
+                facts = work(Work(prepared, root, folder, progress))
+            return StageResult(facts, cost.seconds, cost.peak_bytes)
+
+        return Stage(name, needs, {**common, **depends}, measured)
+
+    tune_rate = _rate(config.tune, prepared.method)
+    stages = [
+        stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
+        stage("score", (), {"large": large, "score": _dump(config.score)}, score),
+        stage("prune", ("score",), {"large": large, "prune": _dump(config.prune)}, prune),
+        stage(
+            "couple",
+            ("tune", "prune"),
+            {"method": method, "couple": _dump(config.couple), "rate": _rate(config.couple, prepared.method)},
+            couple,
+        ),
+        stage("plug", ("couple",), {"large": large, "source": config.large}, plug),
+    ]
+    results = ("tune", "prune", "couple", "plug")
+    if config.ceiling is not None:
+        depends = {
+            "large": large,
+            "method": method,
+            "ceiling": _dump(config.ceiling),
+            "rate": _rate(config.ceiling, prepared.method),
+        }
+        stages.append(stage("ceiling", (), depends, ceiling))
+        results = (*results, "ceiling")
+    stages.append(
+        stage(
+            "evaluate",
+            results,
+            {"small": small, "large": large, "evaluate": _dump(config.evaluate)},
+            evaluate,
+        )
+    )
+    return stages
+
+
+def _dump(section: Any) -> dict[str, Any]:
+    """A configuration section as JSON, without what does not change the result."""
+    return {k: v for k, v in section.model_dump(mode="json").items() if k != "checkpoint_every"}
+
+
+def _rate(train: TrainConfig, method: Method) -> float:
+    return train.learning_rate if train.learning_rate is not None else method.learning_rate
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage's function gets: the prepared run, the run's root, its own folder."""
+
+    prepared: Prepared
+    root: Path
+    folder: Path
+    progress: Progress
+
+
+def tune(work: Work) -> dict[str, Any]:
+    """Tune the small model (Algorithm 1, line 1)."""
+    p = work.prepared
+    return _tune(work, p.config.small, p.config.tune, p.encoder, p.rows, "tune small")
+
+
+def ceiling(work: Work) -> dict[str, Any]:
+    """Tune the large model itself, with gradients: not part of the method, its upper reference."""
+    p = work.prepared
+    assert p.config.ceiling is not None
+    return _tune(work, p.config.large, p.config.ceiling, p.large_encoder, p.large_rows, "tune large (ceiling)")
+
+
+def _tune(
+    work: Work,
+    source: str,
+    train: TrainConfig,
+    encoder: Encoder,
+    rows: Mapping[Split, list[Encoded]],
+    title: str,
+) -> dict[str, Any]:
+    p = work.prepared
+    model, layout = p.load(source)
+    torch.manual_seed(p.config.seed)
+    wrapped, config = attach(model, p.method, layout, p.settings)
+    wrapped.train()
+    rates = {"": _rate(train, p.method)}
+
+    def loss(batch: list[Encoded]) -> Tensor:
+        return mean_loss(wrapped, gold(encoder, batch).to(p.device), encoder.kind)
+
+    parameters = trainable(wrapped)
+    losses = fit(
+        parameters, rows["train"], loss, schedule_of(train, p.config.seed, rates),
+        work.folder / CHECKPOINT, work.progress, title,
+    )  # fmt: skip
+    with folder_atomically(work.folder / "module") as folder:
+        save(folder, config, state_of(wrapped), source)
+    wrapped.eval()
+    validation = _accuracy(work, wrapped, encoder, rows["validation"], "validate")
+    write_json(work.folder / "losses.json", losses)
+    (work.folder / CHECKPOINT).unlink(missing_ok=True)
+    return {
+        "rank": p.settings.rank,
+        "trainable": sum(t.numel() for t in parameters.values()),
+        "model_parameters": parameter_count(model) - sum(t.numel() for t in parameters.values()),
+        "layers": layout.layers,
+        "sizes": layout.sizes,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "validation": validation,
+    }
+
+
+def _metrics(task: Task, rows: list[Encoded], predicted: list[int]) -> dict[str, float]:
+    right = [row.answer for row in rows]
+    return {name: METRICS[name](predicted, right) for name in task.metrics}
+
+
+def _accuracy(
+    work: Work, model: torch.nn.Module, encoder: Encoder, rows: list[Encoded], title: str
+) -> dict[str, float]:
+    size = work.prepared.config.evaluate.batch_size
+    scores = option_scores(model, encoder, rows, size, work.progress, title)
+    return _metrics(work.prepared.task, rows, predictions(scores))
+
+
+def score(work: Work) -> dict[str, Any]:
+    """Score the large model's units and record its residual energy."""
+    p = work.prepared
+    model, layout = p.load(p.config.large)
+    rows = p.large_rows["train"][: p.config.score.samples]
+    kind = p.large_encoder.kind
+
+    def likelihood(row: Encoded) -> Tensor:
+        return log_likelihood(model, gold(p.large_encoder, [row]).to(p.device), kind).sum()
+
+    total = len(rows) * (1 if p.config.score.importance == "magnitude" else 2)
+    with work.progress.bar(f"score large ({p.config.score.importance})", total) as advance:
+
+        def counted() -> Any:
+            for row in rows:
+                yield row
+                advance(1)
+
+        if p.config.score.importance == "fisher":
+            scores = fisher(model, layout, counted(), likelihood)
+        elif p.config.score.importance == "activation":
+            scores = activation(model, layout, counted(), likelihood)
+        else:
+            scores = magnitude(model, layout)
+        energy = residual_energy(model, layout, counted(), likelihood)
+    with write_atomically(work.folder / "scores.safetensors") as path:
+        save_file(scores, str(path))
+    with write_atomically(work.folder / "energy.safetensors") as path:
+        save_file(energy, str(path))
+    return {
+        "samples": len(rows),
+        "importance": p.config.score.importance,
+        "gradients_of_large": p.config.score.importance == "fisher",
+    }
+
+
+def prune(work: Work) -> dict[str, Any]:
+    """Prune the large model into the Bridge (Algorithm 1, line 3)."""
+    p = work.prepared
+    model, layout = p.load(p.config.large)
+    scores = load_file(str(work.root / "score" / "scores.safetensors"))
+    energy = load_file(str(work.root / "score" / "energy.safetensors"))
+    names = {name for name, _ in model.named_parameters()}
+    whole = parameter_count(model)
+    if p.config.prune.reduction is not None:
+        sizes = reduced_sizes(layout, p.config.prune.reduction)
+    else:
+        asked = p.config.prune.budget or 0.0
+        sizes = budgeted_sizes(layout, names, int(asked * whole) if asked < 1 else int(asked))
+    plan = plan_bridge(layout, scores, sizes)
+    bridge = prune_model(model, layout, plan, energy)
+    with folder_atomically(work.folder / "bridge") as folder:
+        bridge.save_pretrained(str(folder))
+        p.large_encoder.tokenizer.save_pretrained(str(folder))
+    with write_atomically(work.folder / "keep.safetensors") as path:
+        save_file(plan.keep, str(path))
+    write_json(work.folder / "sizes.json", plan.sizes)
+    count = parameter_count(bridge)
+    blocks = sum(t.numel() for n, t in bridge.named_parameters() if layout.table()[n].place.stack is not None)
+    return {
+        "large_parameters": whole,
+        "bridge_parameters": count,
+        "bridge_block_parameters": blocks,
+        "bridge_share": count / whole,
+        "sizes": plan.sizes,
+        "large_sizes": layout.sizes,
+        "reduction_of_axes": {a: layout.sizes[a] / plan.sizes[a] for a in layout.family.scope},
+    }
+
+
+def _read_plan(root: Path) -> BridgePlan:
+    sizes: dict[str, int] = json.loads((root / "prune" / "sizes.json").read_text(encoding="utf-8"))
+    return BridgePlan(sizes, load_file(str(root / "prune" / "keep.safetensors")))
+
+
+def _layouts(work: Work) -> tuple[Layout, Layout]:
+    """Small and large layouts, from what earlier stages recorded; loads no model."""
+    family = family_of(load_config(work.prepared.config.large).model_type)
+    small = facts_of(work.root, "tune")
+    plan = facts_of(work.root, "prune")
+    large_layers = _layer_counts(work)
+    return Layout(family, small["sizes"], small["layers"]), Layout(family, plan["large_sizes"], large_layers)
+
+
+def _layer_counts(work: Work) -> dict[str, int]:
+    config = load_config(work.prepared.config.large)
+    family = family_of(config.model_type)
+    return {name: int(getattr(config, stack.layers)) for name, stack in family.stack.items()}
+
+
+def couple(work: Work) -> dict[str, Any]:
+    """Train module, plug and Bridge together (Algorithm 1, lines 2 and 4 to 7)."""
+    p = work.prepared
+    settings = p.config.couple
+    small, large = _layouts(work)
+    plan = _read_plan(work.root)
+    module = duplicate(unpack(p.method, small, read(work.root / "tune" / "module")), uniform_layer_map(small, large))
+    module = {slot: tensor.to(p.device, torch.float32) for slot, tensor in module.items()}
+    bridge = load_model(str(work.root / "prune" / "bridge"), dtype=torch.float32, device=p.device)
+    generator = torch.Generator().manual_seed(p.config.seed)
+    plug_maps = random_plug(plug_shapes(p.method, small, large, module), generator)
+    down = start_down(settings.down, large, plan, p.method, module)
+    coupling = Coupling(
+        method=p.method, settings=p.settings, small=small, large=large, plan=plan, bridge=bridge,
+        encoder=p.large_encoder, module=module,
+        plug={key: tensor.to(p.device) for key, tensor in plug_maps.items()},
+        down={key: tensor.to(p.device) for key, tensor in down.items()},
+        train_bridge=settings.bridge == "train",
+    )  # fmt: skip
+    require_gradients(coupling)
+    parameters = coupling.parameters()
+    weights = dict(bridge.named_parameters())
+    loss = find_mode(settings.mode)(coupling)
+    rates = {
+        "": _rate(settings, p.method),
+        "plug/": settings.plug_learning_rate,
+        "down/": settings.plug_learning_rate,
+        "bridge/": settings.bridge_learning_rate,
+    }
+    losses = fit(
+        parameters, p.large_rows["train"], loss, schedule_of(settings, p.config.seed, rates),
+        work.folder / CHECKPOINT, work.progress, f"couple ({settings.mode})",
+    )  # fmt: skip
+    _save_coupled(work, coupling, weights)
+    write_json(work.folder / "losses.json", losses)
+    (work.folder / CHECKPOINT).unlink(missing_ok=True)
+    return {
+        "mode": settings.mode,
+        "trainable": {
+            part: sum(t.numel() for n, t in parameters.items() if n.startswith(f"{part}/"))
+            for part in ("module", "plug", "down", "bridge")
+        },
+        "layer_map": uniform_layer_map(small, large),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+
+
+def _save_coupled(work: Work, coupling: Coupling, weights: Mapping[str, Tensor]) -> None:
+    p = work.prepared
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in coupling.parameters().items()
+        if not name.startswith("bridge/")
+    }
+    with write_atomically(work.folder / "coupled.safetensors") as path:
+        save_file(tensors, str(path))
+    source = work.root / "prune" / "bridge"
+    trained = load_model(str(source), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_(weights[name])
+    with folder_atomically(work.folder / "bridge") as folder:
+        trained.save_pretrained(str(folder))
+        p.large_encoder.tokenizer.save_pretrained(str(folder))
+    layout = coupling.bridge_layout()
+    config = p.method.configure(layout, p.method.roles, p.settings)
+    with folder_atomically(work.folder / "bridge_module") as folder:
+        save(folder, config, bridge_state(coupling), str(work.folder / "bridge"))
+
+
+def _read_coupled(path: Path) -> tuple[Module, dict[str, Tensor]]:
+    module: Module = {}
+    plug_maps: dict[str, Tensor] = {}
+    for name, tensor in load_file(str(path)).items():
+        part, _, key = name.partition("/")
+        if part == "module":
+            stack, layer, site, leaf = key.split(":")
+            module[Slot(stack, int(layer), site, leaf)] = tensor
+        elif part == "plug":
+            plug_maps[key] = tensor
+    return module, plug_maps
+
+
+def plug(work: Work) -> dict[str, Any]:
+    """Fold module and plug into a checkpoint of the large model (Algorithm 1, line 8)."""
+    p = work.prepared
+    small, large = _layouts(work)
+    module, plug_maps = _read_coupled(work.root / "couple" / "coupled.safetensors")
+    state = fold(p.method, small, large, plug_maps, module)
+    config = p.method.configure(large, p.method.roles, p.settings)
+    with folder_atomically(work.folder / "checkpoint") as folder:
+        save(folder, config, state, p.config.large)
+    return {"changed": sum(t.numel() for t in state.values()), "tensors": len(state)}
+
+
+def evaluate(work: Work) -> dict[str, Any]:
+    """Score every model of the run on the test rows (or, while choosing, the validation rows)."""
+    p = work.prepared
+    config = p.config.evaluate
+    plans: list[tuple[str, str, Path | None, Encoder, Mapping[Split, list[Encoded]]]] = [
+        ("small_tuned", p.config.small, work.root / "tune" / "module", p.encoder, p.rows),
+        ("large_zero_shot", p.config.large, None, p.large_encoder, p.large_rows),
+        (
+            "bridge_coupled", str(work.root / "couple" / "bridge"),
+            work.root / "couple" / "bridge_module", p.large_encoder, p.large_rows,
+        ),
+        ("large_plugged", p.config.large, work.root / "plug" / "checkpoint", p.large_encoder, p.large_rows),
+    ]  # fmt: skip
+    if p.config.ceiling is not None:
+        plans.append(("large_tuned", p.config.large, work.root / "ceiling" / "module", p.large_encoder, p.large_rows))
+    facts: dict[str, Any] = {}
+    for name, source, module, encoder, rows in plans:
+        chosen = rows[config.split][: config.limit]
+        gc.collect()
+        with measure(p.device) as cost:
+            model, layout = p.load(source)
+            if module is not None:
+                wrapped, _ = attach(model, p.method, layout, p.settings)
+                load_state(wrapped, read(module))
+                scored: torch.nn.Module = wrapped.eval()
+            else:
+                scored = model
+            scores = option_scores(scored, encoder, chosen, config.batch_size, work.progress, f"evaluate {name}")
+        predicted = predictions(scores)
+        facts[name] = {
+            "metrics": _metrics(p.task, chosen, predicted),
+            "n": len(chosen),
+            "seconds": cost.seconds,
+            "peak_bytes": cost.peak_bytes,
+        }
+        lines = (
+            json.dumps({"prediction": answer, "right": row.answer, "scores": values})
+            for answer, row, values in zip(predicted, chosen, scores, strict=True)
+        )
+        with write_atomically(work.folder / "predictions" / f"{name}.jsonl") as path:
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    right = [row.answer for row in p.large_rows[config.split][: config.limit]]
+    common = max(set(right), key=right.count)
+    facts["majority"] = {"metrics": {name: METRICS[name]([common] * len(right), right) for name in p.task.metrics}}
+    return facts

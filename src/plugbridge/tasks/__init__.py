@@ -1,0 +1,1 @@
+"""Tasks: rows of text with options, one of them right."""

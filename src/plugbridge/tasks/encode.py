@@ -1,0 +1,139 @@
+"""Rows to token ids, and batches of them to padded tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plugbridge.errors import DataError
+from plugbridge.models import Tokenizer
+from plugbridge.tasks.spec import PromptForm, Row, Task, refill
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row in tokens. For seq2seq models every option ends with the end-of-sequence token."""
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors for one forward pass.
+
+    causal: `input_ids` (n, length) is prompt then target, `labels` the same with everything but
+    the target ignored. seq2seq: `input_ids` is the prompt, `labels` (n, target) the target.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: str | torch.device) -> "Batch":
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+    def inputs(self, kind: str) -> dict[str, Tensor]:
+        """Arguments of the forward pass; a seq2seq model makes its decoder inputs from the labels."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {**inputs, "labels": self.labels} if kind == "seq2seq" else inputs
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer with what a model demands of a sequence."""
+
+    tokenizer: Tokenizer
+    kind: str
+    positions: int | None
+
+    @property
+    def pad(self) -> int:
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else (eos if eos is not None else 0)
+
+    def text(self, text: str) -> tuple[int, ...]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return tuple(ids)
+
+    def encode(self, task: Task, form: PromptForm, row: Row) -> Encoded:
+        """One row in tokens; a passage too long for the model's positions is cut, nothing else.
+
+        Raises DataError for options that are empty or equal in tokens, and for rows too long.
+        """
+        end = self._end()
+        options = tuple((*self.text(option), *end) for option in row.options)
+        _check_options(row, options, self.tokenizer.unk_token_id)
+        longest = max(len(option) for option in options) if self.kind == "causal" else 0
+        prompt = self._prompt(row.prompt)
+        if self.positions is not None and len(prompt) + longest > self.positions:
+            prompt = self._cut(task, form, row, self.positions - longest)
+        return Encoded(prompt, options, row.answer)
+
+    def _prompt(self, text: str) -> tuple[int, ...]:
+        return (*self.text(text), *self._end())
+
+    def _end(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_token_id
+        return (eos,) if self.kind == "seq2seq" and eos is not None else ()
+
+    def _cut(self, task: Task, form: PromptForm, row: Row, room: int) -> tuple[int, ...]:
+        if task.passage is not None:
+            words = str(row.fields[task.passage]).split()
+            low, high = 0, len(words)
+            while low < high:  # the most words of the passage that fit
+                middle = (low + high + 1) // 2
+                ids = self._prompt(refill(task, form, row, " ".join(words[:middle])))
+                low, high = (middle, high) if len(ids) <= room else (low, middle - 1)
+            ids = self._prompt(refill(task, form, row, " ".join(words[:low])))
+            if len(ids) <= room:
+                return ids
+        need = len(self._prompt(row.prompt))
+        raise DataError(
+            f"{row.where}: the prompt takes {need} tokens but the model has room for {room} "
+            "(its positions less the longest option); shorten the prompt, or name the field that "
+            "may be cut as the task's `passage`"
+        )
+
+
+def _check_options(row: Row, options: Sequence[tuple[int, ...]], unknown: int | None) -> None:
+    for text, ids in zip(row.options, options, strict=True):
+        if not ids:
+            raise DataError(f"{row.where}: option '{text}' has no tokens")
+    for i, ids in enumerate(options):
+        if ids in options[:i]:
+            other = row.options[options.index(ids)]
+            why = " (unknown to the tokenizer)" if unknown is not None and unknown in ids else ""
+            raise DataError(
+                f"{row.where}: options '{other}' and '{row.options[i]}' are the same tokens{why}; "
+                "choose words that the tokenizer tells apart"
+            )
+
+
+def collate(encoder: Encoder, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Batch:
+    """Pad (prompt, target) pairs on the right."""
+    if encoder.kind == "causal":
+        sequences = [[*prompt, *target] for prompt, target in pairs]
+        labels = [[IGNORE] * len(prompt) + list(target) for prompt, target in pairs]
+    else:
+        sequences = [list(prompt) for prompt, _ in pairs]
+        labels = [list(target) for _, target in pairs]
+    return Batch(
+        _pad(sequences, encoder.pad),
+        _pad([[1] * len(sequence) for sequence in sequences], 0),
+        _pad(labels, IGNORE),
+    )
+
+
+def gold(encoder: Encoder, rows: Sequence[Encoded]) -> Batch:
+    """A training batch: every row with its right option."""
+    return collate(encoder, [(row.prompt, row.options[row.answer]) for row in rows])
+
+
+def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -1,0 +1,131 @@
+"""The one training loop: AdamW over named tensors, exact resume from step checkpoints.
+
+Every step's data and randomness follow from (seed, step) alone, so a run that was killed and
+resumed does the same steps as one that was not.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plugbridge.errors import ModelError, TrainingDiverged
+from plugbridge.files import write_atomically
+from plugbridge.progress import Progress
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Numbers of one training. `learning_rates` maps a name prefix to a rate, ``""`` to the default."""
+
+    steps: int
+    batch_size: int
+    learning_rates: Mapping[str, float]
+    warmup: float
+    weight_decay: float
+    clip: float
+    checkpoint_every: int
+    seed: int
+
+
+def rate_factor(step: int, schedule: Schedule) -> float:
+    """Linear warmup over a share of the steps, then cosine decay to zero. step counts from 0."""
+    warm = max(1, round(schedule.warmup * schedule.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm)))
+
+
+def batch_indices(count: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """Rows of one step: every epoch is a fresh permutation, epochs follow without a gap."""
+    found: list[int] = []
+    position = step * batch_size
+    while len(found) < batch_size:
+        epoch, offset = divmod(position + len(found), count)
+        order = np.random.default_rng((seed, epoch)).permutation(count)
+        found.extend(int(i) for i in order[offset : offset + batch_size - len(found)])
+    return found
+
+
+def rate_of(name: str, rates: Mapping[str, float]) -> float:
+    """The learning rate of the longest prefix that the name has."""
+    return rates[max((p for p in rates if name.startswith(p)), key=len)]
+
+
+def fit(
+    parameters: Mapping[str, Tensor],
+    rows: Sequence[T],
+    loss_of: Callable[[list[T]], Tensor],
+    schedule: Schedule,
+    checkpoint: Path,
+    progress: Progress,
+    title: str,
+) -> list[float]:
+    """Train named tensors in place; returns the loss of every step.
+
+    Resumes from `checkpoint` when it is there, and leaves it to the caller to remove.
+    Raises TrainingDiverged at the first loss that is not finite; nothing is updated by it.
+    """
+    groups = [{"params": [tensor], "lr": rate_of(name, schedule.learning_rates)} for name, tensor in parameters.items()]
+    base = [float(group["lr"]) for group in groups]  # pyright: ignore[reportArgumentType]
+    optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, foreach=True)
+    losses = _resume(checkpoint, parameters, optimizer)
+    with progress.bar(title, schedule.steps, len(losses)) as advance:
+        for step in range(len(losses), schedule.steps):
+            torch.manual_seed(schedule.seed * 1_000_003 + step)
+            chosen = batch_indices(len(rows), step, schedule.batch_size, schedule.seed)
+            loss = loss_of([rows[i] for i in chosen])
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"{title}: the loss is {value} at step {step + 1} of {schedule.steps}; "
+                    f"try a learning rate below {max(base):g}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            torch.nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip)
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * rate_factor(step, schedule)
+            optimizer.step()
+            losses.append(value)
+            advance(1)
+            if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
+                _checkpoint(checkpoint, parameters, optimizer, losses)
+    return losses
+
+
+def _checkpoint(
+    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    state = {
+        "parameters": {name: tensor.detach() for name, tensor in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "losses": losses,
+    }
+    with write_atomically(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
+    if not path.is_file():
+        return []
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ModelError(f"{path} is not a readable checkpoint; delete it to start the stage anew") from error
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    losses: list[float] = list(state["losses"])
+    log.info("resuming at step %d from %s", len(losses), path)
+    return losses

@@ -87,18 +87,23 @@ def _execute(
 ) -> Path:
     config = load_config(config_path, tuple(sets or ()))
     root = root if root is not None else Path("runs") / config_path.stem
-    from plugbridge.run import check_root, execute, locked
+    from plugbridge.run import check_needs, check_root, execute, locked
 
     check_root(root)
     _setup(quiet)
     from plugbridge.stages import build_stages, prepare
 
-    if not quiet:
-        err.print(f"[bold]plugbridge {__version__}[/] {config_path} -> {root}", highlight=False)
-    prepared = prepare(config, data)
-    with locked(root):
-        _describe(root, config)
-        execute(root, build_stages(prepared, root, _progress(quiet)), only, _announcer(quiet))
+    stages = build_stages(prepare(config, data), root, _progress(quiet))
+    check_needs(root, stages, only)
+    try:
+        with locked(root):
+            if not quiet:
+                err.print(f"[bold]plugbridge {__version__}[/] {config_path} -> {root}", highlight=False)
+            _describe(root, config)
+            execute(root, stages, only, _announcer(quiet))
+    except KeyboardInterrupt:
+        err.print("\ninterrupted; run the same command again to resume", highlight=False)
+        raise typer.Exit(130) from None
     return root
 
 
@@ -337,6 +342,3 @@ def main() -> None:
         app()
     except PlugbridgeError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        err.print("\ninterrupted; run the same command again to resume", highlight=False)
-        sys.exit(130)

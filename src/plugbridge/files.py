@@ -4,13 +4,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from plugbridge.errors import RunError
+from plugbridge.errors import PlugbridgeError, RunError
 
 _WHOLE = 256 * 1024 * 1024
 _SAMPLE = 1024 * 1024
@@ -21,16 +22,32 @@ def disk_errors(path: Path) -> Generator[None]:
     """Turn a full disk into one clear error; what was written before stays as it was."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"no space left to write {path}; free some disk and run again to resume") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise RunError(f"not allowed to write {path}: {error.strerror}") from error
+    except PlugbridgeError:
         raise
-    except RuntimeError as error:  # torch.save and safetensors wrap the operating system's error
-        if "No space left" in str(error) or "os error 28" in str(error):
+    except Exception as error:
+        number = _system_error(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"no space left to write {path}; free some disk and run again to resume") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise RunError(f"not allowed to write {path}: {os.strerror(number)}") from error
         raise
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The operating system's error number behind an exception.
+
+    torch.save raises another error while it handles the system's; safetensors and tokenizers only
+    name the number ("No space left on device (os error 28)").
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found.errno
+        named = re.search(r"\(os error (\d+)\)", str(found))
+        if named:
+            return int(named[1])
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def _sync(path: Path) -> None:

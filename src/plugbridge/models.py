@@ -65,7 +65,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
     _check_source(source)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ModelError(f"cannot read the configuration of {source}: {_first_line(error)}") from error
 
 
@@ -74,7 +74,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer
     _check_source(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
     return cast(Tokenizer, cast(PreTrainedTokenizerBase, tokenizer))
 
@@ -88,7 +88,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A pretrained model in evaluation mode, from safetensors or `weights_only` pickles.
 
-    Raises ModelError for a family that is not known, unreadable or missing weights.
+    On device ``meta`` only names and shapes are read: a check that costs no memory. Raises ModelError for a family that is not known, unreadable or missing weights.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     family = family_of(config.model_type)
@@ -99,6 +99,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             attn_implementation="sdpa" if family.kind == "causal" else None,
+            device_map="meta" if device == "meta" else None,
         )
     except Exception as error:
         raise ModelError(f"cannot load the model in {source}: {_first_line(error)}") from error
@@ -151,6 +152,16 @@ def check_same_tokenizer(small: Tokenizer, large: Tokenizer) -> None:
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(small, name) != getattr(large, name):
             raise ModelError(f"{name} is {getattr(small, name)} for small but {getattr(large, name)} for large; {hint}")
+
+
+def check_vocabulary(source: str, tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
+    """Refuse a model that has no embedding for a token of its tokenizer. Raises ModelError."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ModelError(
+            f"{source}: the tokenizer has token {largest} but the model only {config.vocab_size} embeddings; "
+            "is it the model's own tokenizer?"
+        )
 
 
 def check_pair(small: PreTrainedConfig, large: PreTrainedConfig) -> None:

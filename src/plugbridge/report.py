@@ -5,8 +5,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from plugbridge.errors import RunError
 from plugbridge.files import write_atomically
 from plugbridge.run import read_marker
@@ -28,6 +26,9 @@ class _Markers:
 
     def facts(self, name: str) -> dict[str, Any]:
         return self.stages[name]["facts"]
+
+    def depends(self, name: str) -> dict[str, Any]:
+        return self.stages[name]["depends"]
 
     def cost(self, names: tuple[str, ...]) -> tuple[float, int]:
         found = [self.stages[name] for name in names]
@@ -51,22 +52,29 @@ def read_report(root: Path) -> dict[str, Any]:
     `rows`: name, metric, value, n, seconds and peak_bytes of making the model (training stages),
     evaluate_seconds, parameters {trainable, changed, rank}. Also `pgr` (performance gap recovered:
     (plugged - small) / (ceiling - small), null without a ceiling or without a gap), `stages`,
-    `models`, `versions`, `seed`. Raises RunError if the run is not finished.
+    `models`, `versions`, `seed`. What was done is read from the stages' markers, not from the run's
+    config, which may be newer. Raises RunError if the run is not finished.
     """
     if not (root / "config.yaml").is_file():
         raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
-    config: dict[str, Any] = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
-    names = (*TRANSFER, *(("ceiling",) if config.get("ceiling") else ()), "evaluate")
-    markers: dict[str, dict[str, Any]] = {}
-    for name in names:
-        marker = read_marker(root / name)
-        if marker is None:
-            raise RunError(f"stage '{name}' of {root} is not done; finish with `plugbridge run`")
-        markers[name] = marker
-    return _assemble(root, config, _Markers(markers))
+    evaluated = _marker(root, "evaluate")
+    names = [name for name in (*TRANSFER, "ceiling") if name == "score" or name in evaluated["needs"]]
+    markers = {**{name: _marker(root, name) for name in names}, "evaluate": evaluated}
+    for name, marker in markers.items():
+        for need, digest in marker["needs"].items():
+            if markers[need]["digest"] != digest:
+                raise RunError(f"stage '{name}' of {root} is older than '{need}'; finish with `plugbridge run`")
+    return _assemble(root, _Markers(markers))
 
 
-def _assemble(root: Path, config: dict[str, Any], markers: _Markers) -> dict[str, Any]:
+def _marker(root: Path, name: str) -> dict[str, Any]:
+    marker = read_marker(root / name)
+    if marker is None:
+        raise RunError(f"stage '{name}' of {root} is not done; finish with `plugbridge run`")
+    return marker
+
+
+def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
     facts = markers.facts("evaluate")
     rank = markers.facts("tune")["rank"]
     trained = markers.facts("couple")["trainable"]
@@ -112,10 +120,10 @@ def _assemble(root: Path, config: dict[str, Any], markers: _Markers) -> dict[str
         )
     pruned = markers.facts("prune")
     return {
-        "task": config["task"] if isinstance(config["task"], str) else "own",
-        "split": config["evaluate"]["split"],
-        "method": config["method"]["name"],
-        "mode": config["couple"]["mode"],
+        "task": markers.depends("evaluate")["task"]["spec"]["name"],
+        "split": markers.depends("evaluate")["evaluate"]["split"],
+        "method": markers.depends("tune")["method"]["name"],
+        "mode": markers.depends("couple")["couple"]["mode"],
         "rows": rows,
         "majority": facts["majority"]["metrics"],
         "pgr": recovered(values),
@@ -123,8 +131,8 @@ def _assemble(root: Path, config: dict[str, Any], markers: _Markers) -> dict[str
             {"name": name, "seconds": m["seconds"], "peak_bytes": m["peak_bytes"]} for name, m in markers.stages.items()
         ],
         "models": {
-            "small": {"source": config["small"], "parameters": markers.facts("tune")["model_parameters"]},
-            "large": {"source": config["large"], "parameters": pruned["large_parameters"]},
+            "small": {"source": markers.facts("tune")["source"], "parameters": markers.facts("tune")["model_parameters"]},
+            "large": {"source": markers.depends("plug")["source"], "parameters": pruned["large_parameters"]},
             "bridge": {
                 "parameters": pruned["bridge_parameters"],
                 "share": pruned["bridge_share"],
@@ -133,7 +141,7 @@ def _assemble(root: Path, config: dict[str, Any], markers: _Markers) -> dict[str
         },
         "checkpoint": str(root / "plug" / "checkpoint"),
         "versions": versions(),
-        "seed": config["seed"],
+        "seed": markers.depends("evaluate")["seed"],
     }
 
 

@@ -108,10 +108,29 @@ def check_root(root: Path) -> None:
     """Refuse a directory that holds something other than a run. Raises RunError."""
     if root.exists() and not root.is_dir():
         raise RunError(f"{root} is a file; --out must name a run directory")
+    above = next((parent for parent in root.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise RunError(f"{above} is a file; --out must name a run directory")
     if root.is_dir():
         visible = [p for p in root.iterdir() if not p.name.startswith(".")]
         if visible and not (root / "config.yaml").is_file():
             raise RunError(f"{root} is not empty and not a run; choose another --out")
+
+
+def check_needs(root: Path, stages: Sequence[Stage], only: str | None) -> None:
+    """Refuse a stage by itself whose needs are not done with today's settings. Raises RunError."""
+    if only is None:
+        return
+    digests = stage_digests(stages)
+    chosen = next((stage for stage in stages if stage.name == only), None)
+    if chosen is None:
+        raise RunError(f"this run has no stage '{only}': its config has no `{only}:` section")
+    for need in chosen.needs:
+        if not is_done(root / need, digests[need]):
+            raise RunError(
+                f"stage '{only}' needs '{need}', which is not done with these settings; "
+                f"run `plugbridge {need}` first, or `plugbridge run` for all"
+            )
 
 
 def execute(root: Path, stages: Sequence[Stage], only: str | None, announce: Callable[[str, str], None]) -> None:
@@ -120,27 +139,21 @@ def execute(root: Path, stages: Sequence[Stage], only: str | None, announce: Cal
     `announce(stage, what)` is told ``skipped`` or ``running``. Raises RunError when `only` needs a
     stage that is not done with today's settings.
     """
+    check_needs(root, stages, only)
     digests = stage_digests(stages)
     for stage in stages:
         folder = root / stage.name
         digest = digests[stage.name]
         if only is not None and stage.name != only:
             continue
-        if only is not None:
-            for need in stage.needs:
-                if not is_done(root / need, digests[need]):
-                    raise RunError(
-                        f"stage '{only}' needs '{need}', which is not done with these settings; "
-                        f"run `plugbridge {need}` first, or `plugbridge run` for all"
-                    )
         if is_done(folder, digest):
             announce(stage.name, "skipped")
             continue
         announce(stage.name, "running")
-        _run_stage(folder, stage, digest)
+        _run_stage(folder, stage, digest, {name: digests[name] for name in stage.needs})
 
 
-def _run_stage(folder: Path, stage: Stage, digest: str) -> None:
+def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str]) -> None:
     started = _read(folder / STARTED)
     if folder.exists() and (started is None or started.get("digest") != digest):
         shutil.rmtree(folder)
@@ -160,7 +173,7 @@ def _run_stage(folder: Path, stage: Stage, digest: str) -> None:
         {
             "stage": stage.name,
             "digest": digest,
-            "needs": list(stage.needs),
+            "needs": needs,
             "depends": dict(stage.depends),
             "outputs": outputs,
             "seconds": result.seconds,

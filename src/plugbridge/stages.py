@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plugbridge.config import RunConfig, TaskConfig, TrainConfig
+from plugbridge.config import PruneConfig, RunConfig, TaskConfig, TrainConfig
 from plugbridge.cost import measure
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, ModelError
 from plugbridge.evaluate import log_likelihood, mean_loss, option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.files import file_digest, folder_atomically, folder_digest, write_atomically, write_json
@@ -26,6 +26,7 @@ from plugbridge.models import (
     Tokenizer,
     check_pair,
     check_same_tokenizer,
+    check_vocabulary,
     layout_for,
     load_config,
     load_model,
@@ -112,6 +113,9 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         load_tokenizer(source, trust_remote_code=remote) for source in (config.small, config.large)
     ]
     check_same_tokenizer(*tokenizers)
+    for source, tokenizer, model in zip((config.small, config.large), tokenizers, (small, large), strict=True):
+        check_vocabulary(source, tokenizer, model)
+    _check_weights(config)
     reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     encoders = [
         Encoder(tokenizer, kind, _room(positions_of(model), reserved))
@@ -142,6 +146,24 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
             "task": {"spec": task.model_dump(mode="json"), "files": digests},
         },
     )
+
+
+def _check_weights(config: RunConfig) -> None:
+    """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work."""
+    small, large = (
+        load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
+        for source in (config.small, config.large)
+    )
+    layout_for(small)
+    _bridge_sizes(config.prune, large, layout_for(large))
+
+
+def _bridge_sizes(settings: PruneConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:
+    if settings.reduction is not None:
+        return reduced_sizes(layout, settings.reduction)
+    asked = settings.budget or 0.0
+    names = {name for name, _ in large.named_parameters()}
+    return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
 
 
 def _room(positions: int | None, reserved: int) -> int | None:
@@ -306,6 +328,7 @@ def _tune(
     write_json(work.folder / "losses.json", losses)
     (work.folder / CHECKPOINT).unlink(missing_ok=True)
     return {
+        "source": source,
         "rank": p.settings.rank,
         "trainable": sum(t.numel() for t in parameters.values()),
         "model_parameters": parameter_count(model) - sum(t.numel() for t in parameters.values()),
@@ -355,6 +378,9 @@ def score(work: Work) -> dict[str, Any]:
         else:
             scores = magnitude(model, layout)
         energy = residual_energy(model, layout, counted(), likelihood)
+    for key, values in {**scores, **energy}.items():
+        if not bool(values.isfinite().all()):
+            raise ModelError(f"the scores of '{key}' in {p.config.large} are not finite; is a weight of it NaN?")
     with write_atomically(work.folder / "scores.safetensors") as path:
         save_file(scores, str(path))
     with write_atomically(work.folder / "energy.safetensors") as path:
@@ -372,14 +398,8 @@ def prune(work: Work) -> dict[str, Any]:
     model, layout = p.load(p.config.large)
     scores = load_file(str(work.root / "score" / "scores.safetensors"))
     energy = load_file(str(work.root / "score" / "energy.safetensors"))
-    names = {name for name, _ in model.named_parameters()}
     whole = parameter_count(model)
-    if p.config.prune.reduction is not None:
-        sizes = reduced_sizes(layout, p.config.prune.reduction)
-    else:
-        asked = p.config.prune.budget or 0.0
-        sizes = budgeted_sizes(layout, names, int(asked * whole) if asked < 1 else int(asked))
-    plan = plan_bridge(layout, scores, sizes)
+    plan = plan_bridge(layout, scores, _bridge_sizes(p.config.prune, model, layout))
     bridge = prune_model(model, layout, plan, energy)
     with folder_atomically(work.folder / "bridge") as folder:
         bridge.save_pretrained(str(folder))

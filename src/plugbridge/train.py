@@ -73,7 +73,7 @@ def fit(
     """Train named tensors in place; returns the loss of every step.
 
     Resumes from `checkpoint` when it is there, and leaves it to the caller to remove.
-    Raises TrainingDiverged at the first loss that is not finite; nothing is updated by it.
+    Raises TrainingDiverged at the first loss or gradient that is not finite; nothing is updated by it.
     """
     groups = [{"params": [tensor], "lr": rate_of(name, schedule.learning_rates)} for name, tensor in parameters.items()]
     base = [float(group["lr"]) for group in groups]  # pyright: ignore[reportArgumentType]
@@ -85,14 +85,11 @@ def fit(
             chosen = batch_indices(len(rows), step, schedule.batch_size, schedule.seed)
             loss = loss_of([rows[i] for i in chosen])
             value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingDiverged(
-                    f"{title}: the loss is {value} at step {step + 1} of {schedule.steps}; "
-                    f"try a learning rate below {max(base):g}"
-                )
+            _require_finite("loss", value, title, step, schedule, base)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip)
+            norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip))
+            _require_finite("gradient's norm", norm, title, step, schedule, base)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * rate_factor(step, schedule)
             optimizer.step()
@@ -103,6 +100,14 @@ def fit(
     return losses
 
 
+def _require_finite(what: str, value: float, title: str, step: int, schedule: Schedule, rates: list[float]) -> None:
+    if not math.isfinite(value):
+        raise TrainingDiverged(
+            f"{title}: the {what} is {value} at step {step + 1} of {schedule.steps}; "
+            f"try a learning rate below {max(rates):g}"
+        )
+
+
 def _checkpoint(
     path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]
 ) -> None:
@@ -111,8 +116,8 @@ def _checkpoint(
         "optimizer": optimizer.state_dict(),
         "losses": losses,
     }
-    with write_atomically(path) as temporary:
-        torch.save(state, temporary)
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)  # to an open file: torch's own writer hides a full disk's error
 
 
 def _resume(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:

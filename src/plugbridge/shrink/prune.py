@@ -152,6 +152,6 @@ def prune_model(
     bridge = type(model)(bridge_config(model.config, layout, plan))
     bridge.generation_config = copy.deepcopy(model.generation_config)
     state = prune_state(model.state_dict(), layout, plan, energy, scaled)
-    bridge.load_state_dict(state)
     placed: PreTrainedModel = cast(Any, bridge).to(dtype=model.dtype, device=model.device)
+    placed.load_state_dict(state)
     return placed.eval()

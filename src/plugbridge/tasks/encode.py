@@ -8,7 +8,7 @@ from torch import Tensor
 
 from plugbridge.errors import DataError
 from plugbridge.models import Tokenizer
-from plugbridge.tasks.spec import PromptForm, Row, Task, refill
+from plugbridge.tasks.spec import PromptForm, Row, Task, passage_of, refill
 
 IGNORE = -100
 
@@ -70,6 +70,8 @@ class Encoder:
         _check_options(row, options, self.tokenizer.unk_token_id)
         longest = max(len(option) for option in options) if self.kind == "causal" else 0
         prompt = self._prompt(row.prompt)
+        if not prompt:
+            raise DataError(f"{row.where}: the prompt has no tokens; a causal model needs at least one")
         if self.positions is not None and len(prompt) + longest > self.positions:
             prompt = self._cut(task, form, row, self.positions - longest)
         return Encoded(prompt, options, row.answer)
@@ -83,7 +85,7 @@ class Encoder:
 
     def _cut(self, task: Task, form: PromptForm, row: Row, room: int) -> tuple[int, ...]:
         if task.passage is not None:
-            words = str(row.fields[task.passage]).split()
+            words = passage_of(task, row).split()
             low, high = 0, len(words)
             while low < high:  # the most words of the passage that fit
                 middle = (low + high + 1) // 2

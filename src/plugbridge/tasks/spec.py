@@ -105,7 +105,7 @@ def load_task(name: str) -> Task:
     """Read ``tasks/<name>.toml``. Raises ConfigError."""
     path = files("plugbridge.tasks") / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"no task '{name}'; known: {', '.join(task_names())}, or a path to a .jsonl file")
+        raise ConfigError(f"no task '{name}'; known: {', '.join(task_names())}; your own rows go in a table under `task:`")
     return parse_task(tomllib.loads(path.read_text(encoding="utf-8")), f"{name}.toml")
 
 
@@ -116,18 +116,19 @@ def parse_task(raw: Mapping[str, Any], source: str) -> Task:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{source}: {where}: {first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: {where}: {message}") from error
 
 
 def template_fields(template: str) -> list[str]:
     """Field names that a ``{field}`` template uses. Raises ConfigError for a broken template."""
     try:
-        names = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ConfigError(f"prompt template {template!r} is not usable: {error}") from error
-    if any(not name.isidentifier() for name in names):
+    if any(not str(name).isidentifier() or spec or conversion for _, name, spec, conversion in parts):
         raise ConfigError(f"prompt template {template!r} must use plain {{field}} names")
-    return names
+    return [str(name) for _, name, _, _ in parts]
 
 
 def split_files(task: Task, data: Path | None) -> dict[str, Path]:
@@ -222,10 +223,16 @@ def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any]) -
         options, answer = tuple(form.words.values()), labels.index(label)
     else:
         options = tuple(fill(option, raw, where) for option in form.options or ())
-        if not label.isdigit() or int(label) >= len(options):
+        if not label.isdecimal() or int(label) >= len(options):
             raise DataError(f"{where}: label '{label}' is not the number of an option (0 to {len(options) - 1})")
         answer = int(label)
     return Row(prompt, options, answer, raw, where)
+
+
+def passage_of(task: Task, row: Row) -> str:
+    """The text that may be cut. Raises DataError if the row has no such field."""
+    assert task.passage is not None
+    return _text(_field(row.fields, task.passage, row.where))
 
 
 def refill(task: Task, form: PromptForm, row: Row, passage: str) -> str:

@@ -1,0 +1,191 @@
+"""Tiny random models of every family on disk, a word-level tokenizer, and a learnable toy task."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(1)
+
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+WORDS = [f"w{i}" for i in range(24)]
+LABELS = ["yes", "no"]
+VOCAB = ["<pad>", "</s>", "<unk>", *LABELS, "is", "it", ":", *WORDS]
+
+FAMILIES = ("gpt2", "t5", "t5-gated", "llama")
+PAPER_FAMILIES = ("gpt2", "t5", "t5-gated")
+METHODS = ("lora", "adapter", "prefix")
+
+
+def make_tokenizer(words: list[str] = VOCAB) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_model(family: str, hidden: int = 16, layers: int = 2, heads: int = 4, seed: int = 0) -> PreTrainedModel:
+    """A random model; weights are scaled up so that every part matters to the logits."""
+    torch.manual_seed(seed)
+    vocab = len(VOCAB)
+    ends: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    if family == "gpt2":
+        config: Any = GPT2Config(vocab_size=vocab, n_embd=hidden, n_layer=layers, n_head=heads, n_positions=32, **ends)
+        model: PreTrainedModel = GPT2LMHeadModel(config)
+    elif family == "llama":
+        config = LlamaConfig(
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), max_position_embeddings=32,
+            tie_word_embeddings=False, **ends,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    else:
+        gated = family == "t5-gated"
+        config = T5Config(
+            vocab_size=vocab, d_model=hidden, d_kv=4, d_ff=2 * hidden, num_layers=layers,
+            num_decoder_layers=layers, num_heads=heads, relative_attention_num_buckets=8,
+            feed_forward_proj="gated-gelu" if gated else "relu", tie_word_embeddings=not gated,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.6 if "embed" in name or "wte" in name or "shared" in name else 0.3)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            else:
+                parameter.normal_(mean=1.0, std=0.1)
+    return model.eval()
+
+
+def token_inputs(model: Any, rows: int = 3, length: int = 7, seed: int = 5) -> dict[str, torch.Tensor]:
+    """Random tokens for a model of either kind; the last row is padded at its end."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, len(VOCAB), (rows, length), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[-1, -2:] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if model.config.model_type == "t5":
+        inputs["labels"] = torch.randint(3, len(VOCAB), (rows, 3), generator=generator)
+    return inputs
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """Logits where the attention mask is one (all of them for a decoder)."""
+    inputs = token_inputs(model)
+    logits: torch.Tensor = model(**inputs).logits
+    return logits if "labels" in inputs else logits[inputs["attention_mask"].bool()]
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, std: float = 0.3, seed: int = 11) -> None:
+    """Give everything that trains random values, so that nothing is at its no-op start."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+def save_model(family: str, path: Path, words: list[str] = VOCAB, **shape: int) -> Path:
+    make_model(family, **shape).save_pretrained(path)
+    make_tokenizer(words).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """A (small, large) pair of model directories of a family, made once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def pair(family: str) -> tuple[Path, Path]:
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            made[family] = (
+                save_model(family, root / "small", hidden=8, layers=1, heads=2, seed=1),
+                save_model(family, root / "large", hidden=16, layers=3, heads=4, seed=2),
+            )
+        return made[family]
+
+    return pair
+
+
+def toy_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Is the word's number even? Learnable by a tiny model from the word alone."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(len(WORDS), (count,), generator=generator).tolist()
+    return [{"word": f"w{n}", "label": "even" if n % 2 == 0 else "odd"} for n in numbers]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The `task:` table of a toy task on disk."""
+    root = tmp_path_factory.mktemp("toy")
+    sizes = {"train": 40, "validation": 10, "test": 30}
+    files = {
+        split: str(write_jsonl(root / f"{split}.jsonl", toy_rows(count, i)))
+        for i, (split, count) in enumerate(sizes.items())
+    }
+    return {**files, "prompt": "is it : {word}", "words": {"even": "yes", "odd": "no"}}
+
+
+@pytest.fixture
+def run_config(pairs: Callable[[str], tuple[Path, Path]], toy: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """A small run's configuration as a dict."""
+
+    def build(family: str = "gpt2", method: str = "lora", **changes: Any) -> dict[str, Any]:
+        small, large = pairs(family)
+        train = {"steps": 4, "batch_size": 4, "checkpoint_every": 1}
+        config: dict[str, Any] = {
+            "small": str(small),
+            "large": str(large),
+            "task": toy,
+            "method": {"name": method, "rank": 2},
+            "tune": dict(train),
+            "score": {"samples": 6},
+            "prune": {"reduction": 2},
+            "couple": dict(train),
+            "ceiling": dict(train),
+            "evaluate": {"batch_size": 8},
+            "device": "cpu",
+        }
+        config.update(changes)
+        return config
+
+    return build
+
+
+def data_directory() -> Path:
+    """The directory of real task files; skips the test where there is none."""
+    value = os.environ.get("PLUGBRIDGE_DATA")
+    if not value or not Path(value).is_dir():
+        pytest.skip("PLUGBRIDGE_DATA names no directory of task files")
+    return Path(value)

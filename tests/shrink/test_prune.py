@@ -1,0 +1,160 @@
+"""Pruning: exact where it can be, whole and consistent everywhere, counted truly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from conftest import FAMILIES, logits_of, make_model, make_tokenizer, token_inputs
+from plugbridge.errors import ConfigError
+from plugbridge.models import layout_for, parameter_count
+from plugbridge.shrink.importance import magnitude, residual_energy
+from plugbridge.shrink.prune import (
+    budgeted_sizes,
+    count_parameters,
+    plan_bridge,
+    prune_model,
+    reduced_sizes,
+)
+from plugbridge.tensors.axes import axis_names
+
+
+def _energy(model, layout):
+    samples = [token_inputs(model, rows=1, seed=i) for i in range(3)]
+    for sample in samples:
+        sample["attention_mask"].fill_(1)
+    return residual_energy(model, layout, samples, lambda s: model(**s))
+
+
+def _prune(model, reduction: float):
+    layout = layout_for(model)
+    plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, reduction))
+    return prune_model(model, layout, plan, _energy(model, layout)), layout, plan
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_reduction_returns_the_model_itself(family: str) -> None:
+    model = make_model(family)
+    bridge, _, _ = _prune(model, 1)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(bridge.state_dict()[name], tensor), name
+    assert bridge.config.to_dict() == model.config.to_dict()
+    assert torch.equal(logits_of(bridge), logits_of(model))
+
+
+@torch.no_grad()
+def _zero_units(model, layout) -> None:
+    """Zero every second unit of every prunable axis, wherever it is written or read.
+
+    A LayerNorm takes the mean over all channels off, so its residual writers are centred over the
+    channels that stay: then the zeroed channels are zero after centring too.
+    """
+    table = layout.table()
+    centred = layout.family.norm == "layernorm"
+    norms = set(layout.norms())
+    done: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in done:
+            continue
+        done.add(tensor.data_ptr())
+        names = axis_names(table[name].pattern)
+        view = tensor.view([layout.sizes[n] for n in names])
+        for axis in names:
+            if axis in layout.family.scope and not (axis == "hidden" and name.rpartition(".")[0] in norms):
+                view.index_fill_(names.index(axis), torch.arange(1, layout.sizes[axis], 2), 0.0)
+        writes = names[-1] == "hidden" and name.rpartition(".")[0] not in norms
+        if centred and writes and "c_attn" not in name and "c_fc" not in name:
+            kept = view[..., ::2]
+            kept -= kept.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_zeroed_units_changes_no_logit(family: str) -> None:
+    model = make_model(family).double()
+    layout = layout_for(model)
+    _zero_units(model, layout)
+    scores = {key: (torch.arange(values.numel()) % 2 == 0).double() for key, values in magnitude(model, layout).items()}
+    plan = plan_bridge(layout, scores, reduced_sizes(layout, 2))
+    bridge = prune_model(model, layout, plan, _energy(model, layout))
+    assert parameter_count(bridge) < parameter_count(model)
+    assert logits_of(model).abs().max() > 0.1
+    # RMSNorm's mean square is float32 inside transformers, whatever the model's precision
+    tolerance = 1e-12 if layout.family.norm == "layernorm" else 1e-5
+    assert torch.allclose(logits_of(bridge), logits_of(model), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bridge_is_a_model_directory_that_loads_by_itself(family: str, tmp_path: Path) -> None:
+    bridge, layout, plan = _prune(make_model(family), 2)
+    bridge.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    kind = AutoModelForSeq2SeqLM if layout.family.kind == "seq2seq" else AutoModelForCausalLM
+    loaded = kind.from_pretrained(tmp_path).eval()
+    assert torch.allclose(logits_of(loaded), logits_of(bridge), atol=1e-6)
+    assert layout_for(loaded).sizes == plan.sizes
+    names = {name for name, _ in bridge.named_parameters()}
+    assert count_parameters(layout, names, plan.sizes) == parameter_count(loaded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_heads_and_one_residual_index_set(family: str) -> None:
+    bridge, layout, plan = _prune(make_model(family), 2)
+    model_axes = [a for a, s in layout.family.scope.items() if s == "model"]
+    assert [key for key in plan.keep if "@" not in key] == model_axes
+    assert plan.sizes["head_dim"] == layout.sizes["head_dim"]
+    for key, kept in plan.keep.items():
+        assert kept.tolist() == sorted(set(kept.tolist()))
+        assert len(kept) == plan.sizes[key.partition("@")[0]]
+    assert layout_for(bridge).sizes == plan.sizes
+
+
+def test_the_best_units_stay_and_ties_go_to_the_lower_position() -> None:
+    layout = layout_for(make_model("gpt2"))
+    scores = {"ffn@decoder.0": torch.tensor([1.0] * 60 + [5.0, 0.0, 5.0, 1.0])}
+    plan = plan_bridge(layout, scores, {**layout.sizes, "ffn": 4})
+    assert plan.keep["ffn@decoder.0"].tolist() == [0, 1, 60, 62]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.25, 0.12])
+def test_a_budget_is_kept_and_used(family: str, share: float) -> None:
+    model = make_model(family, hidden=32, heads=8)
+    layout = layout_for(model)
+    names = {name for name, _ in model.named_parameters()}
+    budget = int(share * parameter_count(model))
+    sizes = budgeted_sizes(layout, names, budget)
+    assert count_parameters(layout, names, sizes) <= budget
+    plan = plan_bridge(layout, magnitude(model, layout), sizes)
+    assert parameter_count(prune_model(model, layout, plan, {})) == count_parameters(layout, names, sizes)
+
+
+def test_an_ample_budget_keeps_the_whole_model() -> None:
+    model = make_model("gpt2")
+    layout = layout_for(model)
+    names = {name for name, _ in model.named_parameters()}
+    assert budgeted_sizes(layout, names, parameter_count(model)) == layout.sizes
+
+
+def test_impossible_sizes_are_refused() -> None:
+    model = make_model("gpt2")
+    layout = layout_for(model)
+    with pytest.raises(ConfigError, match="at least 1"):
+        reduced_sizes(layout, 0.5)
+    with pytest.raises(ConfigError, match="the smallest Bridge of this model has"):
+        budgeted_sizes(layout, {n for n, _ in model.named_parameters()}, 10)
+
+
+def test_paper_sizes_of_gpt2_xl_and_t5_3b() -> None:
+    """Table 2's LLM/r as a budget, on the real configurations; no weights are needed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
+    layout = layout_for(model)
+    names = {name for name, _ in model.named_parameters()}
+    assert count_parameters(layout, names, layout.sizes) == 1_557_611_200
+    sizes = budgeted_sizes(layout, names, 1_557_611_200 // 16)
+    count = count_parameters(layout, names, sizes)
+    assert 0.8 * 1_557_611_200 / 16 < count <= 1_557_611_200 / 16
+    assert sizes["hidden"] == sizes["heads"] * 64

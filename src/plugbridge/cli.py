@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from plugbridge import __version__
-from plugbridge.config import RunConfig, fields_help, load_config
+from plugbridge.config import RunConfig, fields_help, fields_markdown, load_config
 from plugbridge.errors import PlugbridgeError
 from plugbridge.progress import Advance, Progress, Silent
 
@@ -26,8 +28,9 @@ app = typer.Typer(
     "model into a Bridge, couple them, and plug the result into the large model.",
     epilog="Start with: plugbridge run config.yaml.  Every key of the file: plugbridge explain",
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+# plain: what users name (paths, labels) may hold rich's own markup or emoji codes
+out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 ConfigArg = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
 RunArg = Annotated[Path, typer.Argument(help="a finished run's directory", show_default=False)]
@@ -77,6 +80,8 @@ def _setup(quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     for noisy in ("httpx", "httpx2", "urllib3", "matplotlib", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not sys.warnoptions:  # what libraries say to each other's developers; `python -W` shows it
+        warnings.simplefilter("ignore", FutureWarning)
     from plugbridge.models import quiet_transformers
 
     quiet_transformers()
@@ -98,11 +103,11 @@ def _execute(
     try:
         with locked(root):
             if not quiet:
-                err.print(f"[bold]plugbridge {__version__}[/] {config_path} -> {root}", highlight=False)
+                err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {config_path} -> {root}"))
             _describe(root, config)
             execute(root, stages, only, _announcer(quiet))
     except KeyboardInterrupt:
-        err.print("\ninterrupted; run the same command again to resume", highlight=False)
+        err.print("\ninterrupted; run the same command again to resume")
         raise typer.Exit(130) from None
     return root
 
@@ -129,7 +134,7 @@ def _announcer(quiet: bool) -> Callable[[str, str], None]:
     def announce(stage: str, what: str) -> None:
         if not quiet:
             text = f"  {stage:<9} done before, skipped" if what == "skipped" else f"  {stage}"
-            err.print(text, highlight=False)
+            err.print(text)
 
     return announce
 
@@ -165,7 +170,7 @@ def _stage_command(name: str, help_text: str) -> None:
         quiet: QuietOption = False,
     ) -> None:
         root = _execute(config, out_dir, data, sets, quiet, name)
-        out.print(f"{name}: done, in {root / name}", highlight=False)
+        out.print(f"{name}: done, in {root / name}")
 
     command.__doc__ = help_text
     app.command(name=name)(command)
@@ -194,7 +199,7 @@ def report(root: RunArg, as_json: JsonOption = False) -> None:
         return
     draw(found, root / "report.png")
     _print_table(found)
-    out.print(f"picture: {root / 'report.png'}", highlight=False)
+    out.print(f"picture: {root / 'report.png'}")
 
 
 def _print_table(found: dict[str, Any]) -> None:
@@ -218,19 +223,18 @@ def _print_table(found: dict[str, Any]) -> None:
     chance = found["majority"][first["metric"]]
     pgr = found["pgr"]
     recovered = "-" if pgr is None else f"{pgr:+.2f}"
-    out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}", highlight=False)
+    out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 
 def _print_loading(root: Path, found: dict[str, Any]) -> None:
     kind = "AutoModelForSeq2SeqLM" if "T5" in _architecture(found) else "AutoModelForCausalLM"
     ours = "import plugbridge  # knows the adapter; " if found["method"] == "adapter" else ""
-    out.print(f"\nplugged checkpoint: {found['checkpoint']}\npicture: {root / 'report.png'}", highlight=False)
+    out.print(f"\nplugged checkpoint: {found['checkpoint']}\npicture: {root / 'report.png'}")
     out.print(
         f"\nload it:\n  {ours}from transformers import {kind}; from peft import PeftModel\n"
         f"  model = {kind}.from_pretrained({found['models']['large']['source']!r})\n"
         f"  model = PeftModel.from_pretrained(model, {found['checkpoint']!r})",
-        highlight=False, markup=False,
-    )  # fmt: skip
+    )
 
 
 def _architecture(found: dict[str, Any]) -> str:
@@ -299,8 +303,13 @@ def methods(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def explain() -> None:
+def explain(
+    markdown: Annotated[bool, typer.Option("--markdown", help="print a Markdown table")] = False,
+) -> None:
     """Explain every key of a run's YAML file."""
+    if markdown:
+        sys.stdout.write(fields_markdown())
+        return
     table = Table()
     for column in ("key", "default", "meaning"):
         table.add_column(column)
@@ -311,7 +320,7 @@ def explain() -> None:
 
 def _version(show: bool) -> None:
     if show:
-        out.print(__version__, highlight=False)
+        out.print(__version__)
         raise typer.Exit
 
 
@@ -326,18 +335,14 @@ def options(
 
 
 def _fail(error: PlugbridgeError) -> NoReturn:
-    err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split())))
     sys.exit(2)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(text.split()))
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    # Before torch is imported: OpenMP threads that spin while they wait slow a busy machine down twentyfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PlugbridgeError as error:

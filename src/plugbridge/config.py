@@ -1,7 +1,6 @@
 """The run's configuration: one strict, documented schema. Unknown keys are refused.
 
-Field descriptions are the help text of ``plugbridge explain``; the same text stands in
-docs/configuration.md.
+Field descriptions are the text of ``plugbridge explain`` and of docs/configuration.md.
 """
 
 import difflib
@@ -152,7 +151,8 @@ def explain(error: ValidationError, source: str) -> str:
     problems = error.errors()
     # `task` may be a name or a table: for a table the string branch's complaint says nothing
     first = next((p for p in problems if p["loc"][-1] != "str"), problems[0])
-    location = tuple(part for part in first["loc"] if part != "TaskConfig")
+    # pydantic names the branch of a union too: `TaskConfig`, or the validator behind it
+    location = tuple(part for part in first["loc"] if "TaskConfig" not in str(part))
     where = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -251,6 +251,12 @@ def fields_help() -> list[tuple[str, str, str]]:
             for key, sub in model.model_fields.items():
                 rows.append((f"{name}.{key}", _default(sub), sub.description or ""))
     return rows
+
+
+def fields_markdown() -> str:
+    """`fields_help` as a Markdown table."""
+    lines = [f"| `{key}` | {default} | {text} |" for key, default, text in fields_help()]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *lines]) + "\n"
 
 
 def _default(field: Any) -> str:

@@ -12,6 +12,11 @@ from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, collate
 Forward = Callable[..., Any]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision raised to float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def token_log_probabilities(logits: Tensor, batch: Batch, kind: str) -> Tensor:
     """Log-probability of each label token, zero where ignored. Returns (n, label positions)."""
     labels = batch.labels
@@ -19,7 +24,7 @@ def token_log_probabilities(logits: Tensor, batch: Batch, kind: str) -> Tensor:
         logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
     known = labels != IGNORE
     chosen = labels.masked_fill(~known, 0)
-    values = torch.log_softmax(logits.float(), dim=-1).gather(-1, chosen[..., None]).squeeze(-1)
+    values = torch.log_softmax(at_least_float32(logits), dim=-1).gather(-1, chosen[..., None]).squeeze(-1)
     return values * known
 
 
@@ -45,33 +50,38 @@ def option_scores(
 ) -> list[list[float]]:
     """Mean log-probability per token of every option of every row, in the rows' order.
 
-    Options that share a first token or differ in length are each run in full; when all options
-    of a row are single tokens (before a seq2seq end mark), one pass scores them all. Rows are
-    batched by length; the batching changes no score beyond rounding.
+    When all options of all rows are single tokens (before a seq2seq end mark, which then does not
+    count), one pass scores them all; else each is run in full. Rows are batched by length; the
+    batching changes no score beyond rounding.
     """
     device = next(model.parameters()).device
+    end = 1 if encoder.kind == "seq2seq" else 0
+    score = _score_single if all(len(o) == 1 + end for row in rows for o in row.options) else _score_full
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     scores: list[list[float]] = [[] for _ in rows]
     with progress.bar(title, len(rows)) as advance:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            for i, values in zip(chunk, _score(model, encoder, [rows[i] for i in chunk], device), strict=True):
+            for i, values in zip(chunk, score(model, encoder, [rows[i] for i in chunk], device), strict=True):
                 scores[i] = values
             advance(len(chunk))
     return scores
 
 
-def _score(model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device) -> list[list[float]]:
-    end = 1 if encoder.kind == "seq2seq" else 0
-    if all(len(option) == 1 + end for row in rows for option in row.options):
-        batch = collate(encoder, [(row.prompt, row.options[0]) for row in rows]).to(device)
-        logits: Tensor = model(**batch.inputs(encoder.kind)).logits
-        first = (batch.labels != IGNORE).int().argmax(-1)
-        if encoder.kind == "causal":
-            first = first - 1 + logits.shape[1] - batch.labels.shape[1]
-        at = logits[torch.arange(len(rows), device=device), first].float()
-        table = torch.log_softmax(at, dim=-1)
-        return [[float(table[i, option[0]]) for option in row.options] for i, row in enumerate(rows)]
+def _score_single(
+    model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device
+) -> list[list[float]]:
+    batch = collate(encoder, [(row.prompt, row.options[0]) for row in rows]).to(device)
+    logits: Tensor = model(**batch.inputs(encoder.kind)).logits
+    first = (batch.labels != IGNORE).int().argmax(-1)
+    if encoder.kind == "causal":
+        first = first - 1 + logits.shape[1] - batch.labels.shape[1]
+    at = logits[torch.arange(len(rows), device=device), first].float()
+    table = torch.log_softmax(at, dim=-1)
+    return [[float(table[i, option[0]]) for option in row.options] for i, row in enumerate(rows)]
+
+
+def _score_full(model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device) -> list[list[float]]:
     pairs = [(row.prompt, option) for row in rows for option in row.options]
     values: list[float] = []
     step = max(1, len(rows))

@@ -76,7 +76,10 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
-    return cast(Tokenizer, cast(PreTrainedTokenizerBase, tokenizer))
+    tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers makes one up
+        raise ModelError(f"{source} has no tokenizer; expected tokenizer.json or the like beside config.json")
+    return cast(Tokenizer, tokenizer)
 
 
 def load_model(
@@ -88,7 +91,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A pretrained model in evaluation mode, from safetensors or `weights_only` pickles.
 
-    On device ``meta`` only names and shapes are read: a check that costs no memory. Raises ModelError for a family that is not known, unreadable or missing weights.
+    On device ``meta`` only names and shapes are read: a check that costs no memory.
+    Raises ModelError for a family that is not known, unreadable or missing weights.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     family = family_of(config.model_type)
@@ -146,7 +150,7 @@ def check_same_tokenizer(small: Tokenizer, large: Tokenizer) -> None:
     hint = "a module can only move between models that read the same tokens"
     if len(a) != len(b):
         raise ModelError(f"small's tokenizer has {len(a)} tokens, large's has {len(b)}; {hint}")
-    for token, number in a.items():
+    for token, number in sorted(a.items(), key=lambda item: item[1]):  # the first that differs
         if b.get(token) != number:
             raise ModelError(f"token {token!r} is {number} for small but {b.get(token, 'absent')} for large; {hint}")
     for name in ("eos_token_id", "pad_token_id"):

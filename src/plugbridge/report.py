@@ -131,7 +131,10 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
             {"name": name, "seconds": m["seconds"], "peak_bytes": m["peak_bytes"]} for name, m in markers.stages.items()
         ],
         "models": {
-            "small": {"source": markers.facts("tune")["source"], "parameters": markers.facts("tune")["model_parameters"]},
+            "small": {
+                "source": markers.facts("tune")["source"],
+                "parameters": markers.facts("tune")["model_parameters"],
+            },
             "large": {"source": markers.depends("plug")["source"], "parameters": pruned["large_parameters"]},
             "bridge": {
                 "parameters": pruned["bridge_parameters"],

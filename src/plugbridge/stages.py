@@ -45,7 +45,8 @@ from plugbridge.tasks.metrics import METRICS
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.spec import SPLITS, Split, Task, load_rows, load_task, split_files
 from plugbridge.train import Schedule, fit
-from plugbridge.transfer.couple import Coupling, bridge_state, find_mode, require_gradients
+from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.coupling import Coupling, bridge_state, require_gradients
 from plugbridge.transfer.down import start_down
 from plugbridge.transfer.fold import fold
 from plugbridge.transfer.plug import duplicate, plug_shapes, random_plug, uniform_layer_map
@@ -444,6 +445,7 @@ def couple(work: Work) -> dict[str, Any]:
     """Train module, plug and Bridge together (Algorithm 1, lines 2 and 4 to 7)."""
     p = work.prepared
     settings = p.config.couple
+    mode = find_mode(settings.mode)
     small, large = _layouts(work)
     plan = _read_plan(work.root)
     module = duplicate(unpack(p.method, small, read(work.root / "tune" / "module")), uniform_layer_map(small, large))
@@ -457,12 +459,13 @@ def couple(work: Work) -> dict[str, Any]:
         encoder=p.large_encoder, module=module,
         plug={key: tensor.to(p.device) for key, tensor in plug_maps.items()},
         down={key: tensor.to(p.device) for key, tensor in down.items()},
-        train_bridge=settings.bridge == "train",
+        train_bridge=mode.trains_bridge and settings.bridge == "train",
+        large_model=p.load(p.config.large)[0] if mode.runs_large else None,
     )  # fmt: skip
     require_gradients(coupling)
     parameters = coupling.parameters()
     weights = dict(bridge.named_parameters())
-    loss = find_mode(settings.mode)(coupling)
+    loss = mode.start(coupling)
     rates = {
         "": _rate(settings, p.method),
         "plug/": settings.plug_learning_rate,
@@ -508,7 +511,7 @@ def _save_coupled(work: Work, coupling: Coupling, weights: Mapping[str, Tensor])
     layout = coupling.bridge_layout()
     config = p.method.configure(layout, p.method.roles, p.settings)
     with folder_atomically(work.folder / "bridge_module") as folder:
-        save(folder, config, bridge_state(coupling), str(work.folder / "bridge"))
+        save(folder, config, bridge_state(coupling), "../bridge")  # a run may be moved
 
 
 def _read_coupled(path: Path) -> tuple[Module, dict[str, Tensor]]:

@@ -13,13 +13,8 @@ from plugbridge.models import layout_for
 from plugbridge.shrink.importance import magnitude
 from plugbridge.shrink.prune import plan_bridge, prune_model, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.transfer.couple import (
-    MODES,
-    Coupling,
-    bridge_state,
-    find_mode,
-    require_gradients,
-)
+from plugbridge.transfer.couple import MODES, find_mode
+from plugbridge.transfer.coupling import Coupling, bridge_state, require_gradients
 from plugbridge.transfer.down import apply_down, start_down
 from plugbridge.transfer.fold import fold
 from plugbridge.transfer.plug import (
@@ -48,7 +43,7 @@ def _tuned(family: str, method: str, **shape):
     return layout, unpack(TABLE[method], layout, state)
 
 
-def _coupling(family: str, method: str, down: str = "select", reduction: float = 2) -> Coupling:
+def coupling_of(family: str, method: str, down: str = "select", reduction: float = 2) -> Coupling:
     small, module = _tuned(family, method, hidden=8, layers=1, heads=2)
     large_model = make_model(family, hidden=16, layers=2, heads=4, seed=3)
     large = layout_for(large_model)
@@ -97,8 +92,8 @@ def test_identity_down_changes_nothing(family: str, method: str, down: str) -> N
 
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_learned_down_starts_as_the_selection(family: str, method: str) -> None:
-    selected = _coupling(family, method, "select")
-    learned = _coupling(family, method, "learned")
+    selected = coupling_of(family, method, "select")
+    learned = coupling_of(family, method, "learned")
     a, b = selected.at_bridge_width(), learned.at_bridge_width()
     assert learned.down
     assert all(torch.equal(a[slot], b[slot]) for slot in a)
@@ -154,15 +149,16 @@ def test_folding_prefixes_equals_mapping_every_key_and_value(family: str) -> Non
     wide = duplicate(module, uniform_layer_map(small, large))
     plug = random_plug(plug_shapes(row, small, large, wide), torch.Generator().manual_seed(1))
     plug = {key: maps.double() for key, maps in plug.items()}
-    folded = fold(row, small, large, plug, wide, torch.float64)["prompt_embeddings"]
+    folded = unpack(row, large, fold(row, small, large, plug, wide, torch.float64))
     (maps,) = plug.values()
-    parts = [torch.einsum("tks,kls->tkl", t.reshape(2, 2, -1), maps).flatten(1) for _, t in sorted(wide.items())]
-    assert torch.allclose(folded, torch.cat(parts, 1), rtol=0, atol=1e-10)
+    for slot, tensor in wide.items():
+        composed = torch.einsum("tks,kls->tkl", tensor.reshape(2, 2, -1), maps).flatten(1)
+        assert torch.allclose(folded[slot], composed, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_folded_checkpoint_loads_with_peft_and_gives_our_logits(family: str, method: str, tmp_path: Path) -> None:
-    coupling = _coupling(family, method)
+    coupling = coupling_of(family, method)
     row, large = coupling.method, coupling.large
     with torch.no_grad():
         state = fold(row, coupling.small, large, coupling.plug, coupling.module)
@@ -183,9 +179,9 @@ def test_folded_checkpoint_loads_with_peft_and_gives_our_logits(family: str, met
 @pytest.mark.parametrize(("family", "method"), GRID)
 @pytest.mark.parametrize("down", ["select", "learned"])
 def test_standalone_trains_every_part(family: str, method: str, down: str) -> None:
-    coupling = _coupling(family, method, down)
+    coupling = coupling_of(family, method, down)
     parameters = coupling.parameters()
-    loss = MODES["standalone"](coupling)(ROWS)
+    loss = MODES["standalone"].start(coupling)(ROWS)
     loss.backward()
     for part in ("module", "plug", "bridge", *(("down",) if down == "learned" else ())):
         gradients = [t.grad for n, t in parameters.items() if n.startswith(f"{part}/")]
@@ -194,7 +190,7 @@ def test_standalone_trains_every_part(family: str, method: str, down: str) -> No
 
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_standalone_loss_is_the_loss_of_the_bridge_with_the_folded_module(family: str, method: str) -> None:
-    coupling = _coupling(family, method)
+    coupling = coupling_of(family, method)
     coupling.bridge.config.dropout_rate = 0.0
     state = bridge_state(coupling)
     bridge = prune_model(make_model(family, hidden=16, layers=2, heads=4, seed=3), coupling.large, coupling.plan, {})
@@ -204,7 +200,7 @@ def test_standalone_loss_is_the_loss_of_the_bridge_with_the_folded_module(family
     from plugbridge.tasks.encode import gold
 
     frozen = replace(coupling, train_bridge=False)
-    found = MODES["standalone"](frozen)(ROWS)
+    found = MODES["standalone"].start(frozen)(ROWS)
     wanted = mean_loss(wrapped.eval(), gold(coupling.encoder, ROWS), coupling.encoder.kind)
     assert torch.allclose(found, wanted, atol=1e-6)
 
@@ -231,12 +227,12 @@ def test_random_plug_keeps_lengths_and_depends_on_the_seed_only() -> None:
 
 
 def test_unknown_mode() -> None:
-    with pytest.raises(ConfigError, match="known: standalone"):
+    with pytest.raises(ConfigError, match="known: standalone, feedback"):
         find_mode("telepathy")
 
 
-def test_the_large_model_gets_no_gradient_in_standalone_coupling() -> None:
-    coupling = _coupling("gpt2", "lora")
+def test_the_large_model_gets_no_gradient_in_standalonecoupling_of() -> None:
+    coupling = coupling_of("gpt2", "lora")
     large = make_model("gpt2", hidden=16, layers=2, heads=4, seed=3)
     storages = {p.untyped_storage().data_ptr() for p in large.parameters()}
     assert not storages & {p.untyped_storage().data_ptr() for p in coupling.bridge.parameters()}

@@ -69,7 +69,27 @@ def test_axes_fit_the_tensors_and_slots_round_trip(family: str, method: str) -> 
         assert all(found[axis] == 3 for axis in own)
     packed = pack(row, layout, module)
     assert packed.keys() == state.keys()
-    assert all(torch.equal(packed[key], state[key]) for key in state)
+    assert all(torch.equal(again, module[slot]) for slot, again in unpack(row, layout, packed).items())
+    before = logits_of(wrapped.eval())
+    load_state(wrapped, packed)
+    assert torch.equal(logits_of(wrapped), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_reads_its_own_prefix(family: str) -> None:
+    model = make_model(family, layers=4)
+    layout = layout_for(model)
+    row = TABLE["prefix"]
+    wrapped, _ = attach(model, row, layout, SETTINGS)
+    randomise(wrapped)
+    wrapped.eval()
+    module = unpack(row, layout, state_of(wrapped))
+    assert len(module) == 4
+    before = logits_of(wrapped)
+    for slot in module:
+        changed = {**module, slot: module[slot] + 1}
+        load_state(wrapped, pack(row, layout, changed))
+        assert not torch.allclose(logits_of(wrapped), before), slot
 
 
 @pytest.mark.parametrize("family", FAMILIES)

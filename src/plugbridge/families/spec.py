@@ -31,10 +31,17 @@ class Constraints(_Strict):
 
 
 class PrefixPlace(_Strict):
-    """The stack whose self-attention takes past keys and values, and the axes of one such vector."""
+    """The stack whose self-attention takes past keys and values, and the axes of one such vector.
+
+    peft's prefix tensor has `parts` entries a layer, of which attention reads the first: for
+    encoder-decoder models it takes the entries in fours (self key, self value, cross key, cross value)
+    and then drops the cross-attention's. Sized for `layers` only, as peft 0.21 does by default, the fours
+    would run over the layers: layer i would read entry 2i mod layers.
+    """
 
     stack: str
     axes: str
+    parts: int = 1
 
 
 class LogitScale(_Strict):
@@ -46,18 +53,33 @@ class LogitScale(_Strict):
     power: float
 
 
-class Norms(_Strict):
-    """Norm modules outside of the stacks."""
+class Context(_Strict):
+    """The argument of a sublayer's function that carries another stack's output."""
 
-    modules: tuple[str, ...]
+    argument: str
+    stack: str
+
+
+class Sublayer(_Strict):
+    """One step of the residual stream: ``h + function(norm(h))``.
+
+    `inputs` are the axes of those further arguments of the function whose size depends on the
+    model's; all others are passed on as they are.
+    """
+
+    norm: str
+    function: str
+    inputs: dict[str, str] = {}
+    context: Context | None = None
 
 
 class Stack(_Strict):
-    """A run of like blocks: `path` with ``{}`` for the layer number."""
+    """A run of like blocks: `path` with ``{}`` for the layer number; the stack ends in `final_norm`."""
 
     path: str
     layers: str
-    norms: tuple[str, ...]
+    sublayers: tuple[Sublayer, ...]
+    final_norm: str
     roles: dict[str, tuple[str, ...]]
     weights: dict[str, str]
 
@@ -72,13 +94,12 @@ class Family(_Strict):
     linear: Literal["in out", "out in"]
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: str
-    embedding: str
+    head: str
     config: dict[str, str]
     fixed: dict[str, int]
     constraints: Constraints
     scope: dict[str, Scope]
     prefix: PrefixPlace
-    norms: Norms
     logit_scale: LogitScale | None = None
     weights: dict[str, str]
     stack: dict[str, Stack]
@@ -225,9 +246,9 @@ class Layout:
         """Paths of every norm module that reads the residual stream."""
         for stack_name, stack in self.family.stack.items():
             for layer in range(self.layers[stack_name]):
-                for norm in stack.norms:
-                    yield f"{stack.path.format(layer)}.{norm}"
-        yield from self.family.norms.modules
+                for sublayer in stack.sublayers:
+                    yield f"{stack.path.format(layer)}.{sublayer.norm}"
+            yield stack.final_norm
 
     def place_of(self, module: str) -> tuple[Place, str]:
         """Place of a module path, and its path inside the block. Raises ShapeError if outside."""

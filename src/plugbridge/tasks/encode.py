@@ -65,9 +65,9 @@ class Encoder:
 
         Raises DataError for options that are empty or equal in tokens, and for rows too long.
         """
-        end = self._end()
-        options = tuple((*self.text(option), *end) for option in row.options)
-        _check_options(row, options, self.tokenizer.unk_token_id)
+        words = [self.text(option) for option in row.options]
+        _check_options(row, words, self.tokenizer.unk_token_id)
+        options = tuple((*word, *self._end()) for word in words)
         longest = max(len(option) for option in options) if self.kind == "causal" else 0
         prompt = self._prompt(row.prompt)
         if not prompt:

@@ -105,7 +105,9 @@ def load_task(name: str) -> Task:
     """Read ``tasks/<name>.toml``. Raises ConfigError."""
     path = files("plugbridge.tasks") / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"no task '{name}'; known: {', '.join(task_names())}; your own rows go in a table under `task:`")
+        raise ConfigError(
+            f"no task '{name}'; known: {', '.join(task_names())}; your own rows go in a table under `task:`"
+        )
     return parse_task(tomllib.loads(path.read_text(encoding="utf-8")), f"{name}.toml")
 
 

@@ -69,11 +69,11 @@ def unpack(method: Method, layout: Layout, state: Mapping[str, Tensor]) -> Modul
         if name is None:
             raise ModelError(f"tensor '{key}' is not part of a {method.title} checkpoint")
         if method.stacked:
-            stack = layout.family.prefix.stack
+            stack, parts = layout.family.prefix.stack, layout.family.prefix.parts
             layers = layout.layers[stack]
-            if tensor.shape[1] % layers:
+            if tensor.shape[1] % (layers * parts):
                 raise ModelError(f"'{key}' of width {tensor.shape[1]} does not hold {layers} layers")
-            for layer, part in enumerate(tensor.chunk(layers, dim=1)):
+            for layer, part in enumerate(tensor.chunk(layers * parts, dim=1)[::parts]):
                 module[Slot(stack, layer, "", name)] = part
             continue
         path = key.removeprefix(_HEAD).removesuffix(f".{name}")
@@ -85,12 +85,13 @@ def unpack(method: Method, layout: Layout, state: Mapping[str, Tensor]) -> Modul
 
 
 def pack(method: Method, layout: Layout, module: Mapping[Slot, Tensor]) -> dict[str, Tensor]:
-    """Slots to checkpoint tensors; the inverse of `unpack`. Differentiable."""
+    """Slots to checkpoint tensors; the inverse of `unpack`, with zeros where nothing is read. Differentiable."""
     if method.stacked:
         state: dict[str, Tensor] = {}
         for name in method.tensors:
-            parts = [module[slot] for slot in sorted(module) if slot.tensor == name]
-            state[name] = torch.cat(parts, dim=1)
+            read = [module[slot] for slot in sorted(module) if slot.tensor == name]
+            unread = [torch.zeros_like(read[0])] * (layout.family.prefix.parts - 1)
+            state[name] = torch.cat([part for tensor in read for part in (tensor, *unread)], dim=1)
         return state
     return {
         f"{_HEAD}{layout.family.stack[s.stack].path.format(s.layer)}.{s.site}.{s.tensor}": t for s, t in module.items()

@@ -83,7 +83,7 @@ def _prefix(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) ->
     return PrefixTuningConfig(
         task_type=_task_type(layout),
         num_virtual_tokens=settings.rank,
-        num_layers=layout.layers[place.stack],
+        num_layers=layout.layers[place.stack] * place.parts,
         num_attention_heads=heads,
         token_dim=heads * head_dim,  # T5's inner width is not d_model
     )

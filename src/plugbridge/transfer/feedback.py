@@ -1,0 +1,311 @@
+"""Feedback coupling: exact forward through the large model, error sent back through the Bridge.
+
+The large model runs forward without a graph, modules plugged in. The loss and its gradient at the
+last hidden state are exact. From there the error g goes down the residual stream; at each sublayer
+F with its norm the Bridge's pruned F~ stands in for F's Jacobian:
+
+    g_in = g + J_norm(h)^T down^T J_F~(down norm(h))^T down g
+
+Each module takes its gradient from g at its own place, through its own sublayer only. No graph
+crosses a sublayer and no weight of the large model gets a gradient. With an unpruned Bridge (r = 1)
+this is backpropagation.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from plugbridge.evaluate import at_least_float32
+from plugbridge.families.spec import Layout, Place, Sublayer
+from plugbridge.shrink.prune import BridgePlan
+from plugbridge.tasks.encode import IGNORE, Batch, Encoded, gold
+from plugbridge.tensors.axes import transform
+from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.tuners.module import Module, attach, pack, parameter_name
+
+CACHE = "past_key_values"
+
+
+@dataclass
+class Visit:
+    """What one sublayer's forward pass leaves for the backward pass.
+
+    x: (n, length, hidden) the normalised input; inverse: (n, length, 1) the norm's 1/rms or 1/std;
+    arguments: the function's further arguments.
+    """
+
+    path: str
+    place: Place
+    sublayer: Sublayer
+    x: Tensor = field(default_factory=lambda: torch.empty(0))
+    inverse: Tensor = field(default_factory=lambda: torch.empty(0))
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def visits_of(layout: Layout, stack_name: str) -> list[Visit]:
+    """The sublayers of a stack in the order in which they run."""
+    stack = layout.family.stack[stack_name]
+    return [
+        Visit(stack.path.format(layer), Place(stack_name, layer), sublayer)
+        for layer in range(layout.layers[stack_name])
+        for sublayer in stack.sublayers
+    ]
+
+
+@contextmanager
+def record(model: nn.Module, layout: Layout, visits: list[Visit]) -> Generator[dict[str, Tensor]]:
+    """Fill visits while the model runs; yields the input of every stack's final norm, by stack."""
+    last: dict[str, Tensor] = {}
+    eps: float = getattr(model.config, layout.family.norm_eps)
+    centred = layout.family.norm == "layernorm"
+
+    def on_norm(visit: Visit) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            h: Tensor = inputs[0].detach()
+            if centred:
+                h = h - h.mean(-1, keepdim=True)
+            visit.inverse = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+
+        return hook
+
+    def on_function(visit: Visit) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            arguments = dict(keywords)
+            visit.x = (inputs[0] if inputs else arguments.pop("hidden_states")).detach()
+            visit.arguments = arguments
+
+        return hook
+
+    def on_last(stack: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            last[stack] = inputs[0].detach()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for visit in visits:
+            norm = model.get_submodule(f"{visit.path}.{visit.sublayer.norm}")
+            hooks.callback(norm.register_forward_pre_hook(on_norm(visit)).remove)
+            function = model.get_submodule(f"{visit.path}.{visit.sublayer.function}")
+            hooks.callback(function.register_forward_pre_hook(on_function(visit), with_kwargs=True).remove)
+        for name, stack in layout.family.stack.items():
+            norm = model.get_submodule(stack.final_norm)
+            hooks.callback(norm.register_forward_pre_hook(on_last(name)).remove)
+        yield last
+
+
+def head_gradient(
+    model: PreTrainedModel, layout: Layout, last: Tensor, batch: Batch, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Loss and its exact gradient at the last hidden state: final norm and head, label positions only.
+
+    last: (n, length, hidden). Returns (loss, gradient of last's shape).
+    """
+    stack = layout.family.stack[layout.family.prefix.stack]
+    wanted = batch.labels != IGNORE
+    if kind == "causal":  # the state before a token predicts it
+        wanted = torch.cat([wanted[:, 1:], torch.zeros_like(wanted[:, :1])], 1)
+        labels = torch.cat([batch.labels[:, 1:], batch.labels[:, :1]], 1)[wanted]
+    else:
+        labels = batch.labels[wanted]
+    chosen = last[wanted].detach().requires_grad_(True)
+    with torch.enable_grad():
+        state = model.get_submodule(stack.final_norm)(chosen)
+        scale = layout.family.logit_scale
+        if scale is not None and getattr(model.config, scale.flag, False):
+            state = state * layout.sizes[scale.axis] ** scale.power
+        logits = model.get_submodule(layout.family.head)(state)
+        loss = nn.functional.cross_entropy(at_least_float32(logits), labels)
+        (part,) = torch.autograd.grad(loss, chosen)
+    gradient = torch.zeros_like(last)
+    gradient[wanted] = part
+    return loss.detach(), gradient
+
+
+@dataclass(frozen=True)
+class Width:
+    """The down map of activations: (…, large hidden) to (…, Bridge hidden), and its transpose."""
+
+    layout: Layout
+    plan: BridgePlan
+
+    def down(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.plan.keep["hidden"].to(x.device))
+
+    def lift(self, x: Tensor) -> Tensor:
+        wide = x.new_zeros(*x.shape[:-1], self.layout.sizes["hidden"])
+        return wide.index_copy(-1, self.plan.keep["hidden"].to(x.device), x)
+
+    def argument(self, value: Any, pattern: str, place: Place) -> Any:
+        """A function's further argument at Bridge width."""
+        if not isinstance(value, Tensor):
+            return value
+        return transform(value, pattern, self.plan.ops(self.layout, pattern, place), self.layout.sizes)
+
+
+def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor) -> Tensor:
+    """J_norm(h)^T lift(error), from the normalised input as the Bridge sees it.
+
+    error: (n, length, Bridge hidden). The projections on the normalised input are taken in the
+    Bridge's channels; with an unpruned Bridge this is the norm's exact transposed Jacobian.
+    """
+    weight = norm.get_parameter("weight")
+    bias = getattr(norm, "bias", None)
+    wide = width.lift(error)
+    y = width.lift(width.down(visit.x if bias is None else visit.x - bias))
+    scaled = wide * weight
+    inner = (y * wide).mean(-1, keepdim=True)
+    result = scaled - torch.where(weight == 0, torch.zeros_like(y), y / weight) * inner
+    if width.layout.family.norm == "layernorm":
+        result = result - scaled.mean(-1, keepdim=True)
+    return result * visit.inverse.to(result.dtype)
+
+
+def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visit, rows: int) -> Any:
+    """A cache that holds one layer's prefix, as the attention of that layer expects it."""
+    stack = layout.family.prefix.stack
+    heads, head_dim = (layout.sizes[axis] for axis in layout.family.prefix.axes.split())
+    (value,) = (t for s, t in module.items() if (s.stack, s.layer) == (stack, visit.place.layer))
+    kv = value.reshape(-1, 2, heads, head_dim).permute(1, 2, 0, 3)  # kv, heads, tokens, head_dim
+    cache = DynamicCache()
+    layer = cast(int, visit.place.layer)
+    keys, values = (part.expand(rows, -1, -1, -1) for part in kv)
+    cache.update(keys, values, layer)
+    return EncoderDecoderCache(cache, DynamicCache()) if coupling.encoder.kind == "seq2seq" else cache
+
+
+def call(
+    coupling: Coupling,
+    layout: Layout,
+    model: nn.Module,
+    visit: Visit,
+    module: Module,
+    x: Tensor,
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    """One sublayer's function on x, with a module's tensors in place of the attached ones."""
+    path = f"{visit.path}.{visit.sublayer.function}"
+    function = model.get_submodule(path)
+    given = dict(arguments)
+    replaced: dict[str, Tensor] = {}
+    if CACHE in given:
+        given[CACHE] = None
+    if coupling.method.stacked:
+        reads_prefix = visit.place.stack == layout.family.prefix.stack and visit.sublayer.context is None
+        if CACHE in given and reads_prefix:
+            given[CACHE] = prefix_cache(coupling, layout, module, visit, x.shape[0])
+    else:
+        head = f"base_model.model.{path}."
+        own = {key: tensor for key, tensor in pack(coupling.method, layout, module).items() if key.startswith(head)}
+        replaced = {parameter_name(key).removeprefix(head): tensor for key, tensor in own.items()}
+    output = functional_call(function, replaced, (x,), given)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def feedback(coupling: Coupling) -> Loss:
+    """The exact loss of the plugged large model; its gradient comes through the Bridge."""
+    large = coupling.large_model
+    assert large is not None
+    layout, narrow = coupling.large, coupling.bridge_layout()
+    width = Width(layout, coupling.plan)
+    kind = coupling.encoder.kind
+    wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
+    attach(coupling.bridge, coupling.method, narrow, coupling.settings)
+    for model in (large, coupling.bridge):
+        model.requires_grad_(False)
+    coupling.bridge.eval()
+    wrapped.eval()
+    stacks = {name: visits_of(layout, name) for name in layout.family.stack}
+
+    def loss(rows: list[Encoded]) -> Tensor:
+        wide, small = coupling.at_large_width(), coupling.at_bridge_width()
+        local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
+        through = {slot: t.detach() for slot, t in small.items()}
+        batch = gold(coupling.encoder, rows).to(large.device)
+        replaced = {parameter_name(k): t.detach() for k, t in pack(coupling.method, layout, local).items()}
+        every = [visit for visits in stacks.values() for visit in visits]
+        with torch.no_grad(), record(large, layout, every) as last:
+            functional_call(wrapped, replaced, (), batch.inputs(kind))
+        reader = layout.family.prefix.stack
+        value, error = head_gradient(large, layout, last[reader], batch, kind)
+        context = {name: torch.zeros_like(h) for name, h in last.items()}
+        send_back(coupling, width, narrow, stacks[reader], error, local, through, context)
+        for name, visits in stacks.items():
+            if name != reader:
+                h = last[name].requires_grad_(True)
+                with torch.enable_grad():
+                    out = large.get_submodule(layout.family.stack[name].final_norm)(h)
+                    (error,) = torch.autograd.grad(out, h, context[name])
+                send_back(coupling, width, narrow, visits, error, local, through, context)
+        surrogate = torch.stack(
+            [(local[slot].grad.to(t.dtype) * t).sum() for slot, t in wide.items() if local[slot].grad is not None]
+        ).sum()
+        return value + surrogate - surrogate.detach()
+
+    return loss
+
+
+def send_back(
+    coupling: Coupling,
+    width: Width,
+    narrow: Layout,
+    visits: list[Visit],
+    error: Tensor,
+    local: Module,
+    through: Module,
+    context: dict[str, Tensor],
+) -> Tensor:
+    """Carry the error from the end of a stack to its start.
+
+    Adds every module's gradient to `local`'s tensors and, for sublayers that read another stack's
+    output, the error there to `context`. Returns the error at the stack's input.
+    """
+    large = cast(PreTrainedModel, coupling.large_model)
+    for visit in reversed(visits):
+        norm = large.get_submodule(f"{visit.path}.{visit.sublayer.norm}")
+        _local_gradient(coupling, visit, error, local)
+        x = width.down(visit.x).requires_grad_(True)
+        arguments = {
+            name: width.argument(value, visit.sublayer.inputs[name], visit.place)
+            if name in visit.sublayer.inputs
+            else value
+            for name, value in visit.arguments.items()
+        }
+        wanted = [x]
+        link = visit.sublayer.context
+        if link is not None:
+            arguments[link.argument] = arguments[link.argument].detach().requires_grad_(True)
+            wanted.append(arguments[link.argument])
+        with torch.enable_grad():
+            output = call(coupling, narrow, coupling.bridge, visit, through, x, arguments)
+            back = torch.autograd.grad(output, wanted, width.down(error))
+        if link is not None:
+            context[link.stack] = context[link.stack] + width.lift(back[1])
+        error = error + norm_backward(width, norm, visit, back[0])
+    return error
+
+
+def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Module) -> None:
+    """Exact gradient of a sublayer's own module given the error at the sublayer's output."""
+    large = cast(PreTrainedModel, coupling.large_model)
+    function = visit.sublayer.function
+    own = [
+        tensor
+        for slot, tensor in local.items()
+        if (slot.stack, slot.layer) == (visit.place.stack, visit.place.layer)
+        and (slot.site.startswith(f"{function}.") or (slot.site == "" and CACHE in visit.arguments))
+        and not (slot.site == "" and visit.sublayer.context is not None)
+    ]
+    if not own:
+        return
+    with torch.enable_grad():
+        output = call(coupling, coupling.large, large, visit, local, visit.x, visit.arguments)
+        gradients = torch.autograd.grad(output, own, error)
+    for tensor, gradient in zip(own, gradients, strict=True):
+        tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient

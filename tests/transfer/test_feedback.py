@@ -1,0 +1,58 @@
+"""Feedback coupling: with an unpruned Bridge it is backpropagation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_transfer import ROWS, SETTINGS, coupling_of
+
+from conftest import FAMILIES, METHODS, make_model
+from plugbridge.evaluate import mean_loss
+from plugbridge.tasks.encode import gold
+from plugbridge.transfer.couple import MODES
+from plugbridge.transfer.coupling import Coupling, require_gradients
+from plugbridge.tuners.module import attach, pack, parameter_name
+
+GRID = [(family, method) for family in FAMILIES for method in METHODS]
+
+
+def _double(coupling: Coupling, family: str) -> Coupling:
+    """The coupling in float64, with the large model it was pruned from."""
+    tensors = {
+        part: {key: tensor.detach().double() for key, tensor in getattr(coupling, part).items()}
+        for part in ("module", "plug", "down")
+    }
+    large = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
+    double = replace(coupling, **tensors, bridge=coupling.bridge.double(), large_model=large, train_bridge=False)
+    require_gradients(double)
+    return double
+
+
+def _gradients(coupling: Coupling, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    parameters = coupling.parameters()
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+@pytest.mark.parametrize(("family", "method"), GRID)
+def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str) -> None:
+    coupling = _double(coupling_of(family, method, reduction=1), family)
+    twin = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
+    wrapped, _ = attach(twin, coupling.method, coupling.large, SETTINGS)
+    state = pack(coupling.method, coupling.large, coupling.at_large_width())
+    replaced = {parameter_name(key): tensor for key, tensor in state.items()}
+
+    def forward(**inputs):
+        return torch.func.functional_call(wrapped.eval(), replaced, (), inputs)
+
+    exact = mean_loss(forward, gold(coupling.encoder, ROWS), coupling.encoder.kind)
+    wanted = _gradients(coupling, exact)
+    loss = MODES["feedback"].start(coupling)(ROWS)
+    found = _gradients(coupling, loss)
+    # transformers computes RMSNorm's mean square and T5's attention softmax in float32
+    tolerance = 1e-9 if family == "gpt2" else 2e-5
+    assert torch.allclose(loss, exact, rtol=tolerance)
+    for name, gradient in wanted.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0 or float(found[name].abs().max()) == 0, name
+        assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name

@@ -96,7 +96,8 @@ def _execute(
 
     check_root(root)
     _setup(quiet)
-    from plugbridge.stages import build_stages, prepare
+    from plugbridge.prepare import prepare
+    from plugbridge.stages import build_stages
 
     stages = build_stages(prepare(config, data), root, _progress(quiet))
     check_needs(root, stages, only)

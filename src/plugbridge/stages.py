@@ -1,7 +1,6 @@
 """The stages of a run, and the only file that joins shrink, transfer and train.
 
-`prepare` reads and checks everything a run depends on before anything is written; `build_stages`
-gives the stages as `run.Stage`s. Stages meet only on disk.
+`build_stages` gives the stages as `run.Stage`s; each is one function here. Stages meet only on disk.
 """
 
 import gc
@@ -14,36 +13,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from plugbridge.config import PruneConfig, RunConfig, TaskConfig, TrainConfig
+from plugbridge.config import TrainConfig
 from plugbridge.cost import measure
-from plugbridge.errors import ConfigError, ModelError
+from plugbridge.errors import ModelError
 from plugbridge.evaluate import log_likelihood, mean_loss, option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
-from plugbridge.files import file_digest, folder_atomically, folder_digest, write_atomically, write_json
+from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import (
-    Tokenizer,
-    check_pair,
-    check_same_tokenizer,
-    check_vocabulary,
-    layout_for,
     load_config,
     load_model,
-    load_tokenizer,
     parameter_count,
-    pick_device,
-    pick_dtype,
-    positions_of,
 )
+from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult, facts_of
 from plugbridge.shrink.importance import activation, fisher, magnitude, residual_energy
-from plugbridge.shrink.prune import BridgePlan, budgeted_sizes, plan_bridge, prune_model, reduced_sizes
+from plugbridge.shrink.prune import BridgePlan, plan_bridge, prune_model
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.metrics import METRICS
-from plugbridge.tasks.own import own_rows, own_task
-from plugbridge.tasks.spec import SPLITS, Split, Task, load_rows, load_task, split_files
+from plugbridge.tasks.spec import Split, Task
 from plugbridge.train import Schedule, fit
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.coupling import Coupling, bridge_state, require_gradients
@@ -61,131 +50,10 @@ from plugbridge.tuners.module import (
     trainable,
     unpack,
 )
-from plugbridge.tuners.table import Method, MethodSettings, find_method
+from plugbridge.tuners.table import Method
 
 STAGES = ("tune", "score", "prune", "couple", "plug", "ceiling", "evaluate")
 CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run's checked inputs: rows in tokens, the method, the digests of all input files."""
-
-    config: RunConfig
-    task: Task
-    method: Method
-    settings: MethodSettings
-    encoder: Encoder
-    large_encoder: Encoder
-    rows: dict[Split, list[Encoded]]
-    large_rows: dict[Split, list[Encoded]]
-    device: str
-    dtype: torch.dtype
-    inputs: dict[str, Any]
-
-    def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
-        """Load a model and meet it with its family."""
-        model = load_model(
-            source,
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=self.config.trust_remote_code,
-        )
-        return model, layout_for(model)
-
-
-def prepare(config: RunConfig, data: Path | None) -> Prepared:
-    """Read and check everything a run depends on; writes nothing.
-
-    Raises ConfigError, ModelError or DataError, each a single line.
-    """
-    method = find_method(config.method.name)
-    find_mode(config.couple.mode)
-    rank = config.method.rank if config.method.rank is not None else method.rank
-    alpha = config.method.alpha if config.method.alpha is not None else 2.0 * rank
-    if method.name != "lora" and config.method.dropout > 0:
-        raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
-    device = pick_device(config.device)
-    remote = config.trust_remote_code
-    small, large = (load_config(source, trust_remote_code=remote) for source in (config.small, config.large))
-    check_pair(small, large)
-    kind = family_of(large.model_type).kind
-    tokenizers: list[Tokenizer] = [
-        load_tokenizer(source, trust_remote_code=remote) for source in (config.small, config.large)
-    ]
-    check_same_tokenizer(*tokenizers)
-    for source, tokenizer, model in zip((config.small, config.large), tokenizers, (small, large), strict=True):
-        check_vocabulary(source, tokenizer, model)
-    _check_weights(config)
-    reserved = rank if method.stacked else 0  # a prefix takes positions of its own
-    encoders = [
-        Encoder(tokenizer, kind, _room(positions_of(model), reserved))
-        for tokenizer, model in zip(tokenizers, (small, large), strict=True)
-    ]
-    task, texts, digests = _read_task(config, data, kind)
-    form = task.form(kind)
-    encoded: list[dict[Split, list[Encoded]]] = []
-    for encoder in encoders:
-        if encoded and encoders[0].positions == encoder.positions:
-            encoded.append(encoded[0])
-        else:
-            encoded.append({s: [encoder.encode(task, form, row) for row in texts[s]] for s in SPLITS})
-    return Prepared(
-        config=config,
-        task=task,
-        method=method,
-        settings=MethodSettings(rank, alpha, config.method.dropout),
-        encoder=encoders[0],
-        large_encoder=encoders[1],
-        rows=encoded[0],
-        large_rows=encoded[1],
-        device=device,
-        dtype=pick_dtype(config.dtype),
-        inputs={
-            "small": _model_digest(config.small),
-            "large": _model_digest(config.large),
-            "task": {"spec": task.model_dump(mode="json"), "files": digests},
-        },
-    )
-
-
-def _check_weights(config: RunConfig) -> None:
-    """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work."""
-    small, large = (
-        load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
-        for source in (config.small, config.large)
-    )
-    layout_for(small)
-    _bridge_sizes(config.prune, large, layout_for(large))
-
-
-def _bridge_sizes(settings: PruneConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:
-    if settings.reduction is not None:
-        return reduced_sizes(layout, settings.reduction)
-    asked = settings.budget or 0.0
-    names = {name for name, _ in large.named_parameters()}
-    return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
-
-
-def _room(positions: int | None, reserved: int) -> int | None:
-    return None if positions is None else positions - reserved
-
-
-def _model_digest(source: str) -> dict[str, str]:
-    path = Path(source)
-    return {"source": source} if not path.is_dir() else {"files": folder_digest(path)}
-
-
-def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, dict[Split, list[Any]], dict[str, str]]:
-    if isinstance(config.task, TaskConfig):
-        task = own_task(config.task)
-        texts, paths = own_rows(config.task, task, kind, config.seed)
-    else:
-        task = load_task(config.task)
-        folder = data if data is not None else (Path(config.data) if config.data else None)
-        texts = load_rows(task, kind, folder, config.seed)
-        paths = split_files(task, folder)
-    return task, dict(texts), {name: file_digest(path) for name, path in paths.items()}
 
 
 def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Schedule:
@@ -400,7 +268,7 @@ def prune(work: Work) -> dict[str, Any]:
     scores = load_file(str(work.root / "score" / "scores.safetensors"))
     energy = load_file(str(work.root / "score" / "energy.safetensors"))
     whole = parameter_count(model)
-    plan = plan_bridge(layout, scores, _bridge_sizes(p.config.prune, model, layout))
+    plan = plan_bridge(layout, scores, bridge_sizes(p.config.prune, model, layout))
     bridge = prune_model(model, layout, plan, energy)
     with folder_atomically(work.folder / "bridge") as folder:
         bridge.save_pretrained(str(folder))

@@ -243,9 +243,9 @@ def feedback(coupling: Coupling) -> Loss:
                     out = large.get_submodule(layout.family.stack[name].final_norm)(h)
                     (error,) = torch.autograd.grad(out, h, context[name])
                 send_back(coupling, width, narrow, visits, error, local, through, context)
-        surrogate = torch.stack(
-            [(local[slot].grad.to(t.dtype) * t).sum() for slot, t in wide.items() if local[slot].grad is not None]
-        ).sum()
+        gradients = {slot: tensor.grad for slot, tensor in local.items()}
+        parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
+        surrogate = torch.stack(parts).sum()
         return value + surrogate - surrogate.detach()
 
     return loss

@@ -1,0 +1,155 @@
+"""Everything a run depends on, read and checked before anything is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from plugbridge.config import PruneConfig, RunConfig, TaskConfig
+from plugbridge.errors import ConfigError
+from plugbridge.families.spec import Layout, family_of
+from plugbridge.files import file_digest, folder_digest
+from plugbridge.models import (
+    Tokenizer,
+    check_pair,
+    check_same_tokenizer,
+    check_vocabulary,
+    layout_for,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parameter_count,
+    pick_device,
+    pick_dtype,
+    positions_of,
+)
+from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
+from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.own import own_rows, own_task
+from plugbridge.tasks.spec import SPLITS, Split, Task, load_rows, load_task, split_files
+from plugbridge.transfer.couple import find_mode
+from plugbridge.tuners.table import Method, MethodSettings, find_method
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's checked inputs: rows in tokens, the method, the digests of all input files."""
+
+    config: RunConfig
+    task: Task
+    method: Method
+    settings: MethodSettings
+    encoder: Encoder
+    large_encoder: Encoder
+    rows: dict[Split, list[Encoded]]
+    large_rows: dict[Split, list[Encoded]]
+    device: str
+    dtype: torch.dtype
+    inputs: dict[str, Any]
+
+    def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
+        """Load a model and meet it with its family."""
+        model = load_model(
+            source,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return model, layout_for(model)
+
+
+def prepare(config: RunConfig, data: Path | None) -> Prepared:
+    """Read and check everything a run depends on; writes nothing.
+
+    Raises ConfigError, ModelError or DataError, each a single line.
+    """
+    method = find_method(config.method.name)
+    find_mode(config.couple.mode)
+    rank = config.method.rank if config.method.rank is not None else method.rank
+    alpha = config.method.alpha if config.method.alpha is not None else 2.0 * rank
+    if method.name != "lora" and config.method.dropout > 0:
+        raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
+    device = pick_device(config.device)
+    remote = config.trust_remote_code
+    small, large = (load_config(source, trust_remote_code=remote) for source in (config.small, config.large))
+    check_pair(small, large)
+    kind = family_of(large.model_type).kind
+    tokenizers: list[Tokenizer] = [
+        load_tokenizer(source, trust_remote_code=remote) for source in (config.small, config.large)
+    ]
+    check_same_tokenizer(*tokenizers)
+    for source, tokenizer, model in zip((config.small, config.large), tokenizers, (small, large), strict=True):
+        check_vocabulary(source, tokenizer, model)
+    _check_weights(config)
+    reserved = rank if method.stacked else 0  # a prefix takes positions of its own
+    encoders = [
+        Encoder(tokenizer, kind, _room(positions_of(model), reserved))
+        for tokenizer, model in zip(tokenizers, (small, large), strict=True)
+    ]
+    task, texts, digests = _read_task(config, data, kind)
+    form = task.form(kind)
+    encoded: list[dict[Split, list[Encoded]]] = []
+    for encoder in encoders:
+        if encoded and encoders[0].positions == encoder.positions:
+            encoded.append(encoded[0])
+        else:
+            encoded.append({s: [encoder.encode(task, form, row) for row in texts[s]] for s in SPLITS})
+    return Prepared(
+        config=config,
+        task=task,
+        method=method,
+        settings=MethodSettings(rank, alpha, config.method.dropout),
+        encoder=encoders[0],
+        large_encoder=encoders[1],
+        rows=encoded[0],
+        large_rows=encoded[1],
+        device=device,
+        dtype=pick_dtype(config.dtype),
+        inputs={
+            "small": _model_digest(config.small),
+            "large": _model_digest(config.large),
+            "task": {"spec": task.model_dump(mode="json"), "files": digests},
+        },
+    )
+
+
+def _check_weights(config: RunConfig) -> None:
+    """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work."""
+    small, large = (
+        load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
+        for source in (config.small, config.large)
+    )
+    layout_for(small)
+    bridge_sizes(config.prune, large, layout_for(large))
+
+
+def bridge_sizes(settings: PruneConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:
+    """The Bridge's axis sizes that a configuration asks for. Raises ConfigError if there is none such."""
+    if settings.reduction is not None:
+        return reduced_sizes(layout, settings.reduction)
+    asked = settings.budget or 0.0
+    names = {name for name, _ in large.named_parameters()}
+    return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
+
+
+def _room(positions: int | None, reserved: int) -> int | None:
+    return None if positions is None else positions - reserved
+
+
+def _model_digest(source: str) -> dict[str, str]:
+    path = Path(source)
+    return {"source": source} if not path.is_dir() else {"files": folder_digest(path)}
+
+
+def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, dict[Split, list[Any]], dict[str, str]]:
+    if isinstance(config.task, TaskConfig):
+        task = own_task(config.task)
+        texts, paths = own_rows(config.task, task, kind, config.seed)
+    else:
+        task = load_task(config.task)
+        folder = data if data is not None else (Path(config.data) if config.data else None)
+        texts = load_rows(task, kind, folder, config.seed)
+        paths = split_files(task, folder)
+    return task, dict(texts), {name: file_digest(path) for name, path in paths.items()}

@@ -1,0 +1,41 @@
+"""Every shipped configuration runs (shortened), and the documents say what the code says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import data_directory
+from plugbridge import cli
+from plugbridge.config import fields_markdown, load_config
+from plugbridge.report import read_report
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SHORT = (
+    "tune.steps=2", "couple.steps=2", "ceiling.steps=2", "score.samples=2", "evaluate.limit=8",
+    "tune.batch_size=4", "couple.batch_size=4", "ceiling.batch_size=4", "evaluate.split=validation",
+)  # fmt: skip
+
+
+def test_there_is_a_config_for_every_method_on_both_families() -> None:
+    names = {path.stem for path in CONFIGS}
+    assert {f"{f}-{m}" for f in ("gpt2", "t5") for m in ("lora", "adapter", "prefix")} | {"demo"} <= names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if load_config(path).task == "rte":
+        monkeypatch.setenv("PLUGBRIDGE_DATA", str(data_directory()))
+    arguments = ["plugbridge", "run", str(path), "--quiet", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [*arguments, *(part for s in SHORT for part in ("--set", s))])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    report = read_report(tmp_path / "run")
+    assert [row["name"] for row in report["rows"]][-1] == "large_tuned"
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_documented_configuration_is_the_schema() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").endswith(fields_markdown())

@@ -1,0 +1,410 @@
+"""Runs are durable: killed at any write, out of disk, changed, damaged or locked, they end the same."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from plugbridge.config import parse_config
+from plugbridge.errors import PlugbridgeError, RunError
+from plugbridge.files import disk_errors, folder_atomically, write_atomically, write_json
+from plugbridge.prepare import prepare
+from plugbridge.progress import Silent
+from plugbridge.run import execute, locked, stage_digests
+from plugbridge.stages import build_stages
+
+STAGES = ("tune", "score", "prune", "couple", "plug", "evaluate")
+TRAIN = {"steps": 5, "batch_size": 4, "checkpoint_every": 2}
+SETTINGS: dict[str, Any] = {  # dropout and a learned down: everything that could lose its place
+    "method": {"name": "lora", "rank": 2, "dropout": 0.1},
+    "tune": TRAIN,
+    "couple": {**TRAIN, "down": "learned"},
+    "ceiling": None,
+    "evaluate": {"batch_size": 8, "limit": 12},
+}
+
+
+class Recorder(Silent):
+    """Progress that remembers where every bar began."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, int] = {}
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Any]:
+        self.began[title] = done
+        with super().bar(title, total, done) as advance:
+            yield advance
+
+
+def start(raw: dict[str, Any], root: Path, only: str | None = None, progress: Any = None) -> dict[str, str]:
+    """A process's work on a run, in this process; returns what was said of each stage."""
+    torch.manual_seed(987)  # a run owes nothing to the generator's state
+    stages = build_stages(prepare(parse_config(raw, "test"), None), root, progress or Silent())
+    said: dict[str, str] = {}
+    with locked(root):
+        execute(root, stages, only, said.__setitem__)
+    return said
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        costs = ("seconds", "peak_bytes", "outputs")
+        return {key: timeless(inner) for key, inner in value.items() if key not in costs}
+    return value
+
+
+def artefacts(root: Path) -> dict[str, Any]:
+    """Everything a run left, hidden files too, without its costs."""
+    found: dict[str, Any] = {}
+    for path in root.rglob("*"):
+        name = str(path.relative_to(root))
+        if path.is_file() and name != ".lock":
+            content = path.read_bytes()
+            found[name] = timeless(json.loads(content)) if path.name == "done.json" else content
+    return found
+
+
+def stamps(root: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def scene(
+    pairs: Callable[[str], tuple[Path, Path]], toy: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """One uninterrupted run, with a copy of the disk as a kill just before each rename would leave it."""
+    small, large = pairs("gpt2")
+    base = {"small": str(small), "large": str(large), "task": toy, "score": {"samples": 6}, "device": "cpu"}
+    raw = {**base, "prune": {"reduction": 2}, **SETTINGS}
+    top = tmp_path_factory.mktemp("durable")
+    whole = top / "whole"
+    killed: dict[str, list[Path]] = {}
+    replace, unlink = Path.replace, Path.unlink
+
+    def snapshot(path: Path, half: bool) -> None:
+        stage = path.relative_to(whole).parts[0]
+        copies = killed.setdefault(stage, [])
+        copy = top / f"{stage}-{len(copies)}-{path.name.strip('.')}"
+        shutil.copytree(whole, copy)
+        copies.append(copy)
+        left = copy / path.relative_to(whole)
+        for file in [left, *left.rglob("*")] if half else []:
+            if file.is_file():  # the write before the rename was itself cut short
+                os.truncate(file, file.stat().st_size // 2)
+
+    def replacing(self: Path, target: Path) -> Path:
+        snapshot(self, half=True)
+        return replace(self, target)
+
+    def unlinking(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "checkpoint.pt" and self.exists():
+            snapshot(self, half=False)
+        unlink(self, missing_ok)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", replacing)
+        patch.setattr(Path, "unlink", unlinking)
+        start(raw, whole)
+    return {"raw": raw, "root": whole, "expected": artefacts(whole), "killed": killed}
+
+
+def only_of(found: dict[str, Any], *stages: str) -> dict[str, Any]:
+    return {name: content for name, content in found.items() if name.split("/")[0] in stages}
+
+
+def done_before(expected: dict[str, Any], stage: str) -> dict[str, Any]:
+    return only_of(expected, *STAGES[: STAGES.index(stage)])
+
+
+def copy_without(scene: dict[str, Any], root: Path, *stages: str) -> Path:
+    shutil.copytree(scene["root"], root)
+    for stage in stages:
+        shutil.rmtree(root / stage)
+    return root
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_write_and_resumed_ends_the_same(scene: dict[str, Any], stage: str) -> None:
+    least = {"tune": 6, "score": 4, "prune": 5, "couple": 9, "plug": 3, "evaluate": 6}
+    assert len(scene["killed"][stage]) >= least[stage]  # the kills below happen
+    resumed: set[int] = set()
+    for root in scene["killed"][stage]:
+        progress = Recorder()
+        assert start(scene["raw"], root, only=stage, progress=progress) == {stage: "running"}, root.name
+        assert only_of(artefacts(root), *STAGES[: STAGES.index(stage) + 1]) == {
+            **done_before(scene["expected"], stage),
+            **only_of(scene["expected"], stage),
+        }, root.name
+        resumed.update(done for title, done in progress.began.items() if title.startswith(("tune", "couple")))
+    assert resumed == ({0, 2, 4} if stage in ("tune", "couple") else set())  # from the last step checkpoint
+
+
+KILLER = """
+import os, signal, sys
+stop, _, count = os.environ["KILL_AT"].partition("@")
+seen = 0
+def hook(event, args):
+    global seen
+    if event == "os.rename" and str(args[1]).endswith(stop):
+        seen += 1
+        if seen == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def test_a_process_killed_twice_and_resumed_ends_like_an_uninterrupted_one(
+    run_config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    raw = run_config("t5", "prefix", ceiling=None, evaluate={"batch_size": 8, "limit": 8})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILLER, encoding="utf-8")
+    command = [sys.executable, "-m", "plugbridge", "run", "c.yaml", "--out", "killed"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    results = [
+        subprocess.run(
+            command, cwd=tmp_path, env={**environment, "KILL_AT": at}, capture_output=True, text=True, check=False
+        )
+        for at in ("couple/checkpoint.pt@3", "evaluate/predictions/large_zero_shot.jsonl@1")
+    ]
+    assert [r.returncode for r in results] == [-signal.SIGKILL] * 2, results[-1].stderr
+    assert "resuming at step 2" in results[1].stderr
+    assert "prune     done before, skipped" in results[1].stderr
+    assert "Warning" not in results[1].stderr
+    expected = dict.fromkeys(STAGES[:-1], "skipped") | {"evaluate": "running"}
+    assert start(raw, tmp_path / "killed") == expected
+    start(raw, tmp_path / "whole")
+    assert only_of(artefacts(tmp_path / "killed"), *STAGES) == artefacts(tmp_path / "whole")
+
+
+def test_a_second_run_skips_everything_and_touches_nothing(scene: dict[str, Any]) -> None:
+    before = stamps(scene["root"])
+    assert start(scene["raw"], scene["root"]) == dict.fromkeys(STAGES, "skipped")
+    assert stamps(scene["root"]) == before
+
+
+def changed(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    section, _, name = key.partition(".")
+    return {**raw, section: {**(raw.get(section) or {}), name: value} if name else value}
+
+
+AFTER_TUNE, AFTER_SCORE = {"couple", "plug", "evaluate"}, {"prune", "couple", "plug", "evaluate"}
+EVERYTHING = {*STAGES, "ceiling"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "redone"),
+    [
+        ("tune.steps", 6, {"tune", *AFTER_TUNE}),
+        ("tune.learning_rate", 0.5, {"tune", *AFTER_TUNE}),
+        ("method.rank", 3, {"tune", "ceiling", *AFTER_TUNE}),
+        ("method.name", "adapter", {"tune", "ceiling", *AFTER_TUNE}),
+        ("score.samples", 5, {"score", *AFTER_SCORE}),
+        ("score.importance", "magnitude", {"score", *AFTER_SCORE}),
+        ("prune.reduction", 4, AFTER_SCORE),
+        ("prune", {"budget": 0.5}, AFTER_SCORE),
+        ("couple.steps", 6, AFTER_TUNE),
+        ("couple.bridge", "freeze", AFTER_TUNE),
+        ("ceiling.steps", 6, {"ceiling", "evaluate"}),
+        ("evaluate.limit", 5, {"evaluate"}),
+        ("evaluate.split", "validation", {"evaluate"}),
+        ("seed", 1, EVERYTHING),
+        ("dtype", "bfloat16", EVERYTHING),
+        ("task.prompt", "it is : {word}", EVERYTHING),
+        ("tune.checkpoint_every", 3, set()),
+        ("couple.checkpoint_every", 3, set()),
+    ],
+)
+def test_a_changed_setting_redoes_what_depends_on_it(
+    scene: dict[str, Any], tmp_path: Path, key: str, value: Any, redone: set[str]
+) -> None:
+    raw = {**scene["raw"], "method": {"name": "lora", "rank": 2}, "ceiling": TRAIN}
+    assert redone_by(raw, changed(raw, key, value), tmp_path) == redone
+
+
+def digests(raw: dict[str, Any], root: Path) -> dict[str, str]:
+    return stage_digests(build_stages(prepare(parse_config(raw, "test"), None), root, Silent()))
+
+
+def redone_by(raw: dict[str, Any], other: dict[str, Any], root: Path) -> set[str]:
+    old, new = digests(raw, root), digests(other, root)
+    return {name for name in old if old[name] != new[name]}
+
+
+@pytest.mark.parametrize(
+    ("file", "redone"),
+    [
+        ("small/model.safetensors", {"tune", *AFTER_TUNE}),
+        ("large/model.safetensors", {"score", "ceiling", *AFTER_SCORE}),
+        ("train.jsonl", EVERYTHING),
+        ("test.jsonl", EVERYTHING),
+    ],
+)
+def test_a_changed_input_file_redoes_what_depends_on_it(
+    scene: dict[str, Any], tmp_path: Path, file: str, redone: set[str]
+) -> None:
+    raw = {**scene["raw"], "ceiling": TRAIN, "task": dict(scene["raw"]["task"])}
+    for name in ("small", "large"):
+        raw[name] = str(shutil.copytree(raw[name], tmp_path / name))
+    for name in ("train", "validation", "test"):
+        raw["task"][name] = str(shutil.copy(raw["task"][name], tmp_path / f"{name}.jsonl"))
+    old = digests(raw, tmp_path)
+    path = tmp_path / file
+    content = bytearray(path.read_bytes())
+    content[-9:] = content[-9:].swapcase() if path.suffix == ".jsonl" else bytes(9)
+    path.write_bytes(path.read_bytes() + b" \n" if path.suffix == ".jsonl" else bytes(content))
+    new = digests(raw, tmp_path)
+    assert {name for name in old if old[name] != new[name]} == redone
+
+
+def test_a_changed_setting_starts_its_stage_from_nothing(scene: dict[str, Any], tmp_path: Path) -> None:
+    root = copy_without(scene, tmp_path / "run", *STAGES[1:])
+    (root / "tune" / "checkpoint.pt").write_bytes(b"of other settings")
+    raw = changed(scene["raw"], "tune.learning_rate", 0.5)
+    for folder in (root, tmp_path / "fresh"):
+        start(raw, folder, only="tune")
+    assert artefacts(root) == artefacts(tmp_path / "fresh")
+
+
+def test_only_the_changed_stage_runs_again(scene: dict[str, Any], tmp_path: Path) -> None:
+    root = copy_without(scene, tmp_path / "run")
+    said = start(changed(scene["raw"], "evaluate.limit", 5), root)
+    assert said == {**dict.fromkeys(STAGES, "skipped"), "evaluate": "running"}
+    assert len((root / "evaluate/predictions/small_tuned.jsonl").read_text().splitlines()) == 5
+    said = start(scene["raw"], root)  # and back
+    assert said["evaluate"] == "running"
+    assert artefacts(root) == scene["expected"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "truncate"),
+    [
+        ("tune", "module/adapter_model.safetensors", True),
+        ("prune", "bridge/config.json", False),
+        ("plug", "checkpoint/adapter_model.safetensors", True),
+        ("plug", "done.json", True),
+    ],
+)
+def test_a_lost_or_cut_output_is_made_again(
+    scene: dict[str, Any], tmp_path: Path, stage: str, file: str, truncate: bool
+) -> None:
+    root = copy_without(scene, tmp_path / "run")
+    path = root / stage / file
+    if truncate:
+        os.truncate(path, path.stat().st_size - 3)
+    else:
+        path.unlink()
+    assert start(scene["raw"], root) == {**dict.fromkeys(STAGES, "skipped"), stage: "running"}
+    assert artefacts(root) == scene["expected"]
+
+
+def test_another_seed_gives_another_module(scene: dict[str, Any], tmp_path: Path) -> None:
+    start({**scene["raw"], "seed": 1}, tmp_path / "run", only="tune")
+    name = "tune/module/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() != scene["expected"][name]
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(RunError, match="another process is working in"), locked(tmp_path):
+        pass
+    with locked(tmp_path):  # and let in afterwards
+        pass
+
+
+def system_error(number: int = errno.ENOSPC) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def torch_error() -> Exception:
+    """What torch.save raises when the file under it is out of space."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    error.__context__ = system_error()
+    return error
+
+
+def safetensors_error() -> Exception:
+    return SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "error"),
+    [
+        ("tune", "checkpoint.pt", torch_error),
+        ("tune", "module", safetensors_error),
+        ("score", "energy.safetensors", safetensors_error),
+        ("prune", "bridge", safetensors_error),
+        ("couple", "checkpoint.pt", torch_error),
+        ("couple", "bridge_module", system_error),
+        ("plug", "started.json", system_error),
+        ("plug", "checkpoint", safetensors_error),
+        ("plug", "done.json", system_error),
+        ("evaluate", "large_plugged.jsonl", system_error),
+    ],
+)
+def test_a_full_disk_is_one_error_and_loses_nothing(
+    scene: dict[str, Any], tmp_path: Path, stage: str, file: str, error: Callable[[], Exception]
+) -> None:
+    root = copy_without(scene, tmp_path / "run", *STAGES[STAGES.index(stage) :])
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.name == file and stage in target.parts:
+            raise error()
+        return replace(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(RunError, match=r"no space left to write .*; free some disk and run again"):
+            start(scene["raw"], root, only=stage)
+    assert only_of(artefacts(root), *STAGES[: STAGES.index(stage)]) == done_before(scene["expected"], stage)
+    assert not (root / stage / "done.json").exists()
+    start(scene["raw"], root, only=stage)
+    assert only_of(artefacts(root), stage) == only_of(scene["expected"], stage)
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), OSError(errno.EIO, "input/output error")])
+def test_other_errors_keep_their_traceback(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
+        raise error
+    assert caught.value is error
+
+
+def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"not allowed to write .*: Permission denied"), disk_errors(tmp_path):
+        raise system_error(errno.EACCES)
+
+
+def test_a_user_error_from_a_system_error_stays_itself(tmp_path: Path) -> None:
+    with pytest.raises(PlugbridgeError, match="mine"), disk_errors(tmp_path):
+        raise PlugbridgeError("mine") from system_error(errno.EACCES)
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"n": 1})
+    with folder_atomically(tmp_path / "folder") as folder:
+        (folder / "x").write_text("old", encoding="utf-8")
+    with suppress(KeyError), write_atomically(tmp_path / "a.json") as path:
+        path.write_text("half", encoding="utf-8")
+        raise KeyError
+    with suppress(KeyError), folder_atomically(tmp_path / "folder") as folder:
+        (folder / "x").write_text("new", encoding="utf-8")
+        raise KeyError
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"n": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"n": 1}
+    assert (tmp_path / "folder" / "x").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "folder"]

@@ -1,0 +1,159 @@
+"""The training loop: every row once an epoch, the schedule's numbers, exact resume, no step past a bad loss."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from plugbridge.errors import ModelError, TrainingDiverged
+from plugbridge.progress import Silent
+from plugbridge.train import Schedule, batch_indices, fit, rate_factor, rate_of
+
+SCHEDULE = Schedule(
+    steps=7, batch_size=4, learning_rates={"": 0.05, "wide/": 0.2}, warmup=0.3, weight_decay=0.01, clip=0.5,
+    checkpoint_every=2, seed=3,
+)  # fmt: skip
+ROWS = [float(i) / 5 - 1 for i in range(10)]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends."""
+
+
+def parameters() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "wide/a": torch.randn(3, generator=generator).requires_grad_(),
+        "b": torch.randn(2, 3, generator=generator).requires_grad_(),
+    }
+
+
+def loss_of(p: dict[str, Tensor], stop: int | None = None) -> Callable[[list[float]], Tensor]:
+    """A loss with noise (as dropout has); ends the process at its `stop`-th step."""
+    calls = 0
+
+    def loss(rows: list[float]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise Killed
+        noise = 1 + 0.3 * torch.randn(3)
+        x = torch.tensor(rows)
+        return ((x[:, None] * p["wide/a"] * noise + p["b"].sum(0) - 2 * x[:, None]) ** 2).mean()
+
+    return loss
+
+
+def train(p: dict[str, Tensor], folder: Path, loss: Callable[[list[float]], Tensor], **changes: float) -> list[float]:
+    return fit(p, ROWS, loss, replace(SCHEDULE, **changes), folder / "checkpoint.pt", Silent(), "toy")
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (7, 7), (5, 3), (3, 8), (1, 2)])
+def test_every_row_comes_once_an_epoch(count: int, batch: int) -> None:
+    epochs = 6
+    steps = epochs * count // math.gcd(count, batch)
+    seen = [i for step in range(steps) for i in batch_indices(count, step, batch, seed=0)]
+    chunks = [seen[i : i + count] for i in range(0, len(seen) - count + 1, count)]
+    assert all(sorted(chunk) == list(range(count)) for chunk in chunks)
+    assert Counter(map(len, (batch_indices(count, step, batch, 0) for step in range(5)))) == {batch: 5}
+    if count > 4:
+        assert chunks[0] != chunks[1]  # every epoch is shuffled anew
+        assert batch_indices(count, 0, count, 0) != batch_indices(count, 0, count, 1)
+
+
+def test_the_rate_rises_and_falls_as_written() -> None:
+    schedule = replace(SCHEDULE, steps=10, warmup=0.2)
+    found = [rate_factor(step, schedule) for step in range(10)]
+    assert found[:3] == [0.5, 1.0, 1.0]
+    assert found[6] == pytest.approx(0.5)  # half-way down the cosine
+    assert found[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert found[2:] == sorted(found[2:], reverse=True)
+    assert rate_factor(0, replace(SCHEDULE, warmup=0.0)) == 1.0
+    assert rate_factor(0, replace(SCHEDULE, steps=1)) == 1.0
+
+
+def test_the_longest_prefix_gives_the_rate() -> None:
+    rates = {"": 1.0, "plug/": 2.0, "plug/decoder": 3.0}
+    assert [rate_of(name, rates) for name in ("module/x", "plug/x", "plug/decoder:x")] == [1.0, 2.0, 3.0]
+
+
+def test_fit_is_adamw_with_clipping(tmp_path: Path) -> None:
+    ours, theirs = parameters(), parameters()
+    losses = train(ours, tmp_path, loss_of(ours))
+    groups = [{"params": [theirs["wide/a"]], "lr": 0.2}, {"params": [theirs["b"]], "lr": 0.05}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, SCHEDULE))
+    loss, expected = loss_of(theirs), []
+    for step in range(SCHEDULE.steps):
+        torch.manual_seed(SCHEDULE.seed * 1_000_003 + step)
+        value = loss([ROWS[i] for i in batch_indices(len(ROWS), step, 4, SCHEDULE.seed)])
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.values(), SCHEDULE.clip)
+        optimizer.step()
+        scheduler.step()
+        expected.append(float(value.detach()))
+    assert losses == pytest.approx(expected)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("kills", [(1,), (2,), (3,), (4,), (5,), (6,), (7,), (4, 2, 1)])
+def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path, kills: tuple[int, ...]) -> None:
+    whole, resumed = parameters(), parameters()
+    expected = train(whole, tmp_path / "whole", loss_of(whole))
+    for kill in kills:
+        with pytest.raises(Killed):
+            train(resumed, tmp_path / "killed", loss_of(resumed, stop=kill))
+        resumed = parameters()  # a new process starts from the first values
+        torch.manual_seed(kill)
+    assert train(resumed, tmp_path / "killed", loss_of(resumed)) == expected
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name])
+
+
+def test_resume_does_only_the_steps_that_are_left(tmp_path: Path) -> None:
+    first = parameters()
+    with pytest.raises(Killed):
+        train(first, tmp_path, loss_of(first, stop=6))
+    second = parameters()
+    with pytest.raises(Killed):  # four of seven steps were in the checkpoint: this is the last
+        train(second, tmp_path, loss_of(second, stop=3))
+    third = parameters()
+    assert len(train(third, tmp_path, loss_of(third, stop=2))) == 7  # now one was left
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"half")
+    p = parameters()
+    with pytest.raises(ModelError, match=r"checkpoint.pt is not a readable checkpoint; delete it to start"):
+        train(p, tmp_path, loss_of(p))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda p: p["b"].sum() * torch.nan, "toy: the loss is nan at step 3 of 7; try a learning rate below 0.2"),
+        (lambda p: p["b"].sum() * torch.inf, "toy: the loss is .*inf at step 3 of 7"),
+        (lambda p: (p["b"] - p["b"].detach()).sqrt().sum(), "toy: the gradient's norm is .* at step 3 of 7"),
+    ],
+)
+def test_a_bad_loss_changes_nothing(tmp_path: Path, bad: Callable[[dict[str, Tensor]], Tensor], message: str) -> None:
+    p = parameters()
+    good, calls, before = loss_of(p), 0, dict[str, Tensor]()
+
+    def loss(rows: list[float]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        before.update({name: tensor.detach().clone() for name, tensor in p.items()})
+        return bad(p) if calls == 3 else good(rows)
+
+    with pytest.raises(TrainingDiverged, match=message):
+        train(p, tmp_path, loss)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in p.items())
+    assert calls == 3

@@ -212,7 +212,7 @@ def _print_table(found: dict[str, Any]) -> None:
         f"{found['mode']} coupling, Bridge {100 * found['models']['bridge']['share']:.1f} % of large",
         title_justify="left",
     )
-    for column in ("model", first["metric"], "trained s", "peak MiB", "trainable", "changed"):
+    for column in ("model", first["metric"], "seconds", "MiB", "trainable", "changed"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in found["rows"]:
         counts = row["parameters"]
@@ -224,6 +224,10 @@ def _print_table(found: dict[str, Any]) -> None:
     chance = found["majority"][first["metric"]]
     pgr = found["pgr"]
     recovered = "-" if pgr is None else f"{pgr:+.2f}"
+    out.print(
+        "seconds and MiB: what making the model took (its stages together, peak over the stages); "
+        "trainable: parameters that were trained; changed: parameters the checkpoint adds"
+    )
     out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 

@@ -12,7 +12,7 @@ from plugbridge.run import read_marker
 TITLES = {
     "small_tuned": "small, tuned",
     "large_zero_shot": "large, zero-shot",
-    "bridge_coupled": "Bridge, coupled (thrown away)",
+    "bridge_coupled": "Bridge (thrown away)",
     "large_plugged": "large, plugged",
     "large_tuned": "large, tuned (ceiling)",
 }

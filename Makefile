@@ -31,9 +31,14 @@ lint: $(READY)
 test: $(READY) lint  ## every check and every test
 	@$(BIN)/python -m pytest -n 2 -q
 
-pair: $(READY)  ## pretrain the embedded models anew; DATA=directory of the texts (hours)
-	@test -n "$(DATA)" || { echo "error: give the directory of the texts, see pairs/README.md: make pair DATA=DIR" >&2; exit 2; }
-	@echo "see pairs/README.md"
+# the texts: see pairs/README.md; every run resumes where it was, the result lies in runs/pairs beside the shipped pairs/
+pair: $(READY)  ## pretrain the embedded models anew: make pair DATA=DIR (hours)
+	@test -n "$(DATA)" || { echo "error: give the directory of the texts (see pairs/README.md): make pair DATA=DIR" >&2; exit 2; }
+	$(BIN)/python pairs/text.py --data "$(DATA)" --out runs/pairs/wordnet-kind
+	$(foreach recipe,gpt2-small gpt2-large t5-small t5-large,\
+	  $(BIN)/python pairs/pretrain.py $(recipe) --data "$(DATA)" --out runs/pairs --threads 2 && ) true
+	$(BIN)/python pairs/judge.py runs/pairs/gpt2 --task runs/pairs/wordnet-kind --json runs/pairs/gpt2.json
+	$(BIN)/python pairs/judge.py runs/pairs/t5 --task runs/pairs/wordnet-kind --json runs/pairs/t5.json
 
 clean:  ## remove the virtual environment and all runs
 	rm -rf $(VENV) runs

@@ -56,3 +56,28 @@ def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str) -
         scale = float(gradient.abs().max())
         assert scale > 0 or float(found[name].abs().max()) == 0, name
         assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize(("family", "method"), GRID)
+def test_no_weight_of_the_large_model_ever_gets_a_gradient(family: str, method: str) -> None:
+    coupling = _double(coupling_of(family, method), family)
+    large = coupling.large_model
+    assert large is not None
+    weights = {name: (p, p.detach().clone()) for name, p in large.named_parameters()}
+    wanting: list[str] = []
+
+    def watch(module: torch.nn.Module, *_: object) -> None:
+        own = {id(p) for p, _ in weights.values()}
+        wanting.extend(n for n, p in module.named_parameters() if id(p) in own and p.requires_grad)
+
+    loss = MODES["feedback"].start(coupling)
+    for module in large.modules():
+        module.register_forward_pre_hook(watch)
+    loss(ROWS).backward()
+    assert wanting == []
+    for name, (parameter, before) in weights.items():
+        assert parameter.grad is None, name
+        assert torch.equal(parameter, before), name
+    gradients = {name: tensor.grad for name, tensor in coupling.parameters().items()}
+    assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients.values())
+    assert sum(float(g.abs().sum()) > 0 for g in gradients.values() if g is not None) > len(gradients) // 2

@@ -1,0 +1,44 @@
+"""The embedded models: small enough to ship, one tokenizer a family, and label words that are one token."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from plugbridge.models import layout_for, load_model, parameter_count
+from plugbridge.tasks.spec import SPLITS, load_rows, load_task
+
+PAIRS = Path(__file__).parent.parent / "pairs"
+FAMILIES = ("gpt2", "t5")
+LIMIT = 16_000_000
+
+
+def test_all_pairs_together_fit_their_limit() -> None:
+    files = [file for family in FAMILIES for file in (PAIRS / family).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= LIMIT
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".model"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pair_is_two_models_of_one_family_with_one_tokenizer(family: str) -> None:
+    small, large = (load_model(str(PAIRS / family / size)) for size in ("small", "large"))
+    assert layout_for(small).family is layout_for(large).family
+    assert parameter_count(large) > 5 * parameter_count(small)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (PAIRS / family / "small" / file).read_bytes() == (PAIRS / family / "large" / file).read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", ["wordnet-kind", "wordnet-kind-moved"])
+def test_label_words_are_single_tokens_and_test_words_are_new(family: str, task: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(PAIRS / family / "small")
+    kind = "seq2seq" if family == "t5" else "causal"
+    rows = load_rows(load_task(task), kind, None, 0)
+    for option in rows["test"][0].options:
+        assert len(tokenizer.encode(option, add_special_tokens=False)) == 1, option
+    words = {split: {row.fields["word"] for row in rows[split]} for split in SPLITS}
+    synsets = {split: {row.fields["synset"] for row in rows[split]} for split in SPLITS}
+    for seen in ("train", "validation"):
+        assert not words["test"] & words[seen]
+        assert not synsets["test"] & synsets[seen]
+    assert len(rows["test"]) >= 1000

@@ -42,6 +42,9 @@ def line(report: dict[str, Any], family: str) -> str:
     rows = {row["name"]: row for row in report["rows"]}
     cells: list[str] = []
     for name in ROWS:
+        if name not in rows:
+            cells.append("")
+            continue
         value, n = rows[name]["value"], rows[name]["n"]
         low, high = wilson(value, n)
         cells.append(f"{value:.3f} <sub>{low:.2f} to {high:.2f}</sub>")

@@ -83,6 +83,12 @@ class PruneConfig(_Strict):
         default=None, gt=0, description="share of the large model's parameters (below 1), or their number"
     )
 
+    channels: Literal["select", "pca", "gradient_pca"] = Field(
+        default="select",
+        description="the Bridge's residual stream: select the best-scored channels, project on the principal "
+        "directions of what sublayers read, or of that and the loss gradient (needs importance: fisher)",
+    )
+
     @model_validator(mode="after")
     def _one_size(self) -> "PruneConfig":
         if (self.reduction is None) == (self.budget is None):

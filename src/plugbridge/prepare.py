@@ -66,7 +66,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     Raises ConfigError, ModelError or DataError, each a single line.
     """
     method = find_method(config.method.name)
-    find_mode(config.couple.mode)
+    _check_bridge_use(config)
     rank = config.method.rank if config.method.rank is not None else method.rank
     alpha = config.method.alpha if config.method.alpha is not None else 2.0 * rank
     if method.name != "lora" and config.method.dropout > 0:
@@ -113,6 +113,20 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
             "task": {"spec": task.model_dump(mode="json"), "files": digests},
         },
     )
+
+
+def _check_bridge_use(config: RunConfig) -> None:
+    mode, channels = find_mode(config.couple.mode), config.prune.channels
+    if mode.trains_bridge and channels != "select":
+        raise ConfigError(
+            f"prune.channels is '{channels}', but in mode '{mode.name}' the Bridge must be a model by itself; "
+            "use channels: select"
+        )
+    if channels == "gradient_pca" and config.score.importance != "fisher":
+        raise ConfigError(
+            f"prune.channels is 'gradient_pca', but score.importance '{config.score.importance}' takes no gradients; "
+            "use importance: fisher, or channels: pca"
+        )
 
 
 def _check_weights(config: RunConfig) -> None:

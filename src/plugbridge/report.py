@@ -99,6 +99,8 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     values: dict[str, float] = {}
     for name, counts in parameters.items():
+        if name not in facts:  # the feedback mode's Bridge is no model by itself
+            continue
         found = facts[name]
         metrics = cast(dict[str, float], found["metrics"])
         metric = next(iter(metrics))

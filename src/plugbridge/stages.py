@@ -6,7 +6,7 @@
 import gc
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,15 @@ from plugbridge.models import (
 from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult, facts_of
-from plugbridge.shrink.importance import activation, fisher, magnitude, residual_energy
-from plugbridge.shrink.prune import BridgePlan, plan_bridge, prune_model
+from plugbridge.shrink.importance import (
+    SecondMoments,
+    activation,
+    fisher,
+    magnitude,
+    record_second_moments,
+    residual_energy,
+)
+from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, prune_model
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.metrics import METRICS
 from plugbridge.tasks.spec import Split, Task
@@ -54,6 +61,7 @@ from plugbridge.tuners.table import Method
 
 STAGES = ("tune", "score", "prune", "couple", "plug", "ceiling", "evaluate")
 CHECKPOINT = "checkpoint.pt"
+BASIS = "basis:"  # marks projections among the kept positions on disk
 
 
 def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Schedule:
@@ -233,6 +241,7 @@ def score(work: Work) -> dict[str, Any]:
         return log_likelihood(model, gold(p.large_encoder, [row]).to(p.device), kind).sum()
 
     total = len(rows) * (1 if p.config.score.importance == "magnitude" else 2)
+    moments: SecondMoments | None = None
     with work.progress.bar(f"score large ({p.config.score.importance})", total) as advance:
 
         def counted() -> Any:
@@ -241,19 +250,25 @@ def score(work: Work) -> dict[str, Any]:
                 advance(1)
 
         if p.config.score.importance == "fisher":
-            scores = fisher(model, layout, counted(), likelihood)
+            with record_second_moments(model, layout) as moments:
+                scores = fisher(model, layout, counted(), likelihood)
         elif p.config.score.importance == "activation":
             scores = activation(model, layout, counted(), likelihood)
         else:
             scores = magnitude(model, layout)
-        energy = residual_energy(model, layout, counted(), likelihood)
-    for key, values in {**scores, **energy}.items():
+        with record_second_moments(model, layout) as activity:
+            energy = residual_energy(model, layout, counted(), likelihood)
+    found = {"activity": activity.total("activity"), "error": moments.total("error") if moments else None}
+    second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
+    for key, values in {**scores, **energy, **second}.items():
         if not bool(values.isfinite().all()):
             raise ModelError(f"the scores of '{key}' in {p.config.large} are not finite; is a weight of it NaN?")
     with write_atomically(work.folder / "scores.safetensors") as path:
         save_file(scores, str(path))
     with write_atomically(work.folder / "energy.safetensors") as path:
         save_file(energy, str(path))
+    with write_atomically(work.folder / "moments.safetensors") as path:
+        save_file(second, str(path))
     return {
         "samples": len(rows),
         "importance": p.config.score.importance,
@@ -269,12 +284,14 @@ def prune(work: Work) -> dict[str, Any]:
     energy = load_file(str(work.root / "score" / "energy.safetensors"))
     whole = parameter_count(model)
     plan = plan_bridge(layout, scores, bridge_sizes(p.config.prune, model, layout))
+    if p.config.prune.channels != "select":
+        plan = replace(plan, basis={"hidden": _basis(work, plan.sizes["hidden"])})
     bridge = prune_model(model, layout, plan, energy)
     with folder_atomically(work.folder / "bridge") as folder:
         bridge.save_pretrained(str(folder))
         p.large_encoder.tokenizer.save_pretrained(str(folder))
     with write_atomically(work.folder / "keep.safetensors") as path:
-        save_file(plan.keep, str(path))
+        save_file({**plan.keep, **{f"{BASIS}{key}": matrix for key, matrix in plan.basis.items()}}, str(path))
     write_json(work.folder / "sizes.json", plan.sizes)
     count = parameter_count(bridge)
     blocks = sum(t.numel() for n, t in bridge.named_parameters() if layout.table()[n].place.stack is not None)
@@ -289,9 +306,19 @@ def prune(work: Work) -> dict[str, Any]:
     }
 
 
+def _basis(work: Work, size: int) -> Tensor:
+    """Principal directions of the residual stream, as the configuration weighs them. Returns (size, hidden)."""
+    moments = load_file(str(work.root / "score" / "moments.safetensors"))
+    kinds = ("activity", "error") if work.prepared.config.prune.channels == "gradient_pca" else ("activity",)
+    return principal_basis(torch.stack([moments[kind] / moments[kind].trace() for kind in kinds]).sum(0), size)
+
+
 def _read_plan(root: Path) -> BridgePlan:
     sizes: dict[str, int] = json.loads((root / "prune" / "sizes.json").read_text(encoding="utf-8"))
-    return BridgePlan(sizes, load_file(str(root / "prune" / "keep.safetensors")))
+    tensors = load_file(str(root / "prune" / "keep.safetensors"))
+    keep = {key: tensor for key, tensor in tensors.items() if not key.startswith(BASIS)}
+    basis = {key.removeprefix(BASIS): tensor for key, tensor in tensors.items() if key.startswith(BASIS)}
+    return BridgePlan(sizes, keep, basis)
 
 
 def _layouts(work: Work) -> tuple[Layout, Layout]:
@@ -368,6 +395,8 @@ def _save_coupled(work: Work, coupling: Coupling, weights: Mapping[str, Tensor])
     }
     with write_atomically(work.folder / "coupled.safetensors") as path:
         save_file(tensors, str(path))
+    if not find_mode(p.config.couple.mode).trains_bridge:
+        return
     source = work.root / "prune" / "bridge"
     trained = load_model(str(source), dtype=torch.float32)
     with torch.no_grad():
@@ -414,12 +443,12 @@ def evaluate(work: Work) -> dict[str, Any]:
     plans: list[tuple[str, str, Path | None, Encoder, Mapping[Split, list[Encoded]]]] = [
         ("small_tuned", p.config.small, work.root / "tune" / "module", p.encoder, p.rows),
         ("large_zero_shot", p.config.large, None, p.large_encoder, p.large_rows),
-        (
-            "bridge_coupled", str(work.root / "couple" / "bridge"),
-            work.root / "couple" / "bridge_module", p.large_encoder, p.large_rows,
-        ),
         ("large_plugged", p.config.large, work.root / "plug" / "checkpoint", p.large_encoder, p.large_rows),
     ]  # fmt: skip
+    if find_mode(p.config.couple.mode).trains_bridge:
+        couple_folder = work.root / "couple"
+        source, module = str(couple_folder / "bridge"), couple_folder / "bridge_module"
+        plans.append(("bridge_coupled", source, module, p.large_encoder, p.large_rows))
     if p.config.ceiling is not None:
         plans.append(("large_tuned", p.config.large, work.root / "ceiling" / "module", p.large_encoder, p.large_rows))
     facts: dict[str, Any] = {}

@@ -5,7 +5,15 @@ import torch
 
 from conftest import FAMILIES, make_model, token_inputs
 from plugbridge.models import layout_for
-from plugbridge.shrink.importance import activation, fisher, magnitude, record_inputs, residual_energy, scope_key
+from plugbridge.shrink.importance import (
+    activation,
+    fisher,
+    magnitude,
+    record_inputs,
+    record_second_moments,
+    residual_energy,
+    scope_key,
+)
 
 
 def _samples(model, count: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -111,3 +119,32 @@ def test_forward_only_scores_make_no_gradient(family: str) -> None:
     activation(model, layout, samples, lambda s: model(**s))
     residual_energy(model, layout, samples, lambda s: model(**s))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_moments_of_what_sublayers_read_and_of_the_error_at_what_they_write(family: str) -> None:
+    model = make_model(family)
+    layout = layout_for(model)
+    sample = _samples(model, 1)[0]
+    block = "transformer.h.1.mlp" if family == "gpt2" else next(path for path, _ in layout.functions())
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(_module, inputs, keywords, output) -> None:
+        seen["x"] = (inputs[0] if inputs else keywords["hidden_states"]).detach()
+        seen["y"] = output[0] if isinstance(output, tuple) else output
+        seen["y"].retain_grad()
+
+    handle = model.get_submodule(block).register_forward_hook(keep, with_kwargs=True)
+    with record_second_moments(model, layout) as moments:
+        _likelihood(model)(sample).backward()
+    handle.remove()
+    for kind, x in (("activity", seen["x"]), ("error", seen["y"].grad)):
+        flat = x.reshape(-1, 16).double()
+        assert torch.allclose(moments.sums[kind, block], flat.T @ flat, rtol=1e-5, atol=1e-12), kind
+        total = moments.total(kind)
+        assert total is not None
+        counted = [m for (k, _), m in moments.sums.items() if k == kind and m.trace() > 0]
+        assert torch.allclose(total.trace(), torch.tensor(float(len(counted))).double())
+    with record_second_moments(model, layout) as forward_only, torch.no_grad():
+        model(**sample)
+    assert forward_only.total("error") is None

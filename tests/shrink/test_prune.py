@@ -14,6 +14,7 @@ from plugbridge.shrink.prune import (
     budgeted_sizes,
     count_parameters,
     plan_bridge,
+    principal_basis,
     prune_model,
     reduced_sizes,
 )
@@ -158,3 +159,13 @@ def test_paper_sizes_of_gpt2_xl_and_t5_3b() -> None:
     count = count_parameters(layout, names, sizes)
     assert 0.8 * 1_557_611_200 / 16 < count <= 1_557_611_200 / 16
     assert sizes["hidden"] == sizes["heads"] * 64
+
+
+def test_the_principal_basis_is_orthonormal_and_holds_the_most() -> None:
+    x = torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([5.0, 0.1, 3.0, 0.1, 0.1, 1.0], dtype=torch.float64)
+    basis = principal_basis(x.T @ x, 2).double()
+    assert torch.allclose(basis @ basis.T, torch.eye(2).double(), atol=1e-6)
+    kept = (x @ basis.T).square().sum()
+    assert kept > 0.95 * x.square().sum()
+    assert kept >= x[:, [0, 2]].square().sum() - 1e-6

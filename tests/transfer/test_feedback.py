@@ -8,6 +8,7 @@ from test_transfer import ROWS, SETTINGS, coupling_of
 
 from conftest import FAMILIES, METHODS, make_model
 from plugbridge.evaluate import mean_loss
+from plugbridge.shrink.prune import prune_model
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients
@@ -34,9 +35,20 @@ def _gradients(coupling: Coupling, loss: torch.Tensor) -> dict[str, torch.Tensor
     return dict(zip(parameters, found, strict=True))
 
 
+def _rotated(coupling: Coupling, family: str) -> Coupling:
+    """The same unpruned Bridge on a rotated residual stream."""
+    large = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
+    basis = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    plan = replace(coupling.plan, basis={"hidden": basis})
+    return replace(coupling, plan=plan, bridge=prune_model(large, coupling.large, plan, {}))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("family", "method"), GRID)
-def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str) -> None:
+def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, rotated: bool) -> None:
     coupling = _double(coupling_of(family, method, reduction=1), family)
+    if rotated:
+        coupling = _rotated(coupling, family)
     twin = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
     wrapped, _ = attach(twin, coupling.method, coupling.large, SETTINGS)
     state = pack(coupling.method, coupling.large, coupling.at_large_width())

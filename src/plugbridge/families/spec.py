@@ -250,6 +250,14 @@ class Layout:
                     yield f"{stack.path.format(layer)}.{sublayer.norm}"
             yield stack.final_norm
 
+    def functions(self) -> Iterator[tuple[str, str | None]]:
+        """Paths of every sublayer's function, each with the argument that carries another stack's output."""
+        for stack_name, stack in self.family.stack.items():
+            for layer in range(self.layers[stack_name]):
+                for sublayer in stack.sublayers:
+                    context = sublayer.context.argument if sublayer.context is not None else None
+                    yield f"{stack.path.format(layer)}.{sublayer.function}", context
+
     def place_of(self, module: str) -> tuple[Place, str]:
         """Place of a module path, and its path inside the block. Raises ShapeError if outside."""
         for stack_name, stack in self.family.stack.items():

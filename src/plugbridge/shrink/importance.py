@@ -151,6 +151,59 @@ def record_inputs(modules: Mapping[str, nn.Module], *, centre: bool = False) -> 
             handle.remove()
 
 
+class SecondMoments:
+    """Sum over sublayers of trace-normalised second moments of residual vectors: (hidden, hidden) each.
+
+    `activity` is of what the sublayers read (normalised inputs), `error` of the loss gradient at
+    what they write; the error is empty unless gradients flow while the moments are recorded.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, str], Tensor] = {}
+
+    def add(self, kind: str, name: str, x: Tensor) -> None:
+        """x: (…, hidden)."""
+        flat = x.detach().reshape(-1, x.shape[-1]).double()
+        part = (flat.mT @ flat).cpu()
+        key = (kind, name)
+        self.sums[key] = self.sums[key] + part if key in self.sums else part
+
+    def total(self, kind: str) -> Tensor | None:
+        """(hidden, hidden) sum over sublayers, each of trace one; None if nothing was recorded."""
+        parts = [m / m.trace() for (k, _), m in self.sums.items() if k == kind and float(m.trace()) > 0]
+        return torch.stack(parts).sum(0) if parts else None
+
+
+@contextmanager
+def record_second_moments(model: nn.Module, layout: Layout) -> Generator[SecondMoments]:
+    """Record what sublayers read and, where gradients flow, the error at what they write."""
+    moments = SecondMoments()
+
+    def on_error(name: str) -> Callable[[Tensor], None]:
+        return lambda gradient: moments.add("error", name, gradient)
+
+    def on_call(name: str, context: str | None) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            moments.add("activity", name, inputs[0] if inputs else keywords["hidden_states"])
+            if context is not None:
+                moments.add("activity", f"{name}.{context}", keywords[context])
+            written: Tensor = output[0] if isinstance(output, tuple) else output
+            if written.requires_grad:
+                written.register_hook(on_error(name))
+
+        return hook
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(on_call(path, context), with_kwargs=True)
+        for path, context in layout.functions()
+    ]
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def residual_energy(
     model: nn.Module, layout: Layout, samples: Iterable[Any], forward: Callable[[Any], object]
 ) -> dict[str, Tensor]:

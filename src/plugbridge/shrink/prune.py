@@ -7,7 +7,7 @@ columns together. Scores are sums, so an axis shared by many weights is ranked b
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,15 +17,25 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout, Place, check_constraints, config_changes
 from plugbridge.shrink.importance import Scores, scope_key
-from plugbridge.tensors.axes import Op, Select, axis_names, shape_of, transform
+from plugbridge.tensors.axes import Op, Project, Select, axis_names, shape_of, transform
 
 
 @dataclass(frozen=True)
 class BridgePlan:
-    """What a Bridge keeps: `sizes` of all axes, and kept positions per scored key, ascending."""
+    """What a Bridge keeps: `sizes` of all axes, and kept positions per scored key, ascending.
+
+    A key in `basis` is projected by an orthonormal (Bridge, large) matrix instead. A Bridge on a
+    projected residual stream serves the feedback's backward pass; as a model by itself it is none,
+    since norms do not commute with a rotation.
+    """
 
     sizes: dict[str, int]
     keep: dict[str, Tensor]
+    basis: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def op(self, key: str) -> Op:
+        """The selection or projection of one scored key."""
+        return Project(self.basis[key]) if key in self.basis else Select(self.keep[key])
 
     def ops(self, layout: Layout, pattern: str, place: Place) -> dict[str, Op]:
         """The selections that apply to a tensor with these axes at this place."""
@@ -33,7 +43,7 @@ class BridgePlan:
         for axis in axis_names(pattern):
             key = scope_key(layout, axis, place)
             if key is not None:
-                found[axis] = Select(self.keep[key])
+                found[axis] = self.op(key)
         return found
 
 
@@ -96,6 +106,12 @@ def plan_bridge(layout: Layout, scores: Scores, sizes: Mapping[str, int]) -> Bri
         order = torch.sort(values, descending=True, stable=True).indices
         keep[key] = order[: sizes[axis]].sort().values
     return BridgePlan(dict(sizes), keep)
+
+
+def principal_basis(moments: Tensor, size: int) -> Tensor:
+    """The `size` leading eigenvectors of a second moment, as rows. moments: (d, d) -> (size, d)."""
+    vectors = torch.linalg.eigh(moments.double()).eigenvectors[:, -size:]
+    return vectors.flip(1).mT.float().contiguous()
 
 
 def prune_state(

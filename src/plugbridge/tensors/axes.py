@@ -37,7 +37,7 @@ class Project:
     matrix: Tensor
 
     def apply(self, tensor: Tensor, dim: int) -> Tensor:
-        matrix = self.matrix.to(tensor.dtype)
+        matrix = self.matrix.to(tensor.device, tensor.dtype)
         return (tensor.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
 
     @property

@@ -1,19 +1,18 @@
 """W_down: from the large model's axes to the Bridge's (Jin et al. 2023, section 2).
 
-`select` takes the channels and heads the Bridge kept. `learned` starts there, as a 0/1 matrix,
-and trains with the rest.
+`select` takes the channels and heads the Bridge kept (or its projection of them). `learned` starts
+there, as a matrix, and trains with the rest.
 """
 
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from plugbridge.families.spec import Layout, Place
 from plugbridge.shrink.importance import scope_key
 from plugbridge.shrink.prune import BridgePlan
-from plugbridge.tensors.axes import Op, Project, Select, axis_names, selection_matrix, transform
+from plugbridge.tensors.axes import Op, Project, axis_names, selection_matrix, transform
 from plugbridge.transfer.plug import known_sizes
 from plugbridge.tuners.module import Module, pattern_of
 from plugbridge.tuners.table import Method
@@ -32,8 +31,8 @@ def start_down(kind: DownKind, layout: Layout, plan: BridgePlan, method: Method,
         for axis in axis_names(pattern_of(method, layout, slot)):
             key = scope_key(layout, axis, place)
             if key is not None and key not in down:
-                select = Select(plan.keep[key])
-                down[key] = selection_matrix(select, layout.sizes[axis], torch.float32)
+                op = plan.op(key)
+                down[key] = op.matrix.clone() if isinstance(op, Project) else selection_matrix(op, layout.sizes[axis])
     return down
 
 
@@ -44,9 +43,9 @@ def apply_down(method: Method, layout: Layout, plan: BridgePlan, down: Mapping[s
         pattern = pattern_of(method, layout, slot)
         place = Place(slot.stack, slot.layer)
         ops: dict[str, Op] = {}
-        for axis, select in plan.ops(layout, pattern, place).items():
+        for axis, kept in plan.ops(layout, pattern, place).items():
             key = scope_key(layout, axis, place)
             matrix = down.get(key) if key is not None else None
-            ops[axis] = select if matrix is None else Project(matrix)
+            ops[axis] = kept if matrix is None else Project(matrix)
         viewed[slot] = transform(tensor, pattern, ops, known_sizes(layout), slot.tensor)
     return viewed

@@ -25,7 +25,7 @@ from plugbridge.evaluate import at_least_float32
 from plugbridge.families.spec import Layout, Place, Sublayer
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import IGNORE, Batch, Encoded, gold
-from plugbridge.tensors.axes import transform
+from plugbridge.tensors.axes import Project, transform
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
@@ -136,11 +136,14 @@ class Width:
     plan: BridgePlan
 
     def down(self, x: Tensor) -> Tensor:
-        return x.index_select(-1, self.plan.keep["hidden"].to(x.device))
+        return self.plan.op("hidden").apply(x, x.dim() - 1)
 
     def lift(self, x: Tensor) -> Tensor:
+        op = self.plan.op("hidden")
+        if isinstance(op, Project):
+            return x @ op.matrix.to(x.device, x.dtype)
         wide = x.new_zeros(*x.shape[:-1], self.layout.sizes["hidden"])
-        return wide.index_copy(-1, self.plan.keep["hidden"].to(x.device), x)
+        return wide.index_copy(-1, op.index.to(x.device), x)
 
     def argument(self, value: Any, pattern: str, place: Place) -> Any:
         """A function's further argument at Bridge width."""

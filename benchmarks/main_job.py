@@ -21,6 +21,7 @@ from plugbridge.run import execute, locked
 from plugbridge.stages import build_stages
 
 ROOT = Path(__file__).resolve().parent.parent
+MODES = {"standalone": (), "feedback": ("prune.channels=gradient_pca", "couple.learning_rate=0.001")}
 ROWS = ("small_tuned", "large_zero_shot", "bridge_coupled", "large_plugged", "large_tuned")
 COLUMNS = (
     "task", "family", "method", "coupling", "majority", "small tuned", "large zero-shot", "Bridge (thrown away)",
@@ -69,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["gpt2", "t5"])
     parser.add_argument("--methods", nargs="+", default=["lora", "adapter", "prefix"])
-    parser.add_argument("--modes", nargs="+", default=["standalone", "feedback"])
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--tasks", nargs="+", default=["wordnet-kind"])
     parser.add_argument("--set", dest="sets", nargs="+", default=[], help="overrides, such as couple.steps=100")
     parser.add_argument("--data", type=Path, help="directory of task files")
@@ -84,7 +85,7 @@ def main() -> None:
             for method in args.methods:
                 for mode in args.modes:
                     name = f"{task}-{family}-{method}-{mode}"
-                    sets = [*args.sets, f"couple.mode={mode}"]
+                    sets = [f"couple.mode={mode}", *MODES[mode], *args.sets]
                     found = run(f"{family}-{method}", task, sets, args.data, args.out / name)
                     reports.append({"run": name, **_portable(found)})
                     lines.append(line(found, family))

@@ -17,6 +17,7 @@ from conftest import METHODS, VOCAB, make_tokenizer, save_model, write_jsonl
 from plugbridge import __version__
 from plugbridge.cli import main
 from plugbridge.config import RunConfig, fields_help
+from plugbridge.report import recovered
 from plugbridge.run import locked
 
 STAGES = ["tune", "score", "prune", "couple", "plug", "evaluate"]
@@ -169,6 +170,14 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     assert "stage 'plug' of" in mistake(call("report", root))
 
 
+def test_the_gap_recovered_is_null_where_there_may_be_no_gap() -> None:
+    values = {"small_tuned": 0.4, "large_plugged": 0.5, "large_tuned": 0.6}
+    assert recovered(values, 1000) == pytest.approx(0.5)
+    assert recovered(values, 20) is None  # 0.2 is within chance of 20 rows
+    assert recovered({**values, "large_tuned": 0.3}, 1000) is None
+    assert recovered({name: v for name, v in values.items() if name != "large_tuned"}, 1000) is None
+
+
 def test_set_quiet_ceiling_and_an_odd_name(call: Call, config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(ceiling={"steps": 1, "batch_size": 4})
     root = tmp_path / "[bold]:cat:"
@@ -183,9 +192,7 @@ def test_set_quiet_ceiling_and_an_odd_name(call: Call, config: Callable[..., Pat
     found = json.loads(out)
     assert [row["name"] for row in found["rows"]] == [*ROWS, "large_tuned"]
     values = {row["name"]: row["value"] for row in found["rows"]}
-    gap = values["large_tuned"] - values["small_tuned"]
-    expected = None if gap <= 0 else (values["large_plugged"] - values["small_tuned"]) / gap
-    assert found["pgr"] == (expected if expected is None else pytest.approx(expected))
+    assert found["pgr"] == recovered(values, 30)
     assert call("report", root)[0] == 0
 
 

@@ -51,7 +51,7 @@ def read_report(root: Path) -> dict[str, Any]:
 
     `rows`: name, metric, value, n, seconds and peak_bytes of making the model (training stages),
     evaluate_seconds, parameters {trainable, changed, rank}. Also `pgr` (performance gap recovered:
-    (plugged - small) / (ceiling - small), null without a ceiling or without a gap), `stages`,
+    (plugged - small) / (ceiling - small), null without a ceiling or a gap beyond chance), `stages`,
     `models`, `versions`, `seed`. What was done is read from the stages' markers, not from the run's
     config, which may be newer. Raises RunError if the run is not finished.
     """
@@ -128,7 +128,7 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "mode": markers.depends("couple")["couple"]["mode"],
         "rows": rows,
         "majority": facts["majority"]["metrics"],
-        "pgr": recovered(values),
+        "pgr": recovered(values, rows[0]["n"]),
         "stages": [
             {"name": name, "seconds": m["seconds"], "peak_bytes": m["peak_bytes"]} for name, m in markers.stages.items()
         ],
@@ -150,12 +150,18 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
     }
 
 
-def recovered(values: dict[str, float]) -> float | None:
-    """Performance gap recovered: (plugged - small) / (ceiling - small); None without a gap."""
+def recovered(values: dict[str, float], n: int) -> float | None:
+    """Performance gap recovered: (plugged - small) / (ceiling - small).
+
+    None without a ceiling, and where the gap is within 1.96 standard errors of zero (n rows, binomial):
+    a ratio to a gap that may not be there says nothing.
+    """
     if "large_tuned" not in values:
         return None
-    gap = values["large_tuned"] - values["small_tuned"]
-    return None if gap <= 0 else (values["large_plugged"] - values["small_tuned"]) / gap
+    small, ceiling = values["small_tuned"], values["large_tuned"]
+    error = ((small * (1 - small) + ceiling * (1 - ceiling)) / n) ** 0.5
+    gap = ceiling - small
+    return None if gap <= 1.959964 * error else (values["large_plugged"] - small) / gap
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,7 @@ rows of `wordnet-kind` for modules at large width (identity plug) a little off t
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def main() -> None:
     quiet_transformers()
     lines = [line for f in args.families for m in args.methods for line in table(f, m, args.reductions)]
     head = "| family | method | r | channels | mean cosine | per layer, first to last (T5: encoder, then decoder) |"
-    text = "# Gradient cosine\n\n" + (__doc__ or "") + "\n" + "\n".join([head, "|---" * 6 + "|", *lines]) + "\n"
+    command = f"Made by\n\n    python benchmarks/gradient_cosine.py {' '.join(sys.argv[1:])}\n\n"
+    about = (__doc__ or "").partition("    python")[0]
+    text = "# Gradient cosine\n\n" + about + command + "\n".join([head, "|---" * 6 + "|", *lines]) + "\n"
     if args.table:
         write_text(args.table, text)
 

@@ -8,6 +8,7 @@ interrupted sweep goes on where it was.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from plugbridge.config import RunConfig, load_config
@@ -64,9 +65,10 @@ def main() -> None:
     rule = "|---" * (3 + len(args.rates)) + "|"
     text = (
         "# Learning rates\n\nAccuracy on the validation rows of `wordnet-kind` "
-        f"({args.steps} steps of 32 rows, one seed) by peak learning rate. The defaults in `tuners/table.py` come "
-        "from this table. Made by\n\n    python benchmarks/learning_rates.py --out runs/learning_rates "
-        "--table docs/results/learning_rates.md\n\n" + "\n".join([head, rule, *lines]) + "\n"
+        f"({args.steps} steps of 32 rows, one seed) by peak learning rate. "
+        f"Made by\n\n    python benchmarks/learning_rates.py {' '.join(sys.argv[1:])}\n\n"
+        + "\n".join([head, rule, *lines])
+        + "\n"
     )
     if args.table:
         write_text(args.table, text)

@@ -8,6 +8,7 @@ bench with its seeds and controls is another command.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def main() -> None:
 def _write(table: Path, lines: list[str], reports: list[dict[str, Any]]) -> None:
     head = "| " + " | ".join(COLUMNS) + " |"
     rule = "|---" * len(COLUMNS) + "|"
-    text = "# The main job\n\n" + (__doc__ or "") + "\n" + "\n".join([head, rule, *lines]) + "\n"
+    command = f"Made by\n\n    python benchmarks/main_job.py {' '.join(sys.argv[1:])}\n\n"
+    text = "# The main job\n\n" + (__doc__ or "") + "\n" + command + "\n".join([head, rule, *lines]) + "\n"
     write_text(table, text)
     write_json(table.with_suffix(".json"), reports)
 

@@ -30,8 +30,8 @@ class Method:
     """One PEFT method.
 
     `roles` are the family roles whose modules it changes; `tensors` maps a tensor's name to its
-    axes; `learning_rate` is the default for a fresh module, chosen on validation rows
-    (docs/results/learning_rates.md); `stacked` says that one tensor holds all layers.
+    axes; `learning_rate` is the default for a fresh module (validation accuracies by rate:
+    docs/results/learning_rates.md); `stacked` says that one tensor holds all layers.
     """
 
     name: str

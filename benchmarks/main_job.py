@@ -99,7 +99,13 @@ def _write(table: Path, lines: list[str], reports: list[dict[str, Any]]) -> None
     head = "| " + " | ".join(COLUMNS) + " |"
     rule = "|---" * len(COLUMNS) + "|"
     command = f"Made by\n\n    python benchmarks/main_job.py {' '.join(sys.argv[1:])}\n\n"
-    text = "# The main job\n\n" + (__doc__ or "") + "\n" + command + "\n".join([head, rule, *lines]) + "\n"
+    text = (
+        "# The main job\n\n"
+        + (__doc__ or "").partition("    python")[0]
+        + command
+        + "\n".join([head, rule, *lines])
+        + "\n"
+    )
     write_text(table, text)
     write_json(table.with_suffix(".json"), reports)
 

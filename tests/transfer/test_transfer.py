@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from conftest import FAMILIES, METHODS, logits_of, make_model, make_tokenizer, randomise, token_inputs
+from conftest import FAMILIES, METHODS, logits_of, make_model, make_tokenizer, randomise
 from plugbridge.errors import ConfigError
 from plugbridge.models import layout_for
 from plugbridge.shrink.importance import magnitude
@@ -229,11 +229,3 @@ def test_random_plug_keeps_lengths_and_depends_on_the_seed_only() -> None:
 def test_unknown_mode() -> None:
     with pytest.raises(ConfigError, match="known: standalone, feedback"):
         find_mode("telepathy")
-
-
-def test_the_large_model_gets_no_gradient_in_standalonecoupling_of() -> None:
-    coupling = coupling_of("gpt2", "lora")
-    large = make_model("gpt2", hidden=16, layers=2, heads=4, seed=3)
-    storages = {p.untyped_storage().data_ptr() for p in large.parameters()}
-    assert not storages & {p.untyped_storage().data_ptr() for p in coupling.bridge.parameters()}
-    assert token_inputs(large)  # the large model is not part of the coupling at all

@@ -1,5 +1,7 @@
-"""Tasks as data: prompts word by word, hold-out, the user's own rows, the official row counts."""
+"""Tasks as data: prompts word by word, hold-out and limits, the user's own rows, the official row counts."""
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,17 @@ from plugbridge.config import TaskConfig
 from plugbridge.errors import ConfigError, DataError
 from plugbridge.tasks.metrics import METRICS
 from plugbridge.tasks.own import own_rows, own_task
+from plugbridge.tasks.read import read_rows
 from plugbridge.tasks.spec import (
     Row,
+    Task,
+    draw,
     fill,
     hold_out,
     load_rows,
     load_task,
     make_row,
     parse_task,
-    read_jsonl,
     refill,
     split_files,
     task_names,
@@ -27,6 +31,7 @@ from plugbridge.tasks.spec import (
 
 PAIR = {"premise": "It rained.", "hypothesis": "It was wet."}
 CHOICE = {"premise": "He fell.", "choice1": "It was icy.", "choice2": "It was dry.", "question": "cause", "label": 0}
+NEWS = {"Title": "Rain", "Description": "It rained.", "Class Index": "4"}
 
 
 @pytest.mark.parametrize("name", task_names())
@@ -34,8 +39,9 @@ def test_every_shipped_task_is_whole(name: str) -> None:
     task = load_task(name)
     assert task.name == name
     assert set(task.metrics) <= set(METRICS)
-    assert {"train", "test"} <= set(task.files)
-    assert "validation" in task.files or task.holdout > 0
+    assert "train" in task.files
+    assert ("validation" in task.files) != (task.holdout > 0)
+    assert ("test" in task.files) != (task.holdout_test > 0)
     if task.shipped:
         assert set(split_files(task, None)) == set(task.files)
 
@@ -56,6 +62,24 @@ def test_every_shipped_task_is_whole(name: str) -> None:
          "He fell. As a result:", (" It was icy.", " It was dry."), 1),
         ("copa", "seq2seq", {**CHOICE, "label": 1},
          "copa choice1: It was icy. choice2: It was dry. premise: He fell. question: cause", ("choice1", "choice2"), 1),
+        ("sst2", "causal", {"sentence": "a joy .", "label": "1"}, "a joy .\nIt was", (" bad", " good"), 1),
+        ("sst2", "seq2seq", {"sentence": "a joy .", "label": "0"},
+         "sst2 sentence: a joy .", ("negative", "positive"), 0),
+        ("subj", "causal", {"sentence": "he runs .", "label": "1"},
+         "he runs .\nThis is a", (" thought", " fact"), 1),
+        ("subj", "seq2seq", {"sentence": "he runs .", "label": "0"},
+         "subj sentence: he runs .", ("subjective", "objective"), 0),
+        ("trec", "causal", {"question": "Where is it ?", "label": "4"}, "Where is it ?\nThe answer is a",
+         (" fact", " thing", " word", " person", " place", " number"), 4),
+        ("trec", "seq2seq", {"question": "Who is it ?", "label": "3"}, "trec question: Who is it ?",
+         ("description", "entity", "abbreviation", "human", "location", "number"), 3),
+        ("agnews", "causal", NEWS, "Rain. It rained.\nTopic:", (" world", " sports", " business", " science"), 3),
+        ("agnews", "seq2seq", NEWS,
+         "agnews title: Rain description: It rained.", ("world", "sports", "business", "science"), 3),
+        ("agnews-alps", "causal", {"text": "It rained.", "topic": "Sci/Tech"},
+         "It rained.\nTopic:", (" world", " sports", " business", " science"), 3),
+        ("agnews-alps", "seq2seq", {"text": "It rained.", "topic": "World"},
+         "agnews description: It rained.", ("world", "sports", "business", "science"), 0),
     ],
 )  # fmt: skip
 def test_prompts_word_by_word(
@@ -99,6 +123,7 @@ TASK: dict[str, Any] = {
     "metrics": ["accuracy"],
 }  # fmt: skip
 WORDS = {"a": "x", "b": "y"}
+FORM = {"causal": {"prompt": "{x}", "words": WORDS}}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +137,27 @@ WORDS = {"a": "x", "b": "y"}
         ({"causal": {"prompt": "{x}", "words": {"a": ""}}}, "the label word of 'a' is empty"),
         ({"causal": {"prompt": "{x}", "words": {"a": "x", "b": "x"}}}, "'a' and 'b' have the same word 'x'"),
         ({}, "t.toml: causal: Field required"),
+        ({**FORM, "holdout": 1.0}, "t.toml: holdout: Input should be less than 1"),
+        ({**FORM, "holdout_test": -0.1}, "t.toml: holdout_test: Input should be greater than or equal to 0"),
+        (
+            {**FORM, "holdout": 0.1, "files": {"train": "a", "validation": "b"}},
+            "^t.toml: give either `holdout` or a validation file$",
+        ),
+        (
+            {**FORM, "holdout_test": 0.1, "files": {"train": "a", "test": "b"}},
+            "^t.toml: give either `holdout_test` or a test file$",
+        ),
+        ({**FORM, "limit": {"train": 0}}, "t.toml: limit.train: Input should be greater than 0"),
+        ({**FORM, "limit": {"dev": 9}}, "t.toml: limit.dev.*: Input should be 'train', 'validation' or 'test'"),
+        ({**FORM, "format": {"name": "xml"}}, "t.toml: format: Input tag 'xml' found using 'name' does not match"),
+        ({**FORM, "format": {"name": "tsv"}}, "t.toml: format.tsv.columns: Field required"),
+        ({**FORM, "format": {"name": "tsv", "columns": []}}, "t.toml: format.tsv.columns: Tuple should have at least"),
+        ({**FORM, "format": {"name": "jsonl", "encoding": "latin-1"}}, "t.toml: format.jsonl.encoding: Extra inputs"),
+        ({**FORM, "format": {"name": "csv", "columns": ["a"], "separator": "||"}}, "t.toml: format.csv.separator: "),
+        (
+            {**FORM, "format": {"name": "labelled lines", "columns": ["a"]}},
+            "t.toml: format.labelled lines.columns.1: Field required",
+        ),
     ],
 )
 def test_a_task_file_is_read_strictly(changes: dict[str, Any], message: str) -> None:
@@ -131,23 +177,87 @@ def numbered(count: int) -> list[Row]:
 
 def test_hold_out_is_drawn_by_the_seed_and_loses_nothing() -> None:
     rows = numbered(40)
-    split = hold_out(rows, 0.15, 0, has_validation=False)
-    assert split == hold_out(list(rows), 0.15, 0, has_validation=False)
-    assert split != hold_out(rows, 0.15, 1, has_validation=False)
-    assert (len(split["train"]), len(split["validation"])) == (34, 6)
-    assert sorted(split["train"] + split["validation"], key=lambda r: int(r.prompt)) == rows
-    for part in split.values():
+    kept, held = hold_out(rows, 0.15, 0)
+    assert (kept, held) == hold_out(list(rows), 0.15, 0)
+    assert (kept, held) != hold_out(rows, 0.15, 1)
+    assert (len(kept), len(held)) == (34, 6)
+    assert sorted(kept + held, key=lambda r: int(r.prompt)) == rows
+    for part in (kept, held):
         assert part == sorted(part, key=lambda r: int(r.prompt))
-    assert hold_out(rows, 0.15, 0, has_validation=True) == {"train": rows}
-    assert len(hold_out(numbered(3), 0.01, 0, has_validation=False)["validation"]) == 1
+    assert [row.prompt for row in held] == ["2", "4", "11", "23", "24", "27"]
+    assert len(hold_out(numbered(3), 0.01, 0)[1]) == 1
 
 
-def test_jsonl_lines_keep_their_numbers(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n  \r\n{"a": "\u2028"}', encoding="utf-8")
-    assert list(read_jsonl(tmp_path / "a.jsonl")) == [
-        (f"{tmp_path}/a.jsonl:1", {"a": 1}),
-        (f"{tmp_path}/a.jsonl:4", {"a": "\u2028"}),
-    ]
+def test_a_smaller_draw_is_part_of_a_larger_one() -> None:
+    rows = numbered(40)
+    drawn, rest = draw(rows, 12, 3)
+    assert set(map(id, draw(rows, 5, 3)[0])) < set(map(id, drawn))
+    assert sorted([*drawn, *rest], key=lambda r: int(r.prompt)) == rows
+    assert draw(rows, 99, 3) == (rows, [])
+
+
+def lines_task(tmp_path: Path, rows: dict[str, int], **keys: Any) -> Task:
+    """A task of labelled lines; ``rows`` is the number of lines by split."""
+    for split, count in rows.items():
+        text = "".join(f"{i % 2} line {i}\n" for i in range(count))
+        (tmp_path / split).write_text(text, encoding="utf-8")
+    raw = {
+        **TASK, "files": {split: split for split in rows},
+        "format": {"name": "labelled lines", "columns": ["label", "text"]},
+        "causal": {"prompt": "{text}", "words": {"0": "x", "1": "y"}}, **keys,
+    }  # fmt: skip
+    return parse_task(raw, "t.toml")
+
+
+def texts(task: Task, data: Path, seed: int) -> dict[str, list[str]]:
+    return {split: [row.prompt for row in rows] for split, rows in load_rows(task, "causal", data, seed).items()}
+
+
+def test_one_file_is_held_out_twice(tmp_path: Path) -> None:
+    task = lines_task(tmp_path, {"train": 100}, holdout=0.2, holdout_test=0.1)
+    first, second = texts(task, tmp_path, 0), texts(task, tmp_path, 1)
+    assert {split: len(found) for split, found in first.items()} == {"train": 72, "validation": 18, "test": 10}
+    assert sorted(text for found in first.values() for text in found) == sorted(f"line {i}" for i in range(100))
+    assert first == texts(task, tmp_path, 0)
+    assert first["test"] == second["test"]  # whatever the seed: no seed tunes on another's test rows
+    assert first["validation"] != second["validation"]
+
+
+def test_a_limit_is_drawn_by_the_seed_but_for_test_rows(tmp_path: Path) -> None:
+    files = {"train": 100, "test": 50}
+    limit = {"train": 30, "validation": 5, "test": 20}
+    whole = texts(lines_task(tmp_path, files, holdout=0.1), tmp_path, 1)
+    task = lines_task(tmp_path, files, holdout=0.1, limit=limit)
+    first, second = texts(task, tmp_path, 0), texts(task, tmp_path, 1)
+    assert {split: len(found) for split, found in first.items()} == limit
+    for split, found in second.items():
+        assert found == [text for text in whole[split] if text in set(found)]  # in the file's order
+    assert first["test"] == second["test"]
+    assert first["train"] != second["train"]
+    assert first["validation"] != second["validation"]
+
+
+def test_a_limit_above_the_rows_leaves_them_all(tmp_path: Path) -> None:
+    files = {"train": 9, "validation": 2, "test": 4}
+    task = lines_task(tmp_path, files, limit={"train": 9, "test": 5})
+    assert texts(task, tmp_path, 3) == texts(lines_task(tmp_path, files), tmp_path, 0)
+
+
+def test_a_split_without_rows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^task 't': split 'validation' is empty \(held out\)$"):
+        load_rows(lines_task(tmp_path, {"train": 9, "test": 4}, limit={"validation": 5}), "causal", tmp_path, 0)
+    with pytest.raises(DataError, match=r"^task 't': split 'test' is empty \(.*/test\)$"):
+        load_rows(lines_task(tmp_path, {"train": 9, "test": 0}, holdout=0.1), "causal", tmp_path, 0)
+
+
+def test_later_keys_do_not_touch_the_digest_of_a_task_without_them() -> None:
+    old = {
+        "name", "title", "source", "licence", "folder", "shipped", "files", "holdout", "label", "passage", "metrics",
+        "causal", "seq2seq",
+    }  # fmt: skip
+    assert set(load_task("rte").model_dump(mode="json")) == old
+    assert set(load_task("subj").model_dump(mode="json")) == old | {"format", "holdout_test"}
+    assert set(load_task("sst2").model_dump(mode="json")) == old | {"format", "limit"}
 
 
 def test_one_file_of_own_rows_is_split_by_the_seed(tmp_path: Path) -> None:
@@ -175,6 +285,36 @@ def test_files_are_found_in_any_usual_place(tmp_path: Path, layout: str) -> None
     assert {split: len(found) for split, found in rows.items()} == {"test": 10, "train": 9, "validation": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        ("sst2", [".", "SST-2", "glue/SST-2"]),
+        ("subj", [".", "sentence_classification"]),
+        ("trec", [".", "sentence_classification"]),
+        ("agnews", [".", "agnews", "sentence_classification/agnews"]),
+        ("agnews-alps", [".", "agnews", "sentence_classification/agnews"]),
+    ],
+)
+def test_folders_of_tasks_from_local_files(tmp_path: Path, name: str, layouts: list[str]) -> None:
+    task = load_task(name)
+    for i, layout in enumerate(layouts):
+        folder = tmp_path / str(i) / layout
+        folder.mkdir(parents=True)
+        for file in task.files.values():
+            (folder / file).touch()
+        assert split_files(task, tmp_path / str(i)) == {split: folder / file for split, file in task.files.items()}
+
+
+def test_files_that_are_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").touch()
+    message = f"{tmp_path}/SST-2 does not hold train.tsv, dev.tsv, nor does {tmp_path}/glue/SST-2, nor does {tmp_path}"
+    with pytest.raises(DataError, match=f"^task 'sst2': {re.escape(message)}$"):
+        split_files(load_task("sst2"), tmp_path)
+    with pytest.raises(DataError, match=r"a directory that holds SST-2/train\.tsv$"):
+        split_files(load_task("sst2"), None)
+
+
 @pytest.mark.needs_data
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @pytest.mark.parametrize(
@@ -183,17 +323,58 @@ def test_files_are_found_in_any_usual_place(tmp_path: Path, layout: str) -> None
         ("rte", {"train": 2241, "validation": 249, "test": 277}, {0, 1}),  # 2490 and 277
         ("cb", {"train": 212, "validation": 38, "test": 56}, {0, 1, 2}),  # 250 and 56
         ("copa", {"train": 340, "validation": 60, "test": 100}, {0, 1}),  # 400 and 100
+        ("sst2", {"train": 4000, "validation": 600, "test": 872}, {0, 1}),  # limited
+        ("subj", {"train": 8100, "validation": 900, "test": 1000}, {0, 1}),  # 10000
+        ("trec", {"train": 4907, "validation": 545, "test": 500}, set(range(6))),  # 5452 and 500
+        ("agnews-alps", {"train": 4000, "validation": 600, "test": 1000}, set(range(4))),  # limited
     ],
 )
 def test_official_files(name: str, counts: dict[str, int], labels: set[int], kind: str) -> None:
-    rows = load_rows(load_task(name), kind, data_directory(), seed=0)
+    task = load_task(name)
+    rows = load_rows(task, kind, data_directory(), seed=0)
     assert {split: len(found) for split, found in rows.items()} == counts
     for found in rows.values():
         assert {row.answer for row in found} == labels
-        assert all(row.prompt and "{" not in row.prompt for row in found)
+        assert all(row.prompt and not any(f"{{{name}}}" in row.prompt for name in row.fields) for row in found)
     held = {row.where for row in rows["validation"]}
     assert held.isdisjoint(row.where for row in rows["train"])
-    assert all("train.jsonl" in where for where in held)
+    assert all(f"{task.files['train']}:" in where for where in held)
+    assert {row.where for row in rows["test"]}.isdisjoint({*held, *(row.where for row in rows["train"])})
+
+
+@pytest.mark.needs_data
+@pytest.mark.parametrize(
+    ("name", "file", "counts"),
+    [
+        ("sst2", "glue/SST-2/train.tsv", {"0": 29780, "1": 37569}),
+        ("sst2", "glue/SST-2/dev.tsv", {"0": 428, "1": 444}),
+        ("subj", "sentence_classification/subj.all", {"0": 5000, "1": 5000}),
+        ("trec", "sentence_classification/TREC.train.all",  # Li and Roth's DESC, ENTY, ABBR, HUM, LOC, NUM
+         {"0": 1162, "1": 1250, "2": 86, "3": 1223, "4": 835, "5": 896}),
+        ("trec", "sentence_classification/TREC.test.all", {"0": 138, "1": 94, "2": 9, "3": 65, "4": 81, "5": 113}),
+        ("agnews", "sentence_classification/agnews/train.csv", dict.fromkeys("1234", 30000)),
+        ("agnews", "sentence_classification/agnews/test.csv", dict.fromkeys("1234", 1900)),
+        ("agnews-alps", "sentence_classification/agnews/alps_dev.tsv",
+         {"World": 2509, "Sports": 2458, "Business": 2496, "Sci/Tech": 2538}),
+        ("agnews-alps", "sentence_classification/agnews/alps_test.tsv",
+         dict.fromkeys(("World", "Sports", "Business", "Sci/Tech"), 1900)),
+    ],
+)  # fmt: skip
+def test_classes_of_the_official_files(name: str, file: str, counts: dict[str, int]) -> None:
+    path = data_directory() / file
+    if not path.is_file():
+        pytest.skip(f"the data directory does not hold {file}")
+    task = load_task(name)
+    assert Counter(row[task.label] for _, row in read_rows(path, task.format)) == counts
+
+
+@pytest.mark.needs_data
+def test_films_are_written_in_windows_letters() -> None:
+    rows = dict(read_rows(data_directory() / "sentence_classification" / "subj.all", load_task("subj").format))
+    sentences = {where.rpartition(":")[2]: row["sentence"] for where, row in rows.items()}
+    assert "moli\u00e8re" in sentences["85"]
+    assert "\u2013 helps make" in sentences["41"]
+    assert "\u2026 and bowling" in sentences["140"]
 
 
 @pytest.mark.needs_data

@@ -1,27 +1,37 @@
 """A task as data: where its rows are, how a row becomes a prompt with options, which metrics count.
 
 A shipped task is one TOML file beside this module; the user's own is a jsonl file with a prompt
-and label words in the run's configuration. Reading is strict: a bad line is refused by file and
-line number.
+and label words in the run's configuration. `read.py` has the file formats.
 """
 
 import json
 import string
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from plugbridge.errors import ConfigError, DataError
+from plugbridge.tasks.read import Format, Jsonl, read_rows
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+TEST_SEED = 0  # draws test rows whatever the run's seed: all seeds score the same rows, and none has tuned on them
 
 
 class _Strict(BaseModel):
@@ -62,21 +72,49 @@ class PromptForm(_Strict):
 
 
 class Task(_Strict):
-    """One task. `folder` is looked up below the data directory, or beside this module if `shipped`."""
+    """One task.
+
+    `folder` is looked up in the data directory, then in the folders of it that `within` names;
+    or beside this module if `shipped`. `format` says how the `files` are written. `holdout_test`
+    is the share of the train rows that becomes the test split where there is no test file;
+    `holdout` is the share of the rest that becomes the validation split where there is no
+    validation file. `limit` is the most rows a split may have, after holding out. Validation rows,
+    and train rows under a limit, are drawn by the run's seed; test rows always by `TEST_SEED`.
+    """
 
     name: str
     title: str
     source: str
     licence: str
     folder: str
+    within: tuple[str, ...] = Field(default=(), exclude=True)  # where files lie changes no result
     shipped: bool = False
     files: dict[str, str]
-    holdout: float = 0.0
+    format: Format = Jsonl()
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    holdout_test: float = Field(default=0.0, ge=0, lt=1)
+    limit: dict[Split, PositiveInt] = {}
     label: str
     passage: str | None = None
     metrics: tuple[str, ...]
     causal: PromptForm
     seq2seq: PromptForm | None = None
+
+    @model_validator(mode="after")
+    def _hold_out_what_no_file_has(self) -> "Task":
+        for key, share, split in (
+            ("holdout", self.holdout, "validation"),
+            ("holdout_test", self.holdout_test, "test"),
+        ):
+            if share > 0 and split in self.files:
+                raise ValueError(f"give either `{key}` or a {split} file")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A task that does not use the later keys is dumped, and so digested by its runs, as it was before them."""
+        later = {"format": self.format == Jsonl(), "holdout_test": self.holdout_test == 0, "limit": not self.limit}
+        return {key: value for key, value in dump(self).items() if not later.get(key, False)}
 
     def form(self, kind: str) -> PromptForm:
         """The prompt form for ``causal`` or ``seq2seq`` models."""
@@ -119,7 +157,7 @@ def parse_task(raw: Mapping[str, Any], source: str) -> Task:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: {where}: {message}") from error
+        raise ConfigError(": ".join(part for part in (source, where, message) if part)) from error
 
 
 def template_fields(template: str) -> list[str]:
@@ -143,68 +181,51 @@ def split_files(task: Task, data: Path | None) -> dict[str, Path]:
             f"directory that holds {task.folder}/{task.files['train']}"
         )
     else:
-        roots = [data / task.folder, data / "superglue" / task.folder, data]
+        roots = [data / task.folder, *(data / name / task.folder for name in task.within), data]
     for root in roots:
         paths = {split: root / name for split, name in task.files.items()}
         if all(path.is_file() for path in paths.values()):
             return paths
     wanted = ", ".join(task.files.values())
-    raise DataError(f"task '{task.name}': {roots[0]} does not hold {wanted}")
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of every non-empty line. Raises DataError on the first bad line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); expected one object a line") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
-        yield where, cast(dict[str, Any], value)
+    others = "".join(f", nor does {root}" for root in roots[1:])
+    raise DataError(f"task '{task.name}': {roots[0]} does not hold {wanted}{others}")
 
 
 def load_rows(task: Task, kind: str, data: Path | None, seed: int) -> dict[Split, list[Row]]:
-    """All rows of a task, by split.
+    """All rows of a task, by split; what is held out and what is left out is said at `Task`.
 
-    Where the task has a `holdout`, that share of the train rows (drawn by `seed`) becomes the
-    validation split: SuperGLUE's test labels are not public, so its validation file is the test
-    split here and no choice may be made on it. Raises DataError.
+    SuperGLUE's and GLUE's test labels are not public, so their validation file is the test split
+    here and no choice may be made on it: the validation split is held out from the train rows.
+    Raises DataError.
     """
     paths = split_files(task, data)
     form = task.form(kind)
     rows: dict[Split, list[Row]] = {}
     for split in SPLITS:
         if split in paths:
-            rows[split] = [make_row(task, form, where, raw) for where, raw in read_jsonl(paths[split])]
+            rows[split] = [make_row(task, form, where, raw) for where, raw in read_rows(paths[split], task.format)]
+    if task.holdout_test > 0:
+        rows["train"], rows["test"] = hold_out(rows["train"], task.holdout_test, TEST_SEED)
     if task.holdout > 0:
-        rows.update(hold_out(rows["train"], task.holdout, seed, "validation" in rows))
+        rows["train"], rows["validation"] = hold_out(rows["train"], task.holdout, seed)
+    for split, count in task.limit.items():
+        rows[split], _ = draw(rows.get(split, []), count, TEST_SEED if split == "test" else seed)
     for split in SPLITS:
         if not rows.get(split):
             raise DataError(f"task '{task.name}': split '{split}' is empty ({paths.get(split, 'held out')})")
     return rows
 
 
-def hold_out(rows: Sequence[Row], share: float, seed: int, has_validation: bool) -> dict[Split, list[Row]]:
-    """Split rows into train and validation (and test, when there is no other file)."""
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows kept and rows held out, both in their order: `share` of them, at least one, drawn by the seed."""
+    held, kept = draw(rows, max(1, round(share * len(rows))), seed)
+    return kept, held
+
+
+def draw(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """The first `count` rows of a seeded permutation, and the others, both in their order."""
     order = np.random.default_rng(seed).permutation(len(rows))
-    count = max(1, round(share * len(rows)))
-    if has_validation:
-        return {"train": list(rows)}
-    held, kept = order[:count], order[count:]
-    return {
-        "train": [rows[int(i)] for i in sorted(kept)],
-        "validation": [rows[int(i)] for i in sorted(held)],
-    }
+    return [rows[int(i)] for i in sorted(order[:count])], [rows[int(i)] for i in sorted(order[count:])]
 
 
 def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any]) -> Row:

@@ -1,0 +1,168 @@
+"""Rows from files, one reader per file format: where a row stands, and its fields by name.
+
+Reading is strict: the first bad line is refused by file and line number.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from plugbridge.errors import DataError
+
+Encoding = Literal["utf-8", "latin-1", "cp1252"]
+
+
+class _Format(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Jsonl(_Format):
+    """One JSON object a line, in UTF-8; blank lines are passed over."""
+
+    name: Literal["jsonl"] = "jsonl"
+
+
+class Tsv(_Format):
+    """One row a line, its `columns` between tabs; a quote is a letter like any other (GLUE's files).
+
+    A `header`, where there is one, must be the columns word for word.
+    """
+
+    name: Literal["tsv"]
+    columns: tuple[str, ...] = Field(min_length=1)
+    header: bool = True
+    encoding: Encoding = "utf-8"
+
+
+class Csv(_Format):
+    """RFC 4180: `columns` between `separator`s; a quoted field may hold separators, doubled quotes and line breaks.
+
+    A `header`, where there is one, must be the columns word for word.
+    """
+
+    name: Literal["csv"]
+    columns: tuple[str, ...] = Field(min_length=1)
+    separator: str = Field(default=",", min_length=1, max_length=1)
+    header: bool = True
+    encoding: Encoding = "utf-8"
+
+
+class LabelledLines(_Format):
+    """Two `columns` a line: a label without spaces, one space, and the text up to the line's end; no header."""
+
+    name: Literal["labelled lines"]
+    columns: tuple[str, str]
+    encoding: Encoding = "utf-8"
+
+
+Format = Annotated[Jsonl | Tsv | Csv | LabelledLines, Field(discriminator="name")]
+
+
+def read_rows(path: Path, form: Format) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, fields by name) of every row, by the reader of its format. Raises DataError on the first bad line."""
+    match form:
+        case Jsonl():
+            return read_jsonl(path)
+        case Tsv():
+            return read_tsv(path, form)
+        case Csv():
+            return read_csv(path, form)
+        case LabelledLines():
+            return read_labelled_lines(path, form)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) of every non-empty line. Raises DataError on the first bad line."""
+    for where, line in _lines(path, "utf-8"):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg}); expected one object a line") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        yield where, cast(dict[str, Any], value)
+
+
+def read_tsv(path: Path, form: Tsv) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, text by column) of every line. Raises DataError on the first bad line."""
+    cells = ((where, line.split("\t")) for where, line in _lines(path, form.encoding))
+    return _named(path, form.columns, form.header, cells)
+
+
+def read_csv(path: Path, form: Csv) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:first line, text by column) of every record. Raises DataError on the first bad one."""
+    return _named(path, form.columns, form.header, _records(path, form))
+
+
+def read_labelled_lines(path: Path, form: LabelledLines) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, label and text) of every line. Raises DataError on the first bad line."""
+    cells = ((where, line.split(" ", 1)) for where, line in _lines(path, form.encoding))
+    return _named(path, form.columns, False, cells)
+
+
+def _named(
+    path: Path, columns: Sequence[str], header: bool, cells: Iterable[tuple[str, list[str]]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cells by column, less the blanks around them; an empty cell is as bad as a missing one."""
+    found = iter(cells)
+    if header:
+        where, names = next(found, (f"{path}:1", []))
+        if names != list(columns):
+            raise DataError(f"{where}: the header is {_shown(names)}; expected {_shown(columns)}")
+    for where, values in found:
+        texts = [value.strip() for value in values]
+        if not any(texts):
+            raise DataError(f"{where}: the line is empty; expected {_shown(columns)}")
+        if len(texts) != len(columns):
+            raise DataError(f"{where}: the line has {len(texts)} of {len(columns)} columns; expected {_shown(columns)}")
+        if not all(texts):
+            raise DataError(f"{where}: column '{columns[texts.index('')]}' is empty")
+        yield where, dict(zip(columns, texts, strict=True))
+
+
+def _shown(names: Sequence[str]) -> str:
+    text = ", ".join(names) or "empty"
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _records(path: Path, form: Csv) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader(io.StringIO(_text(path, form.encoding)), delimiter=form.separator, strict=True)
+    while True:
+        where = f"{path}:{reader.line_num + 1}"  # a quoted field may go on for many lines: the first names the record
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{where}: not CSV ({error})") from error
+        if values is None:
+            return
+        yield where, values
+
+
+def _lines(path: Path, encoding: Encoding) -> Iterator[tuple[str, str]]:
+    """(file:line, line). Only line feeds end a line: `str.splitlines` would cut texts at U+0085 and U+2028."""
+    lines = _text(path, encoding).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        yield f"{path}:{number}", line
+
+
+def _text(path: Path, encoding: Encoding) -> str:
+    """A whole file, with every line end made a line feed. Raises DataError naming the line of a bad byte."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not {encoding.upper()} text (byte {error.start} of the file)") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,128 @@
+"""Every file format: what its reader yields, and what it refuses by file and line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plugbridge.errors import DataError
+from plugbridge.tasks.read import Csv, Format, Jsonl, LabelledLines, Tsv, read_jsonl, read_rows
+
+TSV = Tsv(name="tsv", columns=("text", "label"))
+CSV = Csv(name="csv", columns=("label", "title", "text"))
+LINES = LabelledLines(name="labelled lines", columns=("label", "text"))
+
+
+def read(tmp_path: Path, form: Format, content: str | bytes) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a file with this content, each with the name of the file and its line."""
+    path = tmp_path / "rows"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [(where.removeprefix(f"{tmp_path}/"), row) for where, row in read_rows(path, form)]
+
+
+def test_jsonl_lines_keep_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n  \r\n{"a": "\u2028"}', encoding="utf-8")
+    rows = [(f"{tmp_path}/a.jsonl:1", {"a": 1}), (f"{tmp_path}/a.jsonl:4", {"a": "\u2028"})]
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == rows
+    assert list(read_rows(tmp_path / "a.jsonl", Jsonl())) == rows
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_tsv(tmp_path: Path, end: str, last: bool) -> None:
+    lines = ["text\tlabel", 'a "b , c \t1', '"d\t0', "\x85 e\u2028f\t1"]
+    assert read(tmp_path, TSV, end.join(lines) + end * last) == [
+        ("rows:2", {"text": 'a "b , c', "label": "1"}),
+        ("rows:3", {"text": '"d', "label": "0"}),
+        ("rows:4", {"text": "e\u2028f", "label": "1"}),
+    ]
+
+
+def test_tsv_without_a_header(tmp_path: Path) -> None:
+    form = Tsv(name="tsv", columns=("text", "label"), header=False)
+    assert read(tmp_path, form, "text\tlabel\n") == [("rows:1", {"text": "text", "label": "label"})]
+    assert read(tmp_path, form, "") == []
+
+
+def test_csv(tmp_path: Path) -> None:
+    content = 'label,title,text\n1,a,"b, ""c"""\n2,"d\n\ne",f\\\r\n3, g ,h\x85i\n'
+    assert read(tmp_path, CSV, content) == [
+        ("rows:2", {"label": "1", "title": "a", "text": 'b, "c"'}),
+        ("rows:3", {"label": "2", "title": "d\n\ne", "text": "f\\"}),  # a record is where it begins
+        ("rows:6", {"label": "3", "title": "g", "text": "h\x85i"}),
+    ]
+
+
+def test_csv_between_tabs(tmp_path: Path) -> None:
+    form = Csv(name="csv", separator="\t", columns=("text", "label"), header=False)
+    assert read(tmp_path, form, '"a ""b"""\t1\nc, d\t2') == [
+        ("rows:1", {"text": 'a "b"', "label": "1"}),
+        ("rows:2", {"text": "c, d", "label": "2"}),
+    ]
+
+
+def test_labelled_lines(tmp_path: Path) -> None:
+    assert read(tmp_path, LINES, '0 a\tb " c , \n1  d\n') == [
+        ("rows:1", {"label": "0", "text": 'a\tb " c ,'}),
+        ("rows:2", {"label": "1", "text": "d"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "byte", "text"), [("utf-8", b"\xc3\xa9", "é"), ("latin-1", b"\xe9", "é"), ("cp1252", b"\x85", "…")]
+)
+def test_encodings(tmp_path: Path, encoding: Any, byte: bytes, text: str) -> None:
+    found: dict[str, Any] = {"label": "0", "text": f"caf{text}"}
+    form = LabelledLines(name="labelled lines", columns=("label", "text"), encoding=encoding)
+    assert read(tmp_path, form, b"0 caf" + byte) == [("rows:1", found)]
+    form = Tsv(name="tsv", columns=("label", "text"), header=False, encoding=encoding)
+    assert read(tmp_path, form, b"0\tcaf" + byte) == [("rows:1", found)]
+    form = Csv(name="csv", columns=("label", "text"), header=False, encoding=encoding)
+    assert read(tmp_path, form, b"0,caf" + byte) == [("rows:1", found)]
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "message"),
+    [
+        (Jsonl(), '{"a": 1}\n{"a"', "rows:2: not JSON"),
+        (Jsonl(), '{"a": 1}\n\n[1]', "rows:3: expected a JSON object, found list"),
+        (Jsonl(), b'{"a": 1}\n{"a": "\xff"}', "rows:2: not UTF-8 text (byte 16 of the file)"),
+        (TSV, "", "rows:1: the header is empty; expected text, label"),
+        (TSV, "label\ttext\na\t1", "rows:1: the header is label, text; expected text, label"),
+        (TSV, "x" * 200 + "\n", f"rows:1: the header is {'x' * 80}…; expected text, label"),
+        (TSV, "text\tlabel\na\t1\nb", "rows:3: the line has 1 of 2 columns; expected text, label"),
+        (TSV, "text\tlabel\na\t1\t2", "rows:2: the line has 3 of 2 columns; expected text, label"),
+        (TSV, "text\tlabel\na\t1\n\nb\t1", "rows:3: the line is empty; expected text, label"),
+        (TSV, "text\tlabel\na\t1\n\n", "rows:3: the line is empty; expected text, label"),
+        (TSV, "text\tlabel\n \t1", "rows:2: column 'text' is empty"),
+        (TSV, b"text\tlabel\na\t1\n\xe9\t1", "rows:3: not UTF-8 text (byte 15 of the file)"),
+        (CSV, "", "rows:1: the header is empty; expected label, title, text"),
+        (CSV, "1,a,b\n", "rows:1: the header is 1, a, b; expected label, title, text"),
+        (CSV, 'label,title,text\n1,"a\nb",c\n2,d\n', "rows:4: the line has 2 of 3 columns; expected label, title"),
+        (CSV, 'label,title,text\n1,a,b\n2,c,"d\ne\nf', "rows:3: not CSV (unexpected end of data)"),
+        (CSV, 'label,title,text\n1,a,"b"c\n', "rows:2: not CSV (',' expected after '\"')"),
+        (CSV, "label,title,text\n\n1,a,b\n", "rows:2: the line is empty; expected label, title, text"),
+        (CSV, 'label,title,text\n1,"",b\n', "rows:2: column 'title' is empty"),
+        (CSV, b"label,title,text\n1,a,\xe9", "rows:2: not UTF-8 text (byte 21 of the file)"),
+        (LINES, "0 a\n1\n", "rows:2: the line has 1 of 2 columns; expected label, text"),
+        (LINES, "0 a\n1 \n", "rows:2: column 'text' is empty"),
+        (LINES, "0 a\n b\n", "rows:2: column 'label' is empty"),
+        (LINES, "0 a\n\n1 b\n", "rows:2: the line is empty; expected label, text"),
+        (LINES, b"0 a\n1 b\xff", "rows:2: not UTF-8 text (byte 7 of the file)"),
+        (
+            LabelledLines(name="labelled lines", columns=("label", "text"), encoding="cp1252"),
+            b"0 a\n1 \x81",
+            "rows:2: not CP1252 text (byte 6 of the file)",
+        ),
+    ],
+)
+def test_bad_lines_are_refused_by_number(tmp_path: Path, form: Format, content: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=f"^{re.escape(f'{tmp_path}/{message}')}"):
+        read(tmp_path, form, content)
+
+
+@pytest.mark.parametrize("form", [Jsonl(), TSV, CSV, LINES], ids=lambda form: form.name)
+def test_no_file(tmp_path: Path, form: Format) -> None:
+    with pytest.raises(DataError, match=r"^cannot read .*/gone: No such file or directory$"):
+        list(read_rows(tmp_path / "gone", form))

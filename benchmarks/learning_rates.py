@@ -17,7 +17,7 @@ from plugbridge.models import quiet_transformers
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import execute, facts_of
-from plugbridge.stages import build_stages
+from plugbridge.stages.build import build_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

@@ -19,7 +19,7 @@ from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.report import read_report, wilson
 from plugbridge.run import execute, locked
-from plugbridge.stages import build_stages
+from plugbridge.stages.build import build_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"standalone": (), "feedback": ("prune.channels=gradient_pca", "couple.learning_rate=0.001")}

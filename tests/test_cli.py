@@ -21,7 +21,7 @@ from plugbridge.report import recovered
 from plugbridge.run import locked
 
 STAGES = ["tune", "score", "prune", "couple", "plug", "evaluate"]
-ROWS = ["small_tuned", "large_zero_shot", "bridge_coupled", "large_plugged"]
+ROWS = ["small_tuned", "large_zero_shot", "large_plugged"]
 Raw = dict[str, Any]
 Call = Callable[..., tuple[int, str, str]]
 
@@ -361,7 +361,10 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "budget too small": (put("prune", {"budget": 10}), "a budget of 10 parameters is too small: the smallest Bridge"),
     "unknown method": (put("method.name", "lorra"), "no method 'lorra'; known: lora, adapter, prefix"),
     "unknown mode": (put("couple.mode", "duet"), "no coupling mode 'duet'; known: standalone"),
-    "unknown task": (put("task", "rta"), "no task 'rta'; known: cb, copa, rte, wordnet-kind"),
+    "unknown task": (
+        put("task", "rta"),
+        "no task 'rta'; known: agnews, agnews-alps, cb, copa, rte, sst2, subj, trec, wordnet-kind",
+    ),
     "dropout of an adapter": (
         put("method", {"name": "adapter", "dropout": 0.1}),
         "method.dropout is 0.1, but only lora has dropout",
@@ -380,7 +383,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
         rows("validation", GOOD + '{"word": "w1", "label": "prime"}'),
         "validation.jsonl:2: label 'prime' has no label word; known labels: even, odd",
     ),
-    "not UTF-8": (rows("train", b"\xff\xfe"), "train.jsonl is not UTF-8 text"),
+    "not UTF-8": (rows("train", b"\xff\xfe"), "train.jsonl:1: not UTF-8 text (byte 0 of the file)"),
     "no file": (put("task.train", "/no/such.jsonl"), "task file /no/such.jsonl does not exist"),
     "empty file": (rows("test", ""), "split 'test' is empty"),
     "blank file": (rows("train", "\n \n"), "split 'train' is empty"),
@@ -473,7 +476,7 @@ def test_a_mistaken_command_is_one_line(
     ("change", "done", "message"),
     [
         (put("tune.learning_rate", 1e30), [], "tune small: the loss is nan at step 2 of 2; try a learning rate below"),
-        (put("couple.learning_rate", 1e30), ["tune", "score", "prune"], "couple (standalone): the loss is nan at step"),
+        (put("couple.learning_rate", 1e30), ["tune", "score", "prune"], "couple (feedback): the loss is nan at step"),
         (weights("small", lambda s: s["transformer.wte.weight"].fill_(torch.nan)), [], "tune small: the loss is nan"),
         (weights("large", lambda s: s["transformer.wpe.weight"].fill_(torch.nan)), ["tune"], "are not finite; is a"),
     ],

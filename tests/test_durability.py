@@ -23,14 +23,14 @@ from plugbridge.files import disk_errors, folder_atomically, write_atomically, w
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import execute, locked, stage_digests
-from plugbridge.stages import build_stages
+from plugbridge.stages.build import build_stages
 
 STAGES = ("tune", "score", "prune", "couple", "plug", "evaluate")
 TRAIN = {"steps": 5, "batch_size": 4, "checkpoint_every": 2}
 SETTINGS: dict[str, Any] = {  # dropout and a learned down: everything that could lose its place
     "method": {"name": "lora", "rank": 2, "dropout": 0.1},
     "tune": TRAIN,
-    "couple": {**TRAIN, "down": "learned"},
+    "couple": {**TRAIN, "mode": "standalone", "down": "learned"},
     "ceiling": None,
     "evaluate": {"batch_size": 8, "limit": 12},
 }

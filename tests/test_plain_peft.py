@@ -18,7 +18,7 @@ from plugbridge.models import layout_for, load_model
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import execute
-from plugbridge.stages import build_stages
+from plugbridge.stages.build import build_stages
 from plugbridge.tuners.module import attach, load_state, read
 
 READER = """

@@ -97,7 +97,7 @@ def _execute(
     check_root(root)
     _setup(quiet)
     from plugbridge.prepare import prepare
-    from plugbridge.stages import build_stages
+    from plugbridge.stages.build import build_stages
 
     stages = build_stages(prepare(config, data), root, _progress(quiet))
     check_needs(root, stages, only)
@@ -181,7 +181,9 @@ for _name, _help in {
     "tune": "Tune the small model on the task.",
     "score": "Rank the large model's heads, channels and MLP units.",
     "prune": "Prune the large model into the Bridge, a model directory of its own.",
+    "repair": "Fit the Bridge to the large model's forward passes; only with a `repair:` section.",
     "couple": "Train module, plug and Bridge together.",
+    "polish": "Tune a factor for every place of the plugged module, forward only; needs a `polish:` section.",
     "plug": "Fold module and plug into a peft checkpoint of the large model.",
     "ceiling": "Tune the large model itself, with gradients: the reference, not the method.",
     "evaluate": "Score every model of the run.",
@@ -321,6 +323,65 @@ def explain(
     for key, default, text in fields_help():
         table.add_row(key, default, text)
     out.print(table)
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
+app.add_typer(bench_app, name="bench")
+
+GridArg = Annotated[Path, typer.Argument(help="the grid's YAML file, such as configs/quality.yaml", show_default=False)]
+JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="processes at a time, one thread each")]
+TableOption = Annotated[
+    Path | None,
+    typer.Option("--table", help="Markdown file to write, JSON and PNG beside it  [default: <out>/quality.md]",
+                 show_default=False),
+]  # fmt: skip
+
+
+@bench_app.command()
+def quality(
+    grid: GridArg,
+    full: Annotated[bool, typer.Option("--full", help="also the grid's `full` part")] = False,
+    out_dir: OutOption = None,
+    table: TableOption = None,
+    data: DataOption = None,
+    jobs: JobsOption = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="only groups whose name holds this, such as gpt2-lora; repeatable",
+                     show_default=False),
+    ] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="run nothing: write what is finished")] = False,
+    quiet: QuietOption = False,
+) -> None:  # fmt: skip
+    """Measure the transfer against its controls over a grid of runs; interrupted, it goes on where it was."""
+    from plugbridge.bench.grid import groups_of, load_grid
+
+    loaded = load_grid(grid)
+    root = out_dir if out_dir is not None else Path("runs") / grid.stem
+    groups = groups_of(loaded, grid.resolve().parent, full)
+    groups = [group for group in groups if only is None or any(word in group.name for word in only)]
+    _setup(quiet)
+    from plugbridge.bench.present import draw_cells, page
+    from plugbridge.bench.quality import cells_of, run_groups, write_cells
+    from plugbridge.files import write_text
+
+    if not summary:
+        run_groups(groups, data, root, jobs, _progress(quiet))
+    command = f"plugbridge bench quality {grid}{' --full' if full else ''}"
+    cells = cells_of(loaded, groups, root, command)
+    target = table if table is not None else root / "quality.md"
+    write_text(target, page(cells, "Quality of the transfer", _QUALITY, command))
+    write_cells(cells, target.with_suffix(".json"))
+    draw_cells(cells, target.with_suffix(".png"))
+    out.print(f"{len(cells)} cells in {target}, {target.with_suffix('.json').name}, {target.with_suffix('.png').name}")
+
+
+_QUALITY = """
+Accuracy on test rows and performance gap recovered, PGR = (plugged - small tuned) / (large tuned - small tuned),
+of the mean over seeds; small print: 95 % intervals of a bootstrap over seeds and test rows, paired between the
+models of a seed. PGR is left empty where small and large tuned are not clearly apart. Controls stand beside the
+method; "the Bridge itself" is what coupling trained and then threw away. Seconds and MiB are of coupling alone.
+"""
 
 
 def _version(show: bool) -> None:

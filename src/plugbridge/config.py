@@ -83,10 +83,15 @@ class PruneConfig(_Strict):
         default=None, gt=0, description="share of the large model's parameters (below 1), or their number"
     )
 
-    channels: Literal["select", "pca", "gradient_pca"] = Field(
-        default="select",
-        description="the Bridge's residual stream: select the best-scored channels, project on the principal "
-        "directions of what sublayers read, or of that and the loss gradient (needs importance: fisher)",
+    channels: Literal["auto", "select", "pca", "gradient_pca"] = Field(
+        default="auto",
+        description="the Bridge's residual stream: `select` the best-scored channels, or project on the principal "
+        "directions of what sublayers read (`pca`), or of that and the loss gradient (`gradient_pca`, needs "
+        "importance: fisher); `auto` is select where the Bridge reads alone, else gradient_pca, else pca",
+    )
+
+    shuffle: bool = Field(
+        default=False, description="a control: permute the entries of every weight in the Bridge's blocks"
     )
 
     @model_validator(mode="after")
@@ -96,16 +101,67 @@ class PruneConfig(_Strict):
         return self
 
 
+class RepairConfig(TrainConfig):
+    """Fitting the Bridge to the large model before coupling, from the large model's forward passes."""
+
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    learning_rate: float | None = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
+    target: Literal["response", "logits"] = Field(
+        default="response",
+        description="`response`: every pruned sublayer answers a push as the large one does (for feedback); "
+        "`logits`: the Bridge predicts the large model's next tokens (for standalone)",
+    )
+
+
 class CoupleConfig(TrainConfig):
     """How module, plug and Bridge train together."""
 
-    mode: str = Field(default="standalone", description="coupling mode; `standalone`: the Bridge reads tokens itself")
-    layer_map: Literal["uniform"] = Field(default="uniform", description="which small layer each large layer copies")
-    plug: Literal["random"] = Field(default="random", description="how the plug maps start")
+    steps: int = Field(default=300, ge=0, description="optimizer steps; 0 plugs the module in as it starts")
+
+    mode: str = Field(
+        default="feedback",
+        description="what the Bridge is for: `feedback`, it carries back the error of the large model's own forward "
+        "pass; `standalone`, it reads tokens by itself (the paper); `ladder` and `ladder_delta`, it reads the large "
+        "model's activations; `identity`, a control without it",
+    )
+    plug: Literal["random", "ridge", "procrustes", "fresh"] | None = Field(
+        default=None,
+        description="how coupling starts: `random`, the small model's module behind a random plug (the paper); "
+        "`ridge`, `procrustes`, behind one fitted to both models' states; `fresh`, nothing of the small "
+        "model. By default random for standalone, else fresh",
+    )
+    layer_map: Literal["uniform", "cka"] = Field(
+        default="uniform",
+        description="which small layer each large layer copies: evenly, or the one whose states are most alike",
+    )
+    align_samples: int = Field(
+        default=256, ge=2, description="training rows whose states plug and layer map are fitted to"
+    )
     plug_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of plug and down")
     down: Literal["select", "learned"] = Field(default="select", description="from large width to the Bridge's")
+    layers: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of each stack's layers, from the top, whose modules train and are used; by default 0.75 for "
+        "feedback, 0.5 for ladder_delta, else 1",
+    )
+    cache: Literal["off", "memory", "disk"] = Field(
+        default="off", description="where ladder keeps the large model's activations, so that it reads each row once"
+    )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
+
+
+class PolishConfig(_Strict):
+    """Tuning a factor for every place of the plugged module, by forward passes of the large model."""
+
+    evaluations: int = Field(default=100, ge=2, description="losses to measure")
+    rows: int = Field(default=256, ge=1, description="training rows to measure a loss on")
+    batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
+
+
+ScoredModel = Literal["small_tuned", "large_zero_shot", "large_plugged", "bridge_coupled", "large_tuned", "large_probe"]
 
 
 class EvaluateConfig(_Strict):
@@ -114,6 +170,13 @@ class EvaluateConfig(_Strict):
     batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
     split: Literal["test", "validation"] = Field(default="test", description="validation while you choose settings")
     limit: int | None = Field(default=None, ge=1, description="score only the first rows")
+    models: list[ScoredModel] | None = Field(
+        default=None, min_length=1, description="score only these models, such as large_plugged"
+    )
+    probe: bool = Field(
+        default=False,
+        description="also a linear probe: logistic regression on the large model's last hidden state, a reference",
+    )
 
 
 class RunConfig(_Strict):
@@ -127,7 +190,11 @@ class RunConfig(_Strict):
     tune: TrainConfig = Field(default_factory=TrainConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
     prune: PruneConfig = Field(default_factory=lambda: PruneConfig(reduction=4))
+    repair: RepairConfig | None = Field(default=None, description="fit the Bridge to the large model before coupling")
     couple: CoupleConfig = Field(default_factory=CoupleConfig)
+    polish: PolishConfig | None = Field(
+        default=None, description="tune a factor for every place of the plugged module, forward only"
+    )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     ceiling: TrainConfig | None = Field(
         default=None, description="also tune the large model itself, with gradients, as the ceiling"

@@ -66,7 +66,9 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     Raises ConfigError, ModelError or DataError, each a single line.
     """
     method = find_method(config.method.name)
+    config = resolve(config)
     _check_bridge_use(config)
+    _check_models(config)
     rank = config.method.rank if config.method.rank is not None else method.rank
     alpha = config.method.alpha if config.method.alpha is not None else 2.0 * rank
     if method.name != "lora" and config.method.dropout > 0:
@@ -115,18 +117,56 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     )
 
 
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with the coupling mode's defaults written out. Raises ConfigError."""
+    mode = find_mode(config.couple.mode)
+    chosen: dict[str, Any] = {
+        "plug": config.couple.plug if config.couple.plug is not None else mode.plug,
+        "layers": config.couple.layers if config.couple.layers is not None else mode.layers,
+    }
+    channels = config.prune.channels
+    if channels == "auto":
+        projected = "gradient_pca" if config.score.importance == "fisher" else "pca"
+        channels = "select" if mode.reads_alone else projected
+    return config.model_copy(
+        update={
+            "couple": config.couple.model_copy(update=chosen),
+            "prune": config.prune.model_copy(update={"channels": channels}),
+        }
+    )
+
+
 def _check_bridge_use(config: RunConfig) -> None:
     mode, channels = find_mode(config.couple.mode), config.prune.channels
-    if mode.trains_bridge and channels != "select":
+    if mode.reads_alone and channels != "select":
         raise ConfigError(
             f"prune.channels is '{channels}', but in mode '{mode.name}' the Bridge must be a model by itself; "
             "use channels: select"
+        )
+    if config.couple.cache != "off" and not mode.caches:
+        raise ConfigError(
+            f"couple.cache is '{config.couple.cache}', but mode '{mode.name}' keeps no activations; leave it off"
+        )
+    if config.couple.layer_map != "uniform" and config.couple.plug == "fresh":
+        raise ConfigError("couple.layer_map maps small layers, but a fresh start takes none; use plug: random or ridge")
+    if config.couple.down == "learned" and mode.name in ("feedback", "identity"):
+        raise ConfigError(
+            f"couple.down is 'learned', but in mode '{mode.name}' no loss goes through down; use down: select, and a "
+            "`repair:` section to fit the Bridge"
         )
     if channels == "gradient_pca" and config.score.importance != "fisher":
         raise ConfigError(
             f"prune.channels is 'gradient_pca', but score.importance '{config.score.importance}' takes no gradients; "
             "use importance: fisher, or channels: pca"
         )
+
+
+def _check_models(config: RunConfig) -> None:
+    for name in config.evaluate.models or ():
+        missing = {"large_tuned": config.ceiling is None, "large_probe": not config.evaluate.probe}
+        if missing.get(name, False):
+            section = {"large_tuned": "a `ceiling:` section", "large_probe": "evaluate.probe: true"}[name]
+            raise ConfigError(f"evaluate.models names '{name}', which needs {section}")
 
 
 def _check_weights(config: RunConfig) -> None:

@@ -14,9 +14,10 @@ TITLES = {
     "large_zero_shot": "large, zero-shot",
     "bridge_coupled": "Bridge (thrown away)",
     "large_plugged": "large, plugged",
+    "large_probe": "large, linear probe",
     "large_tuned": "large, tuned (ceiling)",
 }
-TRANSFER = ("tune", "score", "prune", "couple", "plug")
+TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
 LIBRARIES = ("plugbridge", "torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -83,14 +84,16 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
     parameters: dict[str, dict[str, int]] = {
         "small_tuned": {"trainable": small, "changed": small, "rank": rank},
         "large_zero_shot": {"trainable": 0, "changed": 0, "rank": 0},
+        "large_probe": {"trainable": 0, "changed": 0, "rank": 0},
         "bridge_coupled": {"trainable": sum(trained.values()), "changed": sum(trained.values()), "rank": rank},
         "large_plugged": {"trainable": sum(trained.values()), "changed": changed, "rank": rank},
     }
     made_by: dict[str, tuple[str, ...]] = {
         "small_tuned": ("tune",),
         "large_zero_shot": (),
-        "bridge_coupled": TRANSFER[:4],
-        "large_plugged": TRANSFER,
+        "large_probe": (),
+        "bridge_coupled": tuple(name for name in TRANSFER if name in markers.stages and name not in ("polish", "plug")),
+        "large_plugged": tuple(name for name in TRANSFER if name in markers.stages),
         "large_tuned": ("ceiling",),
     }
     if "ceiling" in markers.stages:
@@ -120,6 +123,8 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
                 "parameters": counts,
             }
         )
+    if not rows:
+        raise RunError(f"{root} has scored none of {', '.join(parameters)}; name one in evaluate.models and run again")
     pruned = markers.facts("prune")
     return {
         "task": markers.depends("evaluate")["task"]["spec"]["name"],
@@ -153,10 +158,10 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
 def recovered(values: dict[str, float], n: int) -> float | None:
     """Performance gap recovered: (plugged - small) / (ceiling - small).
 
-    None without a ceiling, and where the gap is within 1.96 standard errors of zero (n rows, binomial):
-    a ratio to a gap that may not be there says nothing.
+    None where one of the three was not scored, and where the gap is within 1.96 standard errors of zero
+    (n rows, binomial): a ratio to a gap that may not be there says nothing.
     """
-    if "large_tuned" not in values:
+    if not {"small_tuned", "large_plugged", "large_tuned"} <= values.keys():
         return None
     small, ceiling = values["small_tuned"], values["large_tuned"]
     error = ((small * (1 - small) + ceiling * (1 - ceiling)) / n) ** 0.5

@@ -17,6 +17,7 @@ from plugbridge.shrink.prune import (
     principal_basis,
     prune_model,
     reduced_sizes,
+    shuffle_blocks,
 )
 from plugbridge.tensors.axes import axis_names
 
@@ -169,3 +170,36 @@ def test_the_principal_basis_is_orthonormal_and_holds_the_most() -> None:
     kept = (x @ basis.T).square().sum()
     assert kept > 0.95 * x.square().sum()
     assert kept >= x[:, [0, 2]].square().sum() - 1e-6
+
+
+@torch.no_grad()
+def _shuffled(family: str, seed: int, fill: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A Bridge's weights before and after; with `fill`, every weight counts its own entries."""
+    bridge, layout, _ = _prune(make_model(family), 2)
+    for parameter in bridge.parameters() if fill else ():
+        parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape))
+    before = {name: parameter.detach().clone() for name, parameter in bridge.named_parameters()}
+    shuffle_blocks(bridge, layout, seed)
+    return before, {name: parameter.detach() for name, parameter in bridge.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shuffling_moves_the_entries_of_every_weight_in_the_blocks_and_nothing_else(family: str) -> None:
+    before, after = _shuffled(family, 3)
+    outside = set(layout_for(make_model(family)).family.weights) & set(before)  # embeddings, final norms, head
+    assert 2 <= len(outside) < len(before)
+    for name, tensor in after.items():
+        if name in outside:
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor.flatten().sort().values, before[name].flatten().sort().values), name
+            assert not torch.equal(tensor, before[name]), name
+
+
+def test_a_shuffle_is_the_seeds_and_every_weights_own() -> None:
+    (_, first), (_, again), (_, other) = (_shuffled("t5", seed, fill=True) for seed in (3, 3, 4))
+    blocks = [name for name in first if ".block." in name]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in blocks)
+    orders = [tuple(first[name].flatten().tolist()) for name in blocks]
+    assert len(set(orders)) == len(orders)

@@ -227,5 +227,5 @@ def test_random_plug_keeps_lengths_and_depends_on_the_seed_only() -> None:
 
 
 def test_unknown_mode() -> None:
-    with pytest.raises(ConfigError, match="known: standalone, feedback"):
+    with pytest.raises(ConfigError, match="known: standalone, ladder, ladder_delta, feedback, identity"):
         find_mode("telepathy")

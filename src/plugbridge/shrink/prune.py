@@ -171,3 +171,17 @@ def prune_model(
     placed: PreTrainedModel = cast(Any, bridge).to(dtype=model.dtype, device=model.device)
     placed.load_state_dict(state)
     return placed.eval()
+
+
+@torch.no_grad()
+def shuffle_blocks(bridge: PreTrainedModel, layout: Layout, seed: int) -> None:
+    """A control: permute the entries of every weight inside the blocks, in place.
+
+    Each keeps its values' distribution and loses what it has learned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    table = layout.table()
+    for name, parameter in bridge.named_parameters():
+        if table[name].place.stack is not None:
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))

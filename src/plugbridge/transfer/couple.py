@@ -9,31 +9,81 @@ from dataclasses import dataclass
 
 from plugbridge.errors import ConfigError
 from plugbridge.transfer.coupling import Coupling, Loss
-from plugbridge.transfer.feedback import feedback
+from plugbridge.transfer.feedback import feedback, identity
+from plugbridge.transfer.ladder import ladder, ladder_delta
 from plugbridge.transfer.standalone import standalone
+from plugbridge.transfer.start import StartKind
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One coupling mode: whether it runs the large model (forward only), and whether the Bridge can train."""
+    """One coupling mode.
+
+    `runs_large`: whether it runs the large model (forward only). `trains_bridge`: whether the Bridge
+    can train. `reads_alone`: whether the Bridge reads tokens by itself, which a projected one cannot.
+    `caches`: whether the large model's activations may be kept.
+    `plug` and `layers` are the defaults: what did best on validation rows (docs/results/coupling_choices.md).
+    """
 
     name: str
     title: str
     start: Callable[[Coupling], Loss]
     runs_large: bool
     trains_bridge: bool
+    reads_alone: bool
+    caches: bool = False
+    plug: StartKind = "fresh"
+    layers: float = 1.0
 
 
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
-        Mode("standalone", "the Bridge reads the tokens by itself", standalone, runs_large=False, trains_bridge=True),
+        Mode(
+            "standalone",
+            "the Bridge reads the tokens by itself",
+            standalone,
+            runs_large=False,
+            trains_bridge=True,
+            reads_alone=True,
+            plug="random",
+        ),
+        Mode(
+            "ladder",
+            "the large model runs forward, its activations enter the Bridge",
+            ladder,
+            runs_large=True,
+            trains_bridge=True,
+            reads_alone=False,
+            caches=True,
+        ),
+        Mode(
+            "ladder_delta",
+            "as ladder, with a Bridge that stays as it is and carries only what the module changes",
+            ladder_delta,
+            runs_large=True,
+            trains_bridge=False,
+            reads_alone=False,
+            layers=0.5,
+            caches=True,
+        ),
         Mode(
             "feedback",
             "the large model runs forward, the error returns through the Bridge",
             feedback,
             runs_large=True,
             trains_bridge=False,
+            reads_alone=False,
+            layers=0.75,
+        ),
+        Mode(
+            "identity",
+            "a control: feedback without a Bridge, the last error goes to every layer unchanged",
+            identity,
+            runs_large=True,
+            trains_bridge=False,
+            reads_alone=False,
+            layers=0.75,
         ),
     )
 }

@@ -1,7 +1,7 @@
 """What a coupling mode works with: module, plug, down and Bridge, and the tensors that train."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from plugbridge.families.spec import Layout
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.transfer.cache import ActivationCache
 from plugbridge.transfer.down import Down, apply_down
 from plugbridge.transfer.plug import Plug, apply_plug
-from plugbridge.tuners.module import Module, pack
+from plugbridge.tuners.module import Module, Slot, pack
 from plugbridge.tuners.table import Method, MethodSettings
 
 Loss = Callable[[list[Encoded]], Tensor]
@@ -20,10 +21,12 @@ Loss = Callable[[list[Encoded]], Tensor]
 
 @dataclass(frozen=True)
 class Coupling:
-    """Everything a mode works with; the tensors of `module`, `plug` and `down` train in place.
+    """Everything a mode works with; the tensors of `module`, `plug`, `down` and `ladder` train in place.
 
     `module` is at small width with one entry per large layer. `small` and `large` are the models'
-    layouts, `bridge` the pruned model, `large_model` the large one for modes that run it.
+    layouts, `bridge` the pruned model, `large_model` the large one for modes that run it. `ladder`
+    and `cache` are the ladder's own: its gates and projections, and where activations are kept.
+    `first` is the first layer of each stack whose module trains; 0 where it is not named.
     """
 
     method: Method
@@ -38,6 +41,13 @@ class Coupling:
     down: Down
     train_bridge: bool
     large_model: PreTrainedModel | None = None
+    ladder: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    cache: ActivationCache | None = None
+    first: dict[str, int] = field(default_factory=dict[str, int])
+
+    def trains(self, slot: Slot) -> bool:
+        """Whether a slot's tensor trains."""
+        return slot.layer >= self.first.get(slot.stack, 0)
 
     def bridge_layout(self) -> Layout:
         """The Bridge's axes: the large model's layers at the plan's sizes."""
@@ -52,22 +62,33 @@ class Coupling:
         return apply_down(self.method, self.large, self.plan, self.down, self.at_large_width())
 
     def parameters(self) -> dict[str, Tensor]:
-        """What trains, by name: ``module/…``, ``plug/…``, ``down/…``, ``bridge/…``."""
+        """What trains, by name: ``module/…``, ``plug/…``, ``down/…``, ``ladder/…``, ``bridge/…``."""
         found: dict[str, Tensor] = {
             f"module/{s.stack}:{s.layer}:{s.site}:{s.tensor}": t for s, t in self.module.items()
         }
         found.update({f"plug/{key}": t for key, t in self.plug.items()})
         found.update({f"down/{key}": t for key, t in self.down.items()})
+        found.update({f"ladder/{key}": t for key, t in self.ladder.items()})
         if self.train_bridge:
             found.update({f"bridge/{name}": p for name, p in self.bridge.named_parameters()})
         return found
 
 
+@torch.no_grad()
+def silence(coupling: Coupling) -> None:
+    """Set the tensors that do not train to zero: no LoRA, no adapter. A prefix stays, none cannot be had."""
+    if not coupling.method.stacked:
+        for slot, tensor in coupling.module.items():
+            if not coupling.trains(slot):
+                tensor.zero_()
+
+
 def require_gradients(coupling: Coupling) -> None:
     """Make the coupling's tensors leaves that train."""
-    for tensors in (coupling.module, coupling.plug, coupling.down):
-        for tensor in tensors.values():
-            tensor.requires_grad_(True)
+    for slot, tensor in coupling.module.items():
+        tensor.requires_grad_(coupling.trains(slot))
+    for tensor in (*coupling.plug.values(), *coupling.down.values()):
+        tensor.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from plugbridge.evaluate import at_least_float32
 from plugbridge.families.spec import Layout, Place, Sublayer
-from plugbridge.shrink.prune import BridgePlan
-from plugbridge.tasks.encode import IGNORE, Batch, Encoded, gold
-from plugbridge.tensors.axes import Project, transform
+from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.transfer.residual import Width, head_loss
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
 CACHE = "past_key_values"
@@ -103,53 +101,12 @@ def record(model: nn.Module, layout: Layout, visits: list[Visit]) -> Generator[d
 def head_gradient(
     model: PreTrainedModel, layout: Layout, last: Tensor, batch: Batch, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """Loss and its exact gradient at the last hidden state: final norm and head, label positions only.
-
-    last: (n, length, hidden). Returns (loss, gradient of last's shape).
-    """
-    stack = layout.family.stack[layout.family.prefix.stack]
-    wanted = batch.labels != IGNORE
-    if kind == "causal":  # the state before a token predicts it
-        wanted = torch.cat([wanted[:, 1:], torch.zeros_like(wanted[:, :1])], 1)
-        labels = torch.cat([batch.labels[:, 1:], batch.labels[:, :1]], 1)[wanted]
-    else:
-        labels = batch.labels[wanted]
-    chosen = last[wanted].detach().requires_grad_(True)
+    """Loss and its exact gradient at the last hidden state. last: (n, length, hidden)."""
     with torch.enable_grad():
-        state = model.get_submodule(stack.final_norm)(chosen)
-        scale = layout.family.logit_scale
-        if scale is not None and getattr(model.config, scale.flag, False):
-            state = state * layout.sizes[scale.axis] ** scale.power
-        logits = model.get_submodule(layout.family.head)(state)
-        loss = nn.functional.cross_entropy(at_least_float32(logits), labels)
-        (part,) = torch.autograd.grad(loss, chosen)
-    gradient = torch.zeros_like(last)
-    gradient[wanted] = part
+        state = last.detach().requires_grad_(True)
+        loss = head_loss(model, layout, state, batch, kind)
+        (gradient,) = torch.autograd.grad(loss, state)
     return loss.detach(), gradient
-
-
-@dataclass(frozen=True)
-class Width:
-    """The down map of activations: (…, large hidden) to (…, Bridge hidden), and its transpose."""
-
-    layout: Layout
-    plan: BridgePlan
-
-    def down(self, x: Tensor) -> Tensor:
-        return self.plan.op("hidden").apply(x, x.dim() - 1)
-
-    def lift(self, x: Tensor) -> Tensor:
-        op = self.plan.op("hidden")
-        if isinstance(op, Project):
-            return x @ op.matrix.to(x.device, x.dtype)
-        wide = x.new_zeros(*x.shape[:-1], self.layout.sizes["hidden"])
-        return wide.index_copy(-1, op.index.to(x.device), x)
-
-    def argument(self, value: Any, pattern: str, place: Place) -> Any:
-        """A function's further argument at Bridge width."""
-        if not isinstance(value, Tensor):
-            return value
-        return transform(value, pattern, self.plan.ops(self.layout, pattern, place), self.layout.sizes)
 
 
 def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor) -> Tensor:
@@ -211,7 +168,15 @@ def call(
     return output[0] if isinstance(output, tuple) else output
 
 
-def feedback(coupling: Coupling) -> Loss:
+def identity(coupling: Coupling) -> Loss:
+    """A control: feedback without a Bridge. Every layer gets the error of the stack's end as it is.
+
+    What reaches a layer only through a sublayer (T5's encoder, from the decoder) gets no error.
+    """
+    return feedback(coupling, through_bridge=False)
+
+
+def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     """The exact loss of the plugged large model; its gradient comes through the Bridge."""
     large = coupling.large_model
     assert large is not None
@@ -238,14 +203,14 @@ def feedback(coupling: Coupling) -> Loss:
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
         context = {name: torch.zeros_like(h) for name, h in last.items()}
-        send_back(coupling, width, narrow, stacks[reader], error, local, through, context)
+        send_back(coupling, width, narrow, stacks[reader], error, local, through, context, through_bridge)
         for name, visits in stacks.items():
             if name != reader:
                 h = last[name].requires_grad_(True)
                 with torch.enable_grad():
                     out = large.get_submodule(layout.family.stack[name].final_norm)(h)
                     (error,) = torch.autograd.grad(out, h, context[name])
-                send_back(coupling, width, narrow, visits, error, local, through, context)
+                send_back(coupling, width, narrow, visits, error, local, through, context, through_bridge)
         gradients = {slot: tensor.grad for slot, tensor in local.items()}
         parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
         surrogate = torch.stack(parts).sum()
@@ -263,16 +228,21 @@ def send_back(
     local: Module,
     through: Module,
     context: dict[str, Tensor],
+    through_bridge: bool,
 ) -> Tensor:
     """Carry the error from the end of a stack to its start.
 
     Adds every module's gradient to `local`'s tensors and, for sublayers that read another stack's
-    output, the error there to `context`. Returns the error at the stack's input.
+    output, the error there to `context`. Below the first module that trains the error is of use
+    only in a stack that feeds errors to another. Returns the error where it stopped.
     """
     large = cast(PreTrainedModel, coupling.large_model)
-    for visit in reversed(visits):
+    first = 0 if any(visit.sublayer.context for visit in visits) else coupling.first.get(visits[0].place.stack or "", 0)
+    for visit in reversed([visit for visit in visits if (visit.place.layer or 0) >= first]):
         norm = large.get_submodule(f"{visit.path}.{visit.sublayer.norm}")
         _local_gradient(coupling, visit, error, local)
+        if not through_bridge:
+            continue
         x = width.down(visit.x).requires_grad_(True)
         arguments = {
             name: width.argument(value, visit.sublayer.inputs[name], visit.place)
@@ -301,7 +271,8 @@ def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Modu
     own = [
         tensor
         for slot, tensor in local.items()
-        if (slot.stack, slot.layer) == (visit.place.stack, visit.place.layer)
+        if coupling.trains(slot)
+        and (slot.stack, slot.layer) == (visit.place.stack, visit.place.layer)
         and (slot.site.startswith(f"{function}.") or (slot.site == "" and CACHE in visit.arguments))
         and not (slot.site == "" and visit.sublayer.context is not None)
     ]

@@ -7,7 +7,6 @@ group is a tensor of the method at one kind of site; where several vectors of on
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from plugbridge.tuners.table import Method
 
 LayerMap = dict[str, list[int]]
 Plug = dict[str, Tensor]
-Start = Literal["random"]
 
 
 def uniform_layer_map(small: Layout, large: Layout) -> LayerMap:
@@ -92,13 +90,14 @@ def random_plug(shapes: Mapping[str, tuple[int, int, int]], generator: torch.Gen
 def apply_plug(method: Method, small: Layout, large: Layout, plug: Mapping[str, Tensor], module: Module) -> Module:
     """Carry a module, already duplicated to the large model's layers, to large width.
 
-    Differentiable in the plug and in the module.
+    A tensor without a map in the plug is at large width already (a fresh module). Differentiable in
+    the plug and in the module.
     """
     carried: Module = {}
     for slot, tensor in module.items():
         pattern = pattern_of(method, large, slot)
         dim = model_dim(large, pattern)
-        if dim is None:
+        if dim is None or plug_key(slot) not in plug:
             carried[slot] = tensor
             continue
         stacked, width = dim

@@ -31,7 +31,8 @@ class Method:
 
     `roles` are the family roles whose modules it changes; `tensors` maps a tensor's name to its
     axes; `learning_rate` is the default for a fresh module (validation accuracies by rate:
-    docs/results/learning_rates.md); `stacked` says that one tensor holds all layers.
+    docs/results/learning_rates.md); `stacked` says that one tensor holds all layers; `effect` names the tensors
+    that scale what the module does.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     rank: int
     configure: Callable[[Layout, tuple[str, ...], MethodSettings], PeftConfig]
     stacked: bool = False
+    effect: tuple[str, ...] = ()
 
 
 def _task_type(layout: Layout) -> TaskType:
@@ -102,6 +104,7 @@ METHODS: dict[str, Method] = {
             learning_rate=3e-3,
             rank=8,
             configure=_lora,
+            effect=("lora_B.weight",),
         ),
         Method(
             name="adapter",
@@ -118,6 +121,7 @@ METHODS: dict[str, Method] = {
             learning_rate=3e-3,
             rank=8,
             configure=_adapter,
+            effect=("adapter_up.weight", "adapter_up.bias"),
         ),
         Method(
             name="prefix",
@@ -126,10 +130,11 @@ METHODS: dict[str, Method] = {
             library="peft",
             roles=(),
             tensors={"prompt_embeddings": "tokens (layers kv {kv})"},
-            learning_rate=1e-2,
+            learning_rate=3e-2,
             rank=8,
             configure=_prefix,
             stacked=True,
+            effect=("prompt_embeddings",),
         ),
     )
 }

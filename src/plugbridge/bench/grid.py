@@ -1,0 +1,155 @@
+"""A grid of runs as data: pairs x methods x tasks x seeds, each in several variants of one configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from plugbridge.config import RunConfig, apply_override, parse_config, resolve_paths
+from plugbridge.errors import ConfigError
+
+OWN = ("small", "large", "task", "seed", "method.name")
+"""Keys that a grid fills in for each run."""
+Settings = dict[str, Any]
+"""Configuration keys with dots, such as ``couple.steps``, and their values."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Pair(_Strict):
+    """A small and a large model of one family; paths are relative to the grid's file."""
+
+    small: str
+    large: str
+
+
+class Variant(_Strict):
+    """One way to couple. A control is compared with, not proposed."""
+
+    control: bool = False
+    set: Settings = Field(default_factory=dict[str, Any])
+
+
+class Block(_Strict):
+    """All combinations of some pairs, methods, tasks and variants; the first variant of a block is run whole."""
+
+    pairs: list[str]
+    methods: list[str]
+    tasks: list[str]
+    variants: list[str] = Field(min_length=1)
+    set: Settings = Field(default_factory=dict[str, Any])
+
+
+class Grid(_Strict):
+    """A whole grid. `base` holds for every run, `methods` for the runs of one method."""
+
+    pairs: dict[str, Pair]
+    seeds: list[int] = Field(min_length=1)
+    base: Settings = Field(default_factory=dict[str, Any])
+    methods: dict[str, Settings] = Field(default_factory=dict[str, Settings])
+    variants: dict[str, Variant]
+    default: list[Block]
+    full: list[Block] = Field(default_factory=list[Block])
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one pair, method, task and seed; they share what does not depend on the variant."""
+
+    pair: str
+    method: str
+    task: str
+    seed: int
+    variants: tuple[tuple[str, RunConfig], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.pair}-{self.method}-{self.task}-s{self.seed}"
+
+
+def load_grid(path: Path) -> Grid:
+    """Read a grid. Raises ConfigError with one line."""
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read grid {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        grid = Grid.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {where}: {first['msg']}") from error
+    blocks = (*grid.default, *grid.full)
+    for where, settings in (
+        ("base", grid.base),
+        *((f"methods.{name}", settings) for name, settings in grid.methods.items()),
+        *((f"variants.{name}.set", variant.set) for name, variant in grid.variants.items()),
+        *(("set", block.set) for block in blocks),
+    ):
+        for key in OWN:
+            if key in settings:
+                raise ConfigError(f"{path}: {where} sets '{key}', which the grid itself chooses; remove it")
+    for block in blocks:
+        for kind, names, known in (("pair", block.pairs, grid.pairs), ("variant", block.variants, grid.variants)):
+            for name in names:
+                if name not in known:
+                    raise ConfigError(f"{path}: no {kind} '{name}'; known: {', '.join(known)}")
+    return grid
+
+
+def groups_of(grid: Grid, folder: Path, full: bool) -> list[Group]:
+    """All groups of the default grid, or of both parts, the first seed's first. Raises ConfigError.
+
+    `folder` is the grid file's, which paths are relative to.
+    """
+    found: dict[str, Group] = {}
+    for block in (*grid.default, *(grid.full if full else ())):
+        for task in block.tasks:
+            for seed in grid.seeds:
+                for pair in block.pairs:
+                    for method in block.methods:
+                        group = _group(grid, folder, block, pair, method, task, seed)
+                        known = found.get(group.name)
+                        if known is not None:
+                            old = dict(known.variants)
+                            new = tuple(v for v in group.variants if v[0] not in old)
+                            group = Group(pair, method, task, seed, (*known.variants, *new))
+                        found[group.name] = group
+    return sorted(found.values(), key=lambda group: grid.seeds.index(group.seed))
+
+
+def _group(grid: Grid, folder: Path, block: Block, pair: str, method: str, task: str, seed: int) -> Group:
+    variants: list[tuple[str, RunConfig]] = []
+    for number, name in enumerate(block.variants):
+        settings: Settings = {
+            "small": grid.pairs[pair].small,
+            "large": grid.pairs[pair].large,
+            "task": task,
+            "seed": seed,
+            "method.name": method,
+            **grid.base,
+            **grid.methods.get(method, {}),
+            **block.set,
+            **grid.variants[name].set,
+        }
+        if number > 0:  # the rest is known from the first variant
+            settings["evaluate.models"] = ["large_plugged", "bridge_coupled"]
+            settings["evaluate.probe"] = False
+        config = parse_config(nested(settings), f"variant '{name}'")
+        variants.append((name, resolve_paths(config, folder)))
+    return Group(pair, method, task, seed, tuple(variants))
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as a tree."""
+    raw: Any = {}
+    for key, value in settings.items():
+        raw = apply_override(raw, f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
+    return raw

@@ -1,0 +1,117 @@
+"""Cells as a Markdown page and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plugbridge.bench.quality import REFERENCES, Cell
+from plugbridge.files import write_atomically
+
+COLOURS = ("#c1440e", "#3b6ea5", "#5b8c5a", "#8a5a83", "#b8860b", "#4f7f86", "#7a7a7a")
+
+
+def page(cells: Sequence[Cell], title: str, about: str, command: str) -> str:
+    """A Markdown page: one table for each task, family and method."""
+    lines = [f"# {title}", "", about.strip(), "", "Made by", "", f"    {command}", ""]
+    lines += _summary(cells)
+    for task, family, method in _places(cells):
+        same = [c for c in cells if (c.task, c.family, c.method) == (task, family, method)]
+        lines += [f"## {task}, {family}, {method}", ""]
+        first = same[0]
+        seeds = ", ".join(map(str, first.seeds))
+        lines += [f"{first.n} test rows, seeds {seeds}, majority class {first.majority:.3f}.", ""]
+        lines += [
+            "| | coupling | accuracy | PGR | Bridge share | large rows read | seconds | MiB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(cell) for cell in same]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _places(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
+    return list(dict.fromkeys((c.task, c.family, c.method) for c in cells))
+
+
+def _kind(cell: Cell) -> str:
+    if cell.control is None:
+        return f"**{cell.variant}**"
+    return cell.variant if cell.variant in REFERENCES.values() else f"control: {cell.variant}"
+
+
+def _line(cell: Cell) -> str:
+    pgr = "" if cell.pgr is None else f"{cell.pgr:+.2f} <sub>{cell.pgr_low:+.2f} to {cell.pgr_high:+.2f}</sub>"
+    share = "" if cell.bridge_share is None else f"{100 * cell.bridge_share:.1f} %"
+    rows = "" if cell.large_rows is None else f"{cell.large_rows:,}"
+    seconds = "" if cell.seconds is None else f"{cell.seconds:.0f}"
+    peak = "" if cell.peak_bytes is None else f"{cell.peak_bytes / 2**20:.0f}"
+    mode = "" if cell.mode == "none" else f"{cell.mode}, {cell.start} start"
+    return (
+        f"| {_kind(cell)} | {mode} | {cell.value:.3f} <sub>{cell.low:.3f} to {cell.high:.3f}</sub> "
+        f"| {pgr} | {share} | {rows} | {seconds} | {peak} |"
+    )
+
+
+def _summary(cells: Sequence[Cell]) -> list[str]:
+    """Mean PGR over tasks and families, by method and variant."""
+    variants = list(dict.fromkeys(c.variant for c in cells if c.mode != "none"))
+    methods = list(dict.fromkeys(c.method for c in cells))
+    lines = ["## PGR, mean over families and tasks", "", "(in brackets: how many cells)", ""]
+    lines += ["| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+    for variant in variants:
+        row: list[str] = []
+        for method in methods:
+            found = [c.pgr for c in cells if (c.variant, c.method) == (variant, method) and c.pgr is not None]
+            row.append(f"{sum(found) / len(found):+.2f} ({len(found)})" if found else "")
+        control = any(c.control is not None for c in cells if c.variant == variant)
+        name = f"control: {variant}" if control else f"**{variant}**"
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
+def draw_cells(cells: Sequence[Cell], path: Path) -> None:
+    """A panel for each method: PGR with its interval, a row for each task and family."""
+    from matplotlib.figure import Figure
+
+    shown = [cell for cell in cells if cell.pgr is not None and cell.mode != "none"]
+    methods = list(dict.fromkeys(cell.method for cell in shown))
+    variants = list(dict.fromkeys(cell.variant for cell in shown))
+    places = list(dict.fromkeys(f"{cell.task}\n{cell.family}" for cell in shown))
+    height = 0.16 * len(variants) * len(places) + 1.6
+    figure = Figure(figsize=(3.6 * max(1, len(methods)) + 1.8, height), layout="constrained")
+    for column, method in enumerate(methods):
+        axes = figure.add_subplot(1, len(methods), column + 1)
+        for number, variant in enumerate(variants):
+            found = [cell for cell in shown if (cell.method, cell.variant) == (method, variant)]
+            if not found:
+                continue
+            at = [places.index(f"{c.task}\n{c.family}") + 0.8 * (number / max(1, len(variants)) - 0.4) for c in found]
+            values = [c.pgr or 0.0 for c in found]
+            spans = [
+                [max(0.0, v - (c.pgr_low or 0.0)) for v, c in zip(values, found, strict=True)],
+                [max(0.0, (c.pgr_high or 0.0) - v) for v, c in zip(values, found, strict=True)],
+            ]
+            axes.errorbar(
+                values, at, xerr=spans, fmt="s" if found[0].control else "o", ms=4, lw=1, capsize=2, label=variant,
+                color=COLOURS[number % len(COLOURS)],
+            )  # fmt: skip
+        axes.axvline(0, color="#222222", lw=1, ls=":")
+        axes.axvline(1, color="#222222", lw=1)
+        ends = [x for c in shown for x in (c.pgr_low or 0.0, c.pgr_high or 0.0)]
+        axes.set_xlim(max(-2.0, min(-0.5, *ends) - 0.05), min(2.5, max(1.25, *ends) + 0.05))
+        axes.set_ylim(len(places) - 0.5, -0.5)
+        axes.set_yticks(range(len(places)), places if column == 0 else [""] * len(places), fontsize=8)
+        axes.set_title(method, fontsize=10, loc="left")
+        axes.set_xlabel("PGR: 0 small tuned, 1 large tuned", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    if shown:
+        handles: dict[str, object] = {}
+        for axes in figure.axes:
+            handles.update(
+                {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            )
+        figure.legend(
+            list(handles.values()),  # pyright: ignore[reportArgumentType]
+            list(handles), loc="outside lower center", ncols=3, fontsize=8, frameon=False,
+        )  # fmt: skip
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=140)

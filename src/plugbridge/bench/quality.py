@@ -1,0 +1,224 @@
+"""Quality of the transfer over a grid: run it, resume it, and reduce it to cells with intervals."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plugbridge.bench.grid import Grid, Group
+from plugbridge.config import parse_config
+from plugbridge.files import write_json, write_text
+from plugbridge.prepare import prepare, resolve
+from plugbridge.progress import Progress, Silent
+from plugbridge.run import borrow, execute, facts_of, locked, read_marker
+from plugbridge.stages.build import build_stages
+
+REFERENCES = {
+    "small_tuned": "small tuned",
+    "large_zero_shot": "large zero-shot",
+    "large_probe": "linear probe",
+    "large_tuned": "large tuned",
+}
+RESAMPLES = 2000
+Answers = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number with its interval.
+
+    `value` is the mean metric over seeds, `pgr` the performance gap recovered of the means; `low`,
+    `high`, `pgr_low` and `pgr_high` are 95 % percentile intervals of a bootstrap over seeds and test
+    rows, the same rows for all models and seeds. `control` names what the row is compared with, null for
+    the method itself. `seconds` and `peak_bytes` are of coupling, `large_rows` the rows the large
+    model read in it.
+    """
+
+    family: str
+    method: str
+    mode: str
+    bridge_share: float | None
+    down: str | None
+    start: str | None
+    task: str
+    seeds: list[int]
+    metric: str
+    value: float
+    low: float
+    high: float
+    pgr: float | None
+    pgr_low: float | None
+    pgr_high: float | None
+    control: str | None
+    command: str
+    variant: str
+    n: int
+    majority: float
+    large_rows: int | None
+    seconds: float | None
+    peak_bytes: int | None
+
+
+def run_group(group: Group, data: Path | None, out: Path) -> str:
+    """Do a group's runs that are not done; the stages that variants share are done once. Returns its name."""
+    import torch
+
+    from plugbridge.models import quiet_transformers
+
+    torch.set_num_threads(1)
+    quiet_transformers()
+    donors: list[Path] = []
+    for name, config in group.variants:
+        root = out / group.name / slug(name)
+        with locked(root):
+            write_text(root / "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
+            stages = build_stages(prepare(config, data), root, Silent())
+            borrow(root, donors, stages)
+            execute(root, stages, None, lambda _stage, _what: None)
+        donors.append(root)
+    return group.name
+
+
+def slug(name: str) -> str:
+    """A variant's folder."""
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
+
+
+def run_groups(groups: Sequence[Group], data: Path | None, out: Path, jobs: int, progress: Progress) -> None:
+    """Run groups, at most `jobs` at a time, each in a process of its own with one thread.
+
+    The first error stops the grid after the runs in progress; what is done stays done.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
+    context = multiprocessing.get_context("spawn")
+    with progress.bar("bench quality", len(groups)) as advance, ProcessPoolExecutor(jobs, context) as pool:
+        waiting = list(groups)
+        running: set[Future[str]] = set()
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.add(pool.submit(run_group, waiting.pop(0), data, out))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                advance(1)
+
+
+def answers(root: Path, model: str) -> Answers | None:
+    """Which test rows a model of a run got right; None if the run did not score it."""
+    path = root / "evaluate" / "predictions" / f"{model}.jsonl"
+    if not path.is_file():
+        return None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return np.array([row["prediction"] == row["right"] for row in rows])
+
+
+def finished(group: Group, name: str, out: Path) -> bool:
+    """Whether a variant was scored with the settings that it has in the grid now."""
+    root = out / group.name / slug(name)
+    if read_marker(root / "evaluate") is None:
+        return False
+    written = parse_config(json.loads((root / "config.yaml").read_text(encoding="utf-8")), str(root))
+    return written == dict(group.variants)[name]
+
+
+def cells_of(grid: Grid, groups: Sequence[Group], out: Path, command: str) -> list[Cell]:
+    """Reduce finished runs to cells; each says which seeds it has."""
+    found: dict[tuple[str, str, str], list[Group]] = {}
+    for group in groups:
+        if finished(group, group.variants[0][0], out):
+            found.setdefault((group.pair, group.method, group.task), []).append(group)
+    cells: list[Cell | None] = []
+    for same in found.values():
+        for model, title in REFERENCES.items():
+            cells.append(_cell(same, out, same[0].variants[0][0], model, title, title, command))
+        for name, _ in same[0].variants:
+            done = [group for group in same if finished(group, name, out)]
+            control = name if grid.variants[name].control else None
+            label = f"{name}, the Bridge itself"
+            if done:
+                cells.append(_cell(done, out, name, "large_plugged", name, control, command))
+                cells.append(_cell(done, out, name, "bridge_coupled", label, label, command))
+    return [cell for cell in cells if cell is not None]
+
+
+def _cell(
+    groups: Sequence[Group], out: Path, variant: str, model: str, title: str, control: str | None, command: str
+) -> Cell | None:
+    roots = [out / group.name / slug(variant) for group in groups]
+    first = [out / group.name / slug(group.variants[0][0]) for group in groups]
+    right = [answers(root, model) for root in roots]
+    small = [answers(root, "small_tuned") for root in first]
+    large = [answers(root, "large_tuned") for root in first]
+    if any(a is None for a in (*right, *small, *large)):
+        return None
+    table = [[np.asarray(a, dtype=float) for a in column] for column in (right, small, large)]
+    value, low, high, pgr, pgr_low, pgr_high = intervals(*table)
+    config = None if model in REFERENCES else resolve(dict(groups[0].variants)[variant])
+    majority = facts_of(first[0], "evaluate")["majority"]["metrics"]
+    coupled = [read_marker(root / "couple") for root in roots]
+    costs = [marker for marker in coupled if marker is not None] if config is not None else []
+    return Cell(
+        family=groups[0].pair,
+        method=groups[0].method,
+        mode=config.couple.mode if config is not None else "none",
+        bridge_share=float(facts_of(roots[0], "prune")["bridge_share"]) if config is not None else None,
+        down=config.prune.channels if config is not None else None,
+        start=config.couple.plug if config is not None else None,
+        task=groups[0].task,
+        seeds=[group.seed for group in groups],
+        metric="accuracy",
+        value=value,
+        low=low,
+        high=high,
+        pgr=pgr,
+        pgr_low=pgr_low,
+        pgr_high=pgr_high,
+        control=control,
+        command=command,
+        variant=title,
+        n=len(table[0][0]),
+        majority=float(majority["accuracy"]),
+        large_rows=round(float(np.mean([m["facts"]["large_rows"] for m in costs]))) if costs else None,
+        seconds=float(np.mean([m["seconds"] for m in costs])) if costs else None,
+        peak_bytes=max(int(m["peak_bytes"]) for m in costs) if costs else None,
+    )
+
+
+def intervals(
+    right: Sequence[NDArray[np.float64]], small: Sequence[NDArray[np.float64]], large: Sequence[NDArray[np.float64]]
+) -> tuple[float, float, float, float | None, float | None, float | None]:
+    """(accuracy, low, high, PGR, low, high) from each seed's right (1) and wrong (0) answers.
+
+    PGR is of the mean accuracies. Each resample draws seeds, and test rows, the same for all models of
+    all drawn seeds: every seed scores the same rows, so that a row's own difficulty does not average out
+    over seeds. PGR is None where the gap between small and large is not above zero in at least 97.5 %
+    of the resamples: a ratio to a gap that may not be there says nothing.
+    """
+    rng = np.random.default_rng(0)
+    table = np.stack([np.stack(list(side)) for side in (right, small, large)])  # models, seeds, rows
+    _, count, rows = table.shape
+    means = np.empty((RESAMPLES, 3))
+    for i in range(RESAMPLES):
+        seeds = rng.integers(count, size=count)
+        means[i] = table[:, :, rng.integers(rows, size=rows)][:, seeds].mean((1, 2))
+    value, base, top = (float(np.mean([a.mean() for a in side])) for side in (right, small, large))
+    low, high = (float(q) for q in np.percentile(means[:, 0], [2.5, 97.5]))
+    gaps = means[:, 2] - means[:, 1]
+    if float(np.mean(gaps > 0)) < 0.975 or top <= base:
+        return value, low, high, None, None, None
+    shares = (means[:, 0] - means[:, 1])[gaps > 0] / gaps[gaps > 0]
+    pgr_low, pgr_high = (float(q) for q in np.percentile(shares, [2.5, 97.5]))
+    return value, low, high, (value - base) / (top - base), pgr_low, pgr_high
+
+
+def write_cells(cells: Sequence[Cell], path: Path) -> None:
+    """The cells as one JSON list."""
+    rows: list[dict[str, Any]] = [asdict(cell) for cell in cells]
+    write_json(path, rows)

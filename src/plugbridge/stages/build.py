@@ -1,0 +1,103 @@
+"""The stages of a run in order, with what each depends on."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plugbridge.cost import measure
+from plugbridge.prepare import Prepared
+from plugbridge.progress import Progress
+from plugbridge.run import Stage, StageResult
+from plugbridge.stages.couple import couple
+from plugbridge.stages.evaluate import evaluate
+from plugbridge.stages.plug import plug, polish
+from plugbridge.stages.repair import repair
+from plugbridge.stages.shrink import prune, score
+from plugbridge.stages.tune import ceiling, tune
+from plugbridge.stages.work import Work, rate_of_training
+
+
+def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
+    """All stages of a run, in order, with what each depends on."""
+    config = prepared.config
+    common = {
+        "seed": config.seed,
+        "device": prepared.device,
+        "dtype": config.dtype,
+        "task": prepared.inputs["task"],
+    }
+    method = {
+        "name": prepared.method.name,
+        "rank": prepared.settings.rank,
+        "alpha": prepared.settings.alpha,
+        "dropout": prepared.settings.dropout,
+    }
+    small, large = prepared.inputs["small"], prepared.inputs["large"]
+
+    def stage(
+        name: str,
+        needs: tuple[str, ...],
+        depends: dict[str, Any],
+        work: Callable[[Work], dict[str, Any]],
+    ) -> Stage:
+        def measured(folder: Path) -> StageResult:
+            gc.collect()
+            with measure(prepared.device) as cost:
+                facts = work(Work(prepared, root, folder, progress))
+            return StageResult(facts, cost.seconds, cost.peak_bytes)
+
+        return Stage(name, needs, {**common, **depends}, measured)
+
+    tune_rate = rate_of_training(config.tune, prepared.method)
+    couple_rate = rate_of_training(config.couple, prepared.method)
+    stages = [
+        stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
+        stage("score", (), {"large": large, "score": _dump(config.score)}, score),
+        stage("prune", ("score",), {"large": large, "prune": _dump(config.prune)}, prune),
+    ]
+    bridge = ("prune",)
+    if config.repair is not None:
+        stages.append(stage("repair", bridge, {"large": large, "repair": _dump(config.repair)}, repair))
+        bridge = ("prune", "repair")
+    stages += [
+        stage(
+            "couple",
+            ("tune", *bridge),
+            {
+                "method": method,
+                "couple": _dump(config.couple),
+                "rate": couple_rate,
+            },
+            couple,
+        ),
+    ]
+    coupled: tuple[str, ...] = ("couple",)
+    if config.polish is not None:
+        stages.append(stage("polish", coupled, {"large": large, "polish": config.polish.model_dump()}, polish))
+        coupled = ("couple", "polish")
+    stages.append(stage("plug", coupled, {"large": large, "source": config.large}, plug))
+    results: tuple[str, ...] = ("tune", *bridge, *coupled, "plug")
+    if config.ceiling is not None:
+        depends = {
+            "large": large,
+            "method": method,
+            "ceiling": _dump(config.ceiling),
+            "rate": rate_of_training(config.ceiling, prepared.method),
+        }
+        stages.append(stage("ceiling", (), depends, ceiling))
+        results = (*results, "ceiling")
+    stages.append(
+        stage(
+            "evaluate",
+            results,
+            {"small": small, "large": large, "evaluate": _dump(config.evaluate)},
+            evaluate,
+        )
+    )
+    return stages
+
+
+def _dump(section: Any) -> dict[str, Any]:
+    """A configuration section as JSON, without what does not change the result."""
+    return {k: v for k, v in section.model_dump(mode="json").items() if k != "checkpoint_every"}

@@ -1,0 +1,167 @@
+"""Coupling module, plug and Bridge."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plugbridge.families.spec import Layout
+from plugbridge.files import folder_atomically, write_atomically, write_json
+from plugbridge.models import load_model
+from plugbridge.stages.work import CHECKPOINT, Work, bridge_folder, layouts, rate_of_training, read_plan, schedule_of
+from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.train import batch_indices, fit
+from plugbridge.transfer.cache import make_cache
+from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.coupling import Coupling, bridge_state, require_gradients, silence
+from plugbridge.transfer.down import start_down
+from plugbridge.transfer.start import Start, States, fresh_start, record_states, small_start
+from plugbridge.tuners.module import Module, Slot, read, save, unpack
+
+
+def couple(work: Work) -> dict[str, Any]:
+    """Train module, plug and Bridge together (Algorithm 1, lines 2 and 4 to 7)."""
+    p = work.prepared
+    settings = p.config.couple
+    mode = find_mode(settings.mode)
+    small, large = layouts(work)
+    plan = read_plan(work.root)
+    start = _start(work, small, large)
+    module = {slot: tensor.to(p.device, torch.float32) for slot, tensor in start.module.items()}
+    bridge = load_model(str(bridge_folder(work)), dtype=torch.float32, device=p.device)
+    down = start_down(settings.down, large, plan, p.method, module)
+    coupling = Coupling(
+        method=p.method, settings=p.settings, small=start.small, large=large, plan=plan, bridge=bridge,
+        encoder=p.large_encoder, module=module,
+        plug={key: tensor.to(p.device) for key, tensor in start.plug.items()},
+        down={key: tensor.to(p.device) for key, tensor in down.items()},
+        train_bridge=mode.trains_bridge and settings.bridge == "train",
+        large_model=p.load(p.config.large)[0] if mode.runs_large else None,
+        first={stack: count - math.ceil((settings.layers or 1) * count) for stack, count in large.layers.items()},
+        cache=make_cache(settings.cache, work.folder) if mode.caches else None,
+    )  # fmt: skip
+    silence(coupling)
+    require_gradients(coupling)
+    weights = dict(bridge.named_parameters())
+    started = coupling.parameters()  # before the mode puts peft's own module on the Bridge
+    loss = mode.start(coupling)
+    climbed = {f"ladder/{key}": tensor for key, tensor in coupling.ladder.items()}
+    parameters = {name: tensor for name, tensor in {**started, **climbed}.items() if tensor.requires_grad}
+    rates = {
+        "": rate_of_training(settings, p.method),
+        "plug/": settings.plug_learning_rate,
+        "down/": settings.plug_learning_rate,
+        "ladder/": settings.plug_learning_rate,
+        "bridge/": settings.bridge_learning_rate,
+    }
+    losses = fit(
+        parameters, p.large_rows["train"], loss, schedule_of(settings, p.config.seed, rates),
+        work.folder / CHECKPOINT, work.progress, f"couple ({settings.mode})",
+    )  # fmt: skip
+    _save_coupled(work, coupling, weights)
+    write_json(work.folder / "losses.json", losses)
+    (work.folder / CHECKPOINT).unlink(missing_ok=True)
+    return {
+        "mode": settings.mode,
+        "trainable": {
+            part: sum(t.numel() for n, t in parameters.items() if n.startswith(f"{part}/"))
+            for part in ("module", "plug", "down", "ladder", "bridge")
+        },
+        "large_rows": _large_rows(work, mode.runs_large, coupling.cache is not None),
+        "cache_bytes": coupling.cache.bytes if coupling.cache is not None else 0,
+        "layer_map": start.layer_map,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+    }
+
+
+def _large_rows(work: Work, runs_large: bool, cached: bool) -> int:
+    """Rows that the large model reads while coupling; a cached row is read once."""
+    settings, count = work.prepared.config.couple, len(work.prepared.large_rows["train"])
+    if not runs_large:
+        return 0
+    drawn = [
+        row
+        for step in range(settings.steps)
+        for row in batch_indices(count, step, settings.batch_size, work.prepared.config.seed)
+    ]
+    return len({work.prepared.large_rows["train"][i] for i in drawn}) if cached else len(drawn)
+
+
+def _start(work: Work, small: Layout, large: Layout) -> Start:
+    """Module, plug and layer map to begin with; runs the two models only if the settings need their states."""
+    p = work.prepared
+    settings = p.config.couple
+    torch.manual_seed(p.config.seed)
+    assert settings.plug is not None  # resolved
+    if settings.plug == "fresh":
+        return fresh_start(p.method, p.settings, large, p.load(p.config.large)[0])
+    states: tuple[States, States] | None = None
+    if settings.plug != "random" or settings.layer_map != "uniform":
+        # the same tokens for both: as the model with fewer positions reads them
+        narrower = (p.encoder.positions or math.inf) <= (p.large_encoder.positions or math.inf)
+        encoder, rows = (p.encoder, p.rows) if narrower else (p.large_encoder, p.large_rows)
+        chosen = rows["train"][: settings.align_samples]
+        states = (
+            _states(work, "small", p.config.small, encoder, chosen),
+            _states(work, "large", p.config.large, encoder, chosen),
+        )
+    tuned = unpack(p.method, small, read(work.root / "tune" / "module"))
+    return small_start(p.method, settings.plug, settings.layer_map, small, large, tuned, states, p.config.seed)
+
+
+def _states(work: Work, name: str, source: str, encoder: Encoder, rows: list[Encoded]) -> States:
+    model, layout = work.prepared.load(source)
+    with work.progress.bar(f"states of {name}", len(rows)) as advance:
+
+        def counted() -> Iterator[Encoded]:
+            for row in rows:
+                yield row
+                advance(1)
+
+        return record_states(model, layout, encoder, counted())
+
+
+def _save_coupled(work: Work, coupling: Coupling, weights: Mapping[str, Tensor]) -> None:
+    p = work.prepared
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in coupling.parameters().items()
+        if not name.startswith("bridge/")
+    }
+    with write_atomically(work.folder / "coupled.safetensors") as path:
+        save_file(tensors, str(path))
+    if not find_mode(p.config.couple.mode).trains_bridge:
+        return
+    trained = load_model(str(bridge_folder(work)), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_(weights[name])
+    with folder_atomically(work.folder / "bridge") as folder:
+        trained.save_pretrained(str(folder))
+        p.large_encoder.tokenizer.save_pretrained(str(folder))
+    layout = coupling.bridge_layout()
+    config = p.method.configure(layout, p.method.roles, p.settings)
+    with folder_atomically(work.folder / "bridge_module") as folder:
+        save(folder, config, bridge_state(coupling), "../bridge")  # a run may be moved
+
+
+def read_coupled(path: Path) -> tuple[Module, dict[str, Tensor], dict[str, Tensor]]:
+    """Module, plug and ladder that coupling left."""
+    module: Module = {}
+    plug_maps: dict[str, Tensor] = {}
+    ladder: dict[str, Tensor] = {}
+    for name, tensor in load_file(str(path)).items():
+        part, _, key = name.partition("/")
+        if part == "module":
+            stack, layer, site, leaf = key.split(":")
+            module[Slot(stack, int(layer), site, leaf)] = tensor
+        elif part == "plug":
+            plug_maps[key] = tensor
+        elif part == "ladder":
+            ladder[key] = tensor
+    return module, plug_maps, ladder

@@ -1,0 +1,131 @@
+"""Scoring every model of a run."""
+
+import gc
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plugbridge.cost import Cost, measure
+from plugbridge.evaluate import last_states, option_scores, predictions
+from plugbridge.files import write_atomically
+from plugbridge.probe import fit_probe
+from plugbridge.stages.couple import read_coupled
+from plugbridge.stages.work import Work, metrics_of
+from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.metrics import METRICS
+from plugbridge.tasks.spec import Split
+from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.ladder import LadderNetwork
+from plugbridge.tuners.module import attach, load_state, read
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model to score: how to load it, and the rows as its encoder gave them."""
+
+    name: str
+    load: Callable[[], torch.nn.Module]
+    encoder: Encoder
+    rows: Mapping[Split, list[Encoded]]
+
+
+def evaluate(work: Work) -> dict[str, Any]:
+    """Score every model of the run on the test rows (or, while choosing, the validation rows)."""
+    p = work.prepared
+    config = p.config.evaluate
+    facts: dict[str, Any] = {}
+    for candidate in _candidates(work):
+        if config.models is not None and candidate.name not in config.models:
+            continue
+        name, encoder, chosen = candidate.name, candidate.encoder, candidate.rows[config.split][: config.limit]
+        gc.collect()
+        with measure(p.device) as cost:
+            model = candidate.load()
+            scores = option_scores(model, encoder, chosen, config.batch_size, work.progress, f"evaluate {name}")
+            del model
+        facts[name] = _note(work, name, chosen, predictions(scores), cost)
+        _write_predictions(work, name, chosen, predictions(scores), scores)
+    if config.probe and (config.models is None or "large_probe" in config.models):
+        chosen = p.large_rows[config.split][: config.limit]
+        with measure(p.device) as cost:
+            predicted = _probe(work, chosen)
+        facts["large_probe"] = _note(work, "large_probe", chosen, predicted, cost)
+        _write_predictions(work, "large_probe", chosen, predicted, [[]] * len(chosen))
+    right = [row.answer for row in p.large_rows[config.split][: config.limit]]
+    common = max(set(right), key=right.count)
+    facts["majority"] = {"metrics": {name: METRICS[name]([common] * len(right), right) for name in p.task.metrics}}
+    return facts
+
+
+def _note(work: Work, name: str, rows: list[Encoded], predicted: list[int], cost: Cost) -> dict[str, Any]:
+    metrics = metrics_of(work.prepared.task, rows, predicted)
+    return {"metrics": metrics, "n": len(rows), "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
+
+
+def _write_predictions(
+    work: Work, name: str, rows: list[Encoded], predicted: list[int], scores: list[list[float]]
+) -> None:
+    lines = (
+        json.dumps({"prediction": answer, "right": row.answer, "scores": values})
+        for answer, row, values in zip(predicted, rows, scores, strict=True)
+    )
+    with write_atomically(work.folder / "predictions" / f"{name}.jsonl") as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _probe(work: Work, chosen: list[Encoded]) -> list[int]:
+    """Answers of a linear probe: fitted on the training rows, its penalty chosen on the validation rows."""
+    p, size = work.prepared, work.prepared.config.evaluate.batch_size
+    model, layout = p.load(p.config.large)
+    parts = {"train": p.large_rows["train"], "validation": p.large_rows["validation"], "chosen": chosen}
+    states = {
+        name: last_states(model, layout.family.head, p.large_encoder, rows, size, work.progress, f"probe {name}")
+        for name, rows in parts.items()
+    }
+    right = {name: [row.answer for row in rows] for name, rows in parts.items()}
+    return fit_probe(states, right)
+
+
+def _candidates(work: Work) -> list[Candidate]:
+    p, root = work.prepared, work.root
+    small, large = (p.encoder, p.rows), (p.large_encoder, p.large_rows)
+    found = [
+        Candidate("small_tuned", lambda: with_module(work, p.config.small, root / "tune" / "module"), *small),
+        Candidate("large_zero_shot", lambda: p.load(p.config.large)[0], *large),
+        Candidate("large_plugged", lambda: with_module(work, p.config.large, root / "plug" / "checkpoint"), *large),
+    ]
+    mode = find_mode(p.config.couple.mode)
+    if mode.trains_bridge:
+        found.append(Candidate("bridge_coupled", lambda: _coupled_bridge(work, mode.runs_large), *large))
+    if p.config.ceiling is not None:
+        found.append(
+            Candidate("large_tuned", lambda: with_module(work, p.config.large, root / "ceiling" / "module"), *large)
+        )
+    return found
+
+
+def with_module(work: Work, source: str, module: Path) -> torch.nn.Module:
+    """A model with a checkpoint's module on it."""
+    p = work.prepared
+    model, layout = p.load(source)
+    wrapped, _ = attach(model, p.method, layout, p.settings)
+    load_state(wrapped, read(module))
+    return wrapped.eval()
+
+
+def _coupled_bridge(work: Work, climbs: bool) -> torch.nn.Module:
+    """The Bridge as coupling left it, with the ladder from the large model where it has one."""
+    p, folder = work.prepared, work.root / "couple"
+    bridge, narrow = p.load(str(folder / "bridge"))
+    wrapped, _ = attach(bridge, p.method, narrow, p.settings)
+    load_state(wrapped, read(folder / "bridge_module"))
+    if not climbs:
+        return wrapped.eval()
+    large, layout = p.load(p.config.large)
+    _, _, ladder = read_coupled(folder / "coupled.safetensors")
+    on_device = {name: tensor.to(p.device) for name, tensor in ladder.items()}
+    return LadderNetwork(large, layout, bridge, wrapped, on_device).eval()

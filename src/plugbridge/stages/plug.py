@@ -1,0 +1,69 @@
+"""Polishing the plugged module, and folding it into a checkpoint of the large model."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from plugbridge.evaluate import mean_loss
+from plugbridge.families.spec import Layout
+from plugbridge.files import folder_atomically, write_json
+from plugbridge.stages.couple import read_coupled
+from plugbridge.stages.work import Work, layouts
+from plugbridge.tasks.encode import gold
+from plugbridge.transfer.fold import fold
+from plugbridge.transfer.polish import Factors, places_of, scaled, search
+from plugbridge.tuners.module import Module, attach, load_state, pack, save, unpack
+
+
+def polish(work: Work) -> dict[str, Any]:
+    """Tune a factor for every place of the plugged module on the large model, forward only."""
+    p = work.prepared
+    settings = p.config.polish
+    assert settings is not None
+    model, large = p.load(p.config.large)
+    module = _folded(work, large)
+    wrapped, _ = attach(model, p.method, large, p.settings)
+    wrapped.eval()
+    order = np.random.default_rng(p.config.seed).permutation(len(p.large_rows["train"]))
+    rows = [p.large_rows["train"][int(i)] for i in order[: settings.rows]]
+    chunks = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+    batches = [gold(p.large_encoder, chunk).to(p.device) for chunk in chunks]
+
+    @torch.no_grad()
+    def loss_of(factors: Factors) -> float:
+        load_state(wrapped, pack(p.method, large, scaled(p.method, module, factors)))
+        total = [float(mean_loss(wrapped, batch, p.large_encoder.kind)) for batch in batches]
+        return sum(value * len(chunk) for value, chunk in zip(total, chunks, strict=True)) / len(rows)
+
+    with work.progress.bar("polish", settings.evaluations) as advance:
+        factors, losses = search(
+            places_of(module), loss_of, settings.evaluations, p.config.seed, lambda: advance(1)
+        )  # fmt: skip
+    write_json(work.folder / "factors.json", factors)
+    write_json(work.folder / "losses.json", losses)
+    return {"loss_first": losses[0], "loss_last": min(losses), "large_rows": len(losses) * len(rows)}
+
+
+def _folded(work: Work, large: Layout) -> Module:
+    """Module and plug in one, at large width."""
+    p = work.prepared
+    small, _ = layouts(work)
+    module, plug_maps, _ = read_coupled(work.root / "couple" / "coupled.safetensors")
+    return unpack(p.method, large, fold(p.method, small, large, plug_maps, module))
+
+
+def plug(work: Work) -> dict[str, Any]:
+    """Fold module and plug into a checkpoint of the large model (Algorithm 1, line 8)."""
+    p = work.prepared
+    _, large = layouts(work)
+    module = _folded(work, large)
+    if p.config.polish is not None:
+        factors: Factors = json.loads((work.root / "polish" / "factors.json").read_text(encoding="utf-8"))
+        module = scaled(p.method, module, factors)
+    state = pack(p.method, large, module)
+    config = p.method.configure(large, p.method.roles, p.settings)
+    with folder_atomically(work.folder / "checkpoint") as folder:
+        save(folder, config, state, p.config.large)
+    return {"changed": sum(t.numel() for t in state.values()), "tensors": len(state)}

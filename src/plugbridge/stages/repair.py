@@ -1,0 +1,36 @@
+"""Fitting the Bridge to the large model before coupling."""
+
+from typing import Any
+
+import torch
+
+from plugbridge.files import folder_atomically, write_json
+from plugbridge.models import load_model
+from plugbridge.stages.work import CHECKPOINT, Work, read_plan, schedule_of
+from plugbridge.train import fit
+from plugbridge.transfer.repair import repair_loss, repaired_parameters
+
+
+def repair(work: Work) -> dict[str, Any]:
+    """Fit the Bridge to the large model, which runs forward only."""
+    p = work.prepared
+    settings = p.config.repair
+    assert settings is not None
+    large, layout = p.load(p.config.large)
+    bridge = load_model(str(work.root / "prune" / "bridge"), dtype=torch.float32, device=p.device)
+    parameters = repaired_parameters(bridge, layout, settings.target)
+    bridge.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    losses = fit(
+        parameters, p.large_rows["train"],
+        repair_loss(settings.target, large, layout, bridge, read_plan(work.root), p.large_encoder),
+        schedule_of(settings, p.config.seed, {"": settings.learning_rate or 1e-3}),
+        work.folder / CHECKPOINT, work.progress, f"repair ({settings.target})",
+    )  # fmt: skip
+    with folder_atomically(work.folder / "bridge") as folder:
+        bridge.save_pretrained(str(folder))
+        p.large_encoder.tokenizer.save_pretrained(str(folder))
+    write_json(work.folder / "losses.json", losses)
+    (work.folder / CHECKPOINT).unlink(missing_ok=True)
+    return {"target": settings.target, "loss_first": losses[0], "loss_last": losses[-1]}

@@ -1,0 +1,110 @@
+"""Scoring the large model's units and pruning it into the Bridge."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plugbridge.errors import ModelError
+from plugbridge.evaluate import log_likelihood
+from plugbridge.files import folder_atomically, write_atomically, write_json
+from plugbridge.models import parameter_count
+from plugbridge.prepare import bridge_sizes
+from plugbridge.shrink.importance import (
+    SecondMoments,
+    activation,
+    fisher,
+    magnitude,
+    record_second_moments,
+    residual_energy,
+)
+from plugbridge.shrink.prune import plan_bridge, principal_basis, prune_model, shuffle_blocks
+from plugbridge.stages.work import BASIS, Work
+from plugbridge.tasks.encode import Encoded, gold
+
+
+def score(work: Work) -> dict[str, Any]:
+    """Score the large model's units and record its residual energy."""
+    p = work.prepared
+    model, layout = p.load(p.config.large)
+    rows = p.large_rows["train"][: p.config.score.samples]
+    kind = p.large_encoder.kind
+
+    def likelihood(row: Encoded) -> Tensor:
+        return log_likelihood(model, gold(p.large_encoder, [row]).to(p.device), kind).sum()
+
+    total = len(rows) * (1 if p.config.score.importance == "magnitude" else 2)
+    moments: SecondMoments | None = None
+    with work.progress.bar(f"score large ({p.config.score.importance})", total) as advance:
+
+        def counted() -> Any:
+            for row in rows:
+                yield row
+                advance(1)
+
+        if p.config.score.importance == "fisher":
+            with record_second_moments(model, layout) as moments:
+                scores = fisher(model, layout, counted(), likelihood)
+        elif p.config.score.importance == "activation":
+            scores = activation(model, layout, counted(), likelihood)
+        else:
+            scores = magnitude(model, layout)
+        with record_second_moments(model, layout) as activity:
+            energy = residual_energy(model, layout, counted(), likelihood)
+    found = {"activity": activity.total("activity"), "error": moments.total("error") if moments else None}
+    second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
+    for key, values in {**scores, **energy, **second}.items():
+        if not bool(values.isfinite().all()):
+            raise ModelError(f"the scores of '{key}' in {p.config.large} are not finite; is a weight of it NaN?")
+    with write_atomically(work.folder / "scores.safetensors") as path:
+        save_file(scores, str(path))
+    with write_atomically(work.folder / "energy.safetensors") as path:
+        save_file(energy, str(path))
+    with write_atomically(work.folder / "moments.safetensors") as path:
+        save_file(second, str(path))
+    return {
+        "samples": len(rows),
+        "importance": p.config.score.importance,
+        "gradients_of_large": p.config.score.importance == "fisher",
+    }
+
+
+def prune(work: Work) -> dict[str, Any]:
+    """Prune the large model into the Bridge (Algorithm 1, line 3)."""
+    p = work.prepared
+    model, layout = p.load(p.config.large)
+    scores = load_file(str(work.root / "score" / "scores.safetensors"))
+    energy = load_file(str(work.root / "score" / "energy.safetensors"))
+    whole = parameter_count(model)
+    plan = plan_bridge(layout, scores, bridge_sizes(p.config.prune, model, layout))
+    if p.config.prune.channels != "select":
+        plan = replace(plan, basis={"hidden": _basis(work, plan.sizes["hidden"])})
+    bridge = prune_model(model, layout, plan, energy)
+    if p.config.prune.shuffle:
+        shuffle_blocks(bridge, layout, p.config.seed)
+    with folder_atomically(work.folder / "bridge") as folder:
+        bridge.save_pretrained(str(folder))
+        p.large_encoder.tokenizer.save_pretrained(str(folder))
+    with write_atomically(work.folder / "keep.safetensors") as path:
+        save_file({**plan.keep, **{f"{BASIS}{key}": matrix for key, matrix in plan.basis.items()}}, str(path))
+    write_json(work.folder / "sizes.json", plan.sizes)
+    count = parameter_count(bridge)
+    blocks = sum(t.numel() for n, t in bridge.named_parameters() if layout.table()[n].place.stack is not None)
+    return {
+        "large_parameters": whole,
+        "bridge_parameters": count,
+        "bridge_block_parameters": blocks,
+        "bridge_share": count / whole,
+        "sizes": plan.sizes,
+        "large_sizes": layout.sizes,
+        "reduction_of_axes": {a: layout.sizes[a] / plan.sizes[a] for a in layout.family.scope},
+    }
+
+
+def _basis(work: Work, size: int) -> Tensor:
+    """Principal directions of the residual stream, as the configuration weighs them. Returns (size, hidden)."""
+    moments = load_file(str(work.root / "score" / "moments.safetensors"))
+    kinds = ("activity", "error") if work.prepared.config.prune.channels == "gradient_pca" else ("activity",)
+    return principal_basis(torch.stack([moments[kind] / moments[kind].trace() for kind in kinds]).sum(0), size)

@@ -1,0 +1,98 @@
+"""What every stage's function gets, and what several of them read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from plugbridge.config import TrainConfig
+from plugbridge.evaluate import option_scores, predictions
+from plugbridge.families.spec import Layout, family_of
+from plugbridge.models import load_config
+from plugbridge.prepare import Prepared
+from plugbridge.progress import Progress
+from plugbridge.run import facts_of
+from plugbridge.shrink.prune import BridgePlan
+from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.metrics import METRICS
+from plugbridge.tasks.spec import Task
+from plugbridge.train import Schedule
+from plugbridge.tuners.table import Method
+
+CHECKPOINT = "checkpoint.pt"
+BASIS = "basis:"  # marks projections among the kept positions on disk
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage's function gets: the prepared run, the run's root, its own folder."""
+
+    prepared: Prepared
+    root: Path
+    folder: Path
+    progress: Progress
+
+
+def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Schedule:
+    """A training's numbers from its configuration."""
+    return Schedule(
+        steps=train.steps,
+        batch_size=train.batch_size,
+        learning_rates=rates,
+        warmup=train.warmup,
+        weight_decay=train.weight_decay,
+        clip=train.clip,
+        checkpoint_every=train.checkpoint_every,
+        seed=seed,
+    )
+
+
+def rate_of_training(train: TrainConfig, method: Method) -> float:
+    """The peak learning rate of a training: as configured, or the method's default."""
+    return train.learning_rate if train.learning_rate is not None else method.learning_rate
+
+
+def metrics_of(task: Task, rows: list[Encoded], predicted: list[int]) -> dict[str, float]:
+    """The task's metrics of predicted answers."""
+    right = [row.answer for row in rows]
+    return {name: METRICS[name](predicted, right) for name in task.metrics}
+
+
+def accuracy(work: Work, model: torch.nn.Module, encoder: Encoder, rows: list[Encoded], title: str) -> dict[str, float]:
+    """The task's metrics of a model on rows."""
+    size = work.prepared.config.evaluate.batch_size
+    scores = option_scores(model, encoder, rows, size, work.progress, title)
+    return metrics_of(work.prepared.task, rows, predictions(scores))
+
+
+def read_plan(root: Path) -> BridgePlan:
+    """The plan that `prune` left."""
+    sizes: dict[str, int] = json.loads((root / "prune" / "sizes.json").read_text(encoding="utf-8"))
+    tensors = load_file(str(root / "prune" / "keep.safetensors"))
+    keep = {key: tensor for key, tensor in tensors.items() if not key.startswith(BASIS)}
+    basis = {key.removeprefix(BASIS): tensor for key, tensor in tensors.items() if key.startswith(BASIS)}
+    return BridgePlan(sizes, keep, basis)
+
+
+def layouts(work: Work) -> tuple[Layout, Layout]:
+    """Small and large layouts, from what earlier stages recorded; loads no model."""
+    family = family_of(load_config(work.prepared.config.large).model_type)
+    small = facts_of(work.root, "tune")
+    plan = facts_of(work.root, "prune")
+    large_layers = layer_counts(work)
+    return Layout(family, small["sizes"], small["layers"]), Layout(family, plan["large_sizes"], large_layers)
+
+
+def layer_counts(work: Work) -> dict[str, int]:
+    """Layers of the large model by stack, from its config alone."""
+    config = load_config(work.prepared.config.large)
+    family = family_of(config.model_type)
+    return {name: int(getattr(config, stack.layers)) for name, stack in family.stack.items()}
+
+
+def bridge_folder(work: Work) -> Path:
+    """Where the Bridge to couple is: repaired if the run repairs it."""
+    return work.root / ("repair" if work.prepared.config.repair is not None else "prune") / "bridge"

@@ -1,0 +1,266 @@
+"""Ladder coupling: the large model's activations enter the Bridge layer by layer.
+
+The large model runs forward without a graph and without the module. What enters its layers is
+downsampled by learned projections and mixed into what enters the Bridge's layers (Sung et al. 2022,
+"LST: Ladder Side-Tuning", section 3; their gates: sigmoid(alpha / 0.1), alpha = 0 at the start):
+
+    b_l = g_l * b_l + (1 - g_l) * down_l(h_l)
+
+Since the module is not in that forward pass, the activations of a row never change and may be kept.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from plugbridge.evaluate import mean_loss
+from plugbridge.families.spec import Layout
+from plugbridge.shrink.prune import BridgePlan
+from plugbridge.tasks.encode import Batch, Encoded, Encoder, gold
+from plugbridge.tensors.axes import Project, selection_matrix
+from plugbridge.transfer.cache import ActivationCache
+from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.transfer.residual import Width, head_loss
+from plugbridge.tuners.module import attach, pack, parameter_name, trainable
+
+TEMPERATURE = 0.1
+Rungs = dict[str, str]
+"""Module paths where the ladder touches, by rung name: every layer and every final norm."""
+Heights = dict[str, Tensor]
+"""The large model's activations by rung name, (n, length, hidden) each."""
+
+
+def rungs_of(layout: Layout) -> Rungs:
+    """Rung names and module paths, each stack from its embeddings to its final norm."""
+    found: Rungs = {}
+    for name, stack in layout.family.stack.items():
+        for layer in range(layout.layers[name]):
+            found[f"{name}:{layer}"] = stack.path.format(layer)
+        found[f"{name}:end"] = stack.final_norm
+    return found
+
+
+def start_ladder(layout: Layout, plan: BridgePlan) -> dict[str, Tensor]:
+    """Gates, half open, and down maps that begin as the Bridge's own choice of channels."""
+    op = plan.op("hidden")
+    matrix = op.matrix if isinstance(op, Project) else selection_matrix(op, layout.sizes["hidden"])
+    tensors: dict[str, Tensor] = {}
+    for rung in rungs_of(layout):
+        tensors[f"gate/{rung}"] = torch.zeros(())
+        tensors[f"down/{rung}"] = matrix.float().clone()
+    return tensors
+
+
+@contextmanager
+def recorded_heights(model: nn.Module, rungs: Rungs) -> Generator[Heights]:
+    """What enters the rungs' modules while the block runs."""
+    heights: Heights = {}
+
+    def hook(rung: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            heights[rung] = (inputs[0] if inputs else keywords["hidden_states"]).detach()
+
+        return keep
+
+    with ExitStack() as hooks:
+        for rung, path in rungs.items():
+            handle = model.get_submodule(path).register_forward_pre_hook(hook(rung), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield heights
+
+
+@contextmanager
+def climbing(bridge: nn.Module, rungs: Rungs, ladder: dict[str, Tensor], heights: Heights) -> Generator[None]:
+    """Mix the large model's activations into the Bridge while the block runs."""
+
+    def hook(rung: str) -> Callable[..., Any]:
+        def mix(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            given: Tensor = inputs[0] if inputs else keywords["hidden_states"]
+            gate = torch.sigmoid(ladder[f"gate/{rung}"] / TEMPERATURE)
+            height = heights[rung].to(given.dtype)
+            mixed = gate * given + (1 - gate) * (height @ ladder[f"down/{rung}"].to(given.dtype).mT)
+            if inputs:
+                return (mixed, *inputs[1:]), keywords
+            return inputs, {**keywords, "hidden_states": mixed}
+
+        return mix
+
+    with ExitStack() as hooks:
+        for rung, path in rungs.items():
+            handle = bridge.get_submodule(path).register_forward_pre_hook(hook(rung), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
+
+
+@dataclass
+class Backbone:
+    """The large model as the ladder sees it: rows to heights, remembered in a cache or not."""
+
+    model: PreTrainedModel
+    encoder: Encoder
+    rungs: Rungs
+    cache: ActivationCache | None = None
+
+    @torch.no_grad()
+    def heights(self, batch: Batch) -> Heights:
+        """One forward pass; no cache."""
+        with recorded_heights(self.model, self.rungs) as heights:
+            self.model(**batch.inputs(self.encoder.kind), use_cache=False)
+        return heights
+
+    def heights_of(self, rows: list[Encoded]) -> Heights:
+        """Heights of training rows with their right options; rows seen before come from the cache."""
+        cache = self.cache
+        if cache is None:
+            return self.heights(gold(self.encoder, rows).to(self.model.device))
+        new = list(dict.fromkeys(row for row in rows if row not in cache))
+        if new:
+            batch = gold(self.encoder, new)
+            lengths = {
+                name: [self.length(row, name) for row in new] for name in {r.partition(":")[0] for r in self.rungs}
+            }
+            found = self.heights(batch.to(self.model.device))
+            for i, row in enumerate(new):
+                cache.add(row, {rung: h[i, : lengths[rung.partition(":")[0]][i]] for rung, h in found.items()})
+        return {rung: h.to(self.model.device) for rung, h in cache.get(rows).items()}
+
+    def length(self, row: Encoded, stack: str) -> int:
+        """Positions of a row in a stack, padding not counted."""
+        prompt, target = len(row.prompt), len(row.options[row.answer])
+        if self.encoder.kind == "causal":
+            return prompt + target
+        return prompt if stack == "encoder" else target
+
+
+def ladder(coupling: Coupling) -> Loss:
+    """The loss of the Bridge, module plugged in, with the large model's activations entering it."""
+    large = cast(PreTrainedModel, coupling.large_model)
+    large.requires_grad_(False)
+    large.eval()
+    rungs = rungs_of(coupling.large)
+    if not coupling.ladder:
+        coupling.ladder.update({k: t.to(large.device) for k, t in start_ladder(coupling.large, coupling.plan).items()})
+    for tensor in coupling.ladder.values():
+        tensor.requires_grad_(True)
+    backbone = Backbone(large, coupling.encoder, rungs, coupling.cache)
+    named = dict(coupling.bridge.named_parameters())
+    wrapped, _ = attach(coupling.bridge, coupling.method, coupling.bridge_layout(), coupling.settings)
+    names = set(trainable(wrapped))
+    for parameter in named.values():  # peft froze them
+        parameter.requires_grad_(coupling.train_bridge)
+    wrapped.train(coupling.train_bridge)
+    kind = coupling.encoder.kind
+
+    def loss(rows: list[Encoded]) -> Tensor:
+        module = pack(coupling.method, coupling.bridge_layout(), coupling.at_bridge_width())
+        replaced = {parameter_name(key): tensor for key, tensor in module.items()}
+        assert set(replaced) == names
+        heights = backbone.heights_of(rows)
+        batch = gold(coupling.encoder, rows).to(large.device)
+
+        def forward(**inputs: Any) -> Any:
+            return functional_call(wrapped, replaced, (), inputs)
+
+        with climbing(coupling.bridge, rungs, coupling.ladder, heights):
+            return mean_loss(forward, batch, kind)
+
+    return loss
+
+
+def norm_rungs(layout: Layout) -> Rungs:
+    """Rungs at every norm that reads the residual stream, named as `rungs_of` names them."""
+    found: Rungs = {}
+    for name, stack in layout.family.stack.items():
+        for layer in range(layout.layers[name]):
+            for sublayer in stack.sublayers:
+                found[f"{name}:{layer}:{sublayer.norm}"] = f"{stack.path.format(layer)}.{sublayer.norm}"
+        found[f"{name}:end"] = stack.final_norm
+    return found
+
+
+def ladder_delta(coupling: Coupling) -> Loss:
+    """The ladder that carries only what the module changes.
+
+    The Bridge stays as it was pruned. Its sublayers F~ run without the module on what the large
+    model's sublayers read, and with it on what they would read if the stream h were off by the lifted
+    change d below; norms and head are the large model's own, at full width:
+
+        d <- d + F~(down norm(h + lift d); module) - F~(down norm(h))
+
+    With an unpruned Bridge this is the plugged large model itself.
+    """
+    large = cast(PreTrainedModel, coupling.large_model)
+    for model in (large, coupling.bridge):
+        model.requires_grad_(False)
+        model.eval()
+    layout, width, rungs = coupling.large, Width(coupling.large, coupling.plan), norm_rungs(coupling.large)
+    backbone = Backbone(large, coupling.encoder, rungs, coupling.cache)
+    wrapped, _ = attach(coupling.bridge, coupling.method, coupling.bridge_layout(), coupling.settings)
+    wrapped.eval()
+    wrapped.requires_grad_(False)
+    norms = {rung: large.get_submodule(path) for rung, path in rungs.items()}
+    kind, end = coupling.encoder.kind, f"{layout.family.prefix.stack}:end"
+
+    def loss(rows: list[Encoded]) -> Tensor:
+        module = pack(coupling.method, coupling.bridge_layout(), coupling.at_bridge_width())
+        replaced = {parameter_name(key): tensor for key, tensor in module.items()}
+        heights = backbone.heights_of(rows)
+        batch = gold(coupling.encoder, rows).to(large.device)
+        inputs = batch.inputs(kind)
+        plain: Heights = {}
+        changed: Heights = {}
+
+        def unchanged(rung: str, given: Tensor) -> Tensor:
+            plain[rung] = given
+            return width.down(norms[rung](heights[rung]))
+
+        def moved(rung: str, given: Tensor) -> Tensor:
+            changed[rung] = heights[rung] + width.lift(given - plain[rung])
+            return width.down(norms[rung](changed[rung]))
+
+        with torch.no_grad(), cast(Any, wrapped).disable_adapter(), replaced_norms(coupling.bridge, rungs, unchanged):
+            wrapped(**inputs)
+        with replaced_norms(coupling.bridge, rungs, moved):
+            functional_call(wrapped, replaced, (), inputs)
+        return head_loss(large, layout, changed[end], batch, kind)
+
+    return loss
+
+
+@contextmanager
+def replaced_norms(bridge: nn.Module, rungs: Rungs, instead: Callable[[str, Tensor], Tensor]) -> Generator[None]:
+    """While the block runs, `instead(rung, stream)` gives the output of the Bridge's norms."""
+
+    def hook(rung: str) -> Callable[..., Tensor]:
+        def put(_module: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> Tensor:
+            return instead(rung, inputs[0])
+
+        return put
+
+    with ExitStack() as hooks:
+        for rung, path in rungs.items():
+            hooks.callback(bridge.get_submodule(path).register_forward_hook(hook(rung)).remove)
+        yield
+
+
+class LadderNetwork(nn.Module):
+    """Large model, ladder and Bridge kept together: what Ladder Side-Tuning runs at inference."""
+
+    def __init__(self, large: PreTrainedModel, layout: Layout, bridge: nn.Module, inner: nn.Module, ladder: Heights):
+        super().__init__()
+        self.large, self.bridge, self.inner = large, bridge, inner
+        self.rungs = rungs_of(layout)
+        self.ladder = ladder
+
+    def forward(self, **inputs: Any) -> Any:
+        """As the Bridge's own forward pass."""
+        with torch.no_grad(), recorded_heights(self.large, self.rungs) as heights:
+            self.large(**inputs, use_cache=False)
+        with climbing(self.bridge, self.rungs, self.ladder, heights):
+            return self.inner(**inputs)

@@ -1,0 +1,194 @@
+"""Every way to couple runs from end to end, leaves what it says it leaves, and survives a kill."""
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from plugbridge.config import parse_config
+from plugbridge.models import layout_for, load_model
+from plugbridge.prepare import prepare
+from plugbridge.progress import Silent
+from plugbridge.run import borrow, facts_of
+from plugbridge.stages.build import build_stages
+from plugbridge.tasks.encode import Batch
+from plugbridge.transfer.ladder import Backbone
+from plugbridge.tuners.module import read, unpack
+from plugbridge.tuners.table import METHODS as TABLE
+from test_durability import Recorder, artefacts, start
+
+Raw = dict[str, Any]
+Couple = Callable[..., tuple[Raw, Path]]
+PLAIN = {
+    "steps": 5, "batch_size": 4, "checkpoint_every": 2,
+    "mode": "standalone", "plug": "random", "layer_map": "uniform", "layers": 1.0,
+}  # fmt: skip
+PARTS = ("module", "plug", "ladder")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> Iterator[None]:
+    """Every stage collects garbage first, which takes long where a whole test session's objects are about."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def donors() -> dict[tuple[str, ...], Path]:
+    """Runs whose first stages others may borrow, by what those depend on."""
+    return {}
+
+
+@pytest.fixture
+def couple(
+    run_config: Callable[..., Raw],
+    donors: dict[tuple[str, ...], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Couple:
+    """Prepare a run for coupling with these settings, everything before it done; returns its configuration and root."""
+
+    def ready(family: str = "gpt2", method: str = "lora", dtype: str = "float32", **settings: Any) -> tuple[Raw, Path]:
+        rest = {
+            "prune": {"reduction": 2, "channels": "select"},
+            "ceiling": None,
+            "evaluate": {"batch_size": 8, "limit": 8},
+            "tune": {"steps": 2, "batch_size": 4},
+        }
+        raw = run_config(family, method, couple={**PLAIN, **settings}, dtype=dtype, **rest)
+        key = (family, method, dtype)
+        if key not in donors:
+            donors[key] = tmp_path_factory.mktemp("donor")
+            for stage in ("tune", "score", "prune"):
+                start(raw, donors[key], only=stage)
+        root = tmp_path_factory.mktemp("run")
+        borrow(root, [donors[key]], build_stages(prepare(parse_config(raw, "test"), None), root, Silent()))
+        return raw, root
+
+    return ready
+
+
+def _plugged(raw: Raw, root: Path) -> dict[tuple[str, int], bool]:
+    """Whether the module on the large model, by stack and layer, is anything but zero."""
+    layout = layout_for(load_model(raw["large"]))
+    found: dict[tuple[str, int], bool] = {}
+    for slot, tensor in unpack(TABLE[raw["method"]["name"]], layout, read(root / "plug" / "checkpoint")).items():
+        found[slot.stack, slot.layer] = found.get((slot.stack, slot.layer), False) or bool(tensor.any())
+    return found
+
+
+WAYS: dict[str, tuple[str, str, Raw]] = {
+    "ladder memory": ("gpt2", "lora", {"mode": "ladder", "cache": "memory"}),
+    "ladder disk, ridge, upper layers": (
+        "t5",
+        "adapter",
+        {"mode": "ladder", "cache": "disk", "plug": "ridge", "layers": 0.5},
+    ),
+    "procrustes, cka": ("t5", "adapter", {"plug": "procrustes", "layer_map": "cka"}),
+    "fresh": ("gpt2", "lora", {"plug": "fresh"}),
+    "feedback, ridge, cka, upper layers": (
+        "llama",
+        "prefix",
+        {"mode": "feedback", "plug": "ridge", "layer_map": "cka", "layers": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_couple_runs_from_end_to_end(couple: Couple, way: str) -> None:
+    family, method, settings = WAYS[way]
+    raw, root = couple(family, method, align_samples=6, **settings)
+    said = start(raw, root)
+    assert [stage for stage, what in said.items() if what == "running"] == ["couple", "plug", "evaluate"]
+    facts = facts_of(root, "couple")
+    losses = json.loads((root / "couple" / "losses.json").read_text())
+    assert len(losses) == PLAIN["steps"]
+    assert (facts["loss_first"], facts["loss_last"]) == (losses[0], losses[-1])
+    assert (facts["cache_bytes"] > 0) == ("cache" in settings)
+    assert not list(root.rglob("activations*"))
+
+    first, fresh = 1 if settings.get("layers") == 0.5 else 0, settings.get("plug") == "fresh"
+    layers = [0, 1, 2] if fresh else [0, 0, 0]  # the small model has one layer
+    assert facts["layer_map"] == dict.fromkeys(("encoder", "decoder") if family == "t5" else ("decoder",), layers)
+    saved = load_file(str(root / "couple" / "coupled.safetensors"))
+    kept = {name: t for name, t in saved.items() if not name.startswith("module/") or int(name.split(":")[1]) >= first}
+    counts = {part: sum(t.numel() for n, t in kept.items() if n.startswith(f"{part}/")) for part in PARTS}
+    assert {part: facts["trainable"][part] for part in PARTS} == counts
+    assert (counts["ladder"] > 0) == (settings.get("mode") == "ladder")
+    assert (counts["plug"] == 0) == fresh
+
+    used = _plugged(raw, root)
+    if method != "prefix":  # a prefix cannot be silent
+        assert used == {(stack, layer): layer >= first for stack in facts["layer_map"] for layer in range(3)}
+    assert any(used.values())
+    scored = facts_of(root, "evaluate")
+    assert ("bridge_coupled" in scored) == (settings.get("mode") != "feedback")
+    assert len({(root / "evaluate" / "predictions" / f"{n}.jsonl").read_text() for n in scored if n != "majority"}) > 2
+
+
+def test_a_cache_changes_the_large_models_work_and_no_loss(couple: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    heights = Backbone.heights
+
+    def counted(self: Backbone, batch: Batch) -> Any:
+        read.append(len(batch.input_ids))
+        return heights(self, batch)
+
+    monkeypatch.setattr(Backbone, "heights", counted)
+    found: dict[str, list[float]] = {}
+    for cache in ("off", "memory", "disk"):
+        raw, root = couple(mode="ladder", cache=cache, steps=12)
+        read.clear()
+        start(raw, root, only="couple")
+        assert facts_of(root, "couple")["large_rows"] == sum(read), cache
+        found[cache] = json.loads((root / "couple" / "losses.json").read_text())
+    assert found["memory"] == pytest.approx(found["off"], rel=1e-4)
+    assert found["disk"] == found["memory"]
+
+
+@pytest.mark.parametrize("mode", ["standalone", "ladder"])
+def test_of_the_bridge_its_own_weights_train_and_nothing_else(couple: Couple, mode: str) -> None:
+    raw, root = couple(mode=mode, steps=1)
+    start(raw, root, only="couple")
+    assert facts_of(root, "couple")["trainable"]["bridge"] == facts_of(root, "prune")["bridge_parameters"]
+
+
+def test_a_ladder_runs_in_half_precision(couple: Couple) -> None:
+    raw, root = couple(dtype="bfloat16", mode="ladder", cache="disk", plug="fresh")
+    assert start(raw, root)["evaluate"] == "running"
+    assert facts_of(root, "evaluate")["bridge_coupled"]["n"] == 8
+
+
+def test_a_ladder_killed_and_resumed_ends_like_an_uninterrupted_one(
+    couple: Couple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"mode": "ladder", "cache": "disk", "plug": "fresh", "layers": 0.5, "down": "learned"}
+    raw, root = couple(**settings)
+    replace, count = Path.replace, 0
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal count
+        count += target.name == "checkpoint.pt"
+        if count == 2:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(raw, root, only="couple")
+    assert (root / "couple" / "checkpoint.pt").exists()
+    progress = Recorder()
+    assert start(raw, root, progress=progress)["couple"] == "running"
+    assert progress.began["couple (ladder)"] == 2
+    whole = tmp_path / "whole"
+    start(raw, whole)  # every stage, so that torch's generator is elsewhere when coupling begins
+    found, wanted = artefacts(root), artefacts(whole)
+    for left in (found, wanted):  # a cost of the process, as its memory is
+        assert left["couple/done.json"]["facts"].pop("cache_bytes") > 0
+    assert found == wanted

@@ -1,0 +1,69 @@
+"""The optional stages, repair and polish, in a whole run: they resume, are reported, and do what they say."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plugbridge.report import read_report
+from plugbridge.run import facts_of
+from test_durability import start
+
+TRAIN = {"steps": 3, "batch_size": 4, "checkpoint_every": 2}
+
+
+@pytest.mark.parametrize(("family", "target"), [("gpt2", "response"), ("t5", "logits")])
+def test_a_run_with_repair_and_polish(
+    run_config: Callable[..., dict[str, Any]], tmp_path: Path, family: str, target: str
+) -> None:
+    mode = "feedback" if target == "response" else "standalone"
+    raw = run_config(
+        family, "lora", tune=TRAIN, couple={**TRAIN, "mode": mode}, ceiling=None, evaluate={"limit": 8},
+        repair={**TRAIN, "target": target}, polish={"evaluations": 6, "rows": 5, "batch_size": 2},
+        prune={"reduction": 2},
+    )  # fmt: skip
+    root = tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (root / "config.yaml").write_text("{}")
+    start(raw, root)
+    report = read_report(root)
+    assert [s["name"] for s in report["stages"]][:7] == [
+        "tune", "score", "prune", "repair", "couple", "polish", "plug",
+    ]  # fmt: skip
+    pruned, repaired = (load_file(str(root / s / "bridge" / "model.safetensors")) for s in ("prune", "repair"))
+    assert pruned.keys() == repaired.keys()
+    assert any(not torch.equal(tensor, repaired[name]) for name, tensor in pruned.items())
+    polished = facts_of(root, "polish")
+    assert polished["loss_last"] <= polished["loss_first"]
+    assert polished["large_rows"] == 6 * 5
+    factors = json.loads((root / "polish" / "factors.json").read_text())
+    plugged = load_file(str(root / "plug" / "checkpoint" / "adapter_model.safetensors"))
+    raw_without = {**raw, "polish": None}
+    start(raw_without, root)
+    plain = load_file(str(root / "plug" / "checkpoint" / "adapter_model.safetensors"))
+    for name, tensor in plain.items():
+        if "lora_A" in name:
+            assert torch.equal(plugged[name], tensor)
+    expected = {key.split(":", 1)[1]: factor for key, factor in factors.items()}
+    assert expected  # one for each place that carries a module
+    scale = [
+        float((plugged[name] * tensor).sum() / tensor.square().sum())
+        for name, tensor in plain.items()
+        if "lora_B" in name and tensor.any()
+    ]
+    assert sorted(scale) == pytest.approx(sorted(factors.values()), rel=1e-4)
+
+
+def test_a_stage_that_the_run_does_not_have_is_refused(
+    run_config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    from plugbridge.errors import RunError
+
+    raw = run_config("gpt2", "lora", tune=TRAIN, couple=TRAIN)
+    for stage in ("repair", "polish"):
+        with pytest.raises(RunError, match=f"no stage '{stage}'.*`{stage}:` section"):
+            start(raw, tmp_path / "run", only=stage)

@@ -34,13 +34,15 @@ CACHE = "past_key_values"
 class Visit:
     """What one sublayer's forward pass leaves for the backward pass.
 
-    x: (n, length, hidden) the normalised input; inverse: (n, length, 1) the norm's 1/rms or 1/std;
-    arguments: the function's further arguments.
+    low: (n, length, Bridge hidden) the normalised input as the Bridge sees it; x: (n, length, hidden)
+    the same at full width, kept only where a module of its own needs it; inverse: (n, length, 1) the
+    norm's 1/rms or 1/std; arguments: the function's further arguments.
     """
 
     path: str
     place: Place
     sublayer: Sublayer
+    low: Tensor = field(default_factory=lambda: torch.empty(0))
     x: Tensor = field(default_factory=lambda: torch.empty(0))
     inverse: Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -57,8 +59,14 @@ def visits_of(layout: Layout, stack_name: str) -> list[Visit]:
 
 
 @contextmanager
-def record(model: nn.Module, layout: Layout, visits: list[Visit]) -> Generator[dict[str, Tensor]]:
-    """Fill visits while the model runs; yields the input of every stack's final norm, by stack."""
+def record(
+    model: nn.Module, width: Width, visits: list[Visit], keep: Callable[[Visit], bool]
+) -> Generator[dict[str, Tensor]]:
+    """Fill visits while the model runs; yields the input of every stack's final norm, by stack.
+
+    `keep` says whether a visit, its arguments known, keeps its input at full width.
+    """
+    layout = width.layout
     last: dict[str, Tensor] = {}
     eps: float = getattr(model.config, layout.family.norm_eps)
     centred = layout.family.norm == "layernorm"
@@ -75,8 +83,10 @@ def record(model: nn.Module, layout: Layout, visits: list[Visit]) -> Generator[d
     def on_function(visit: Visit) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             arguments = dict(keywords)
-            visit.x = (inputs[0] if inputs else arguments.pop("hidden_states")).detach()
+            x = (inputs[0] if inputs else arguments.pop("hidden_states")).detach()
             visit.arguments = arguments
+            visit.low = width.down(x)
+            visit.x = x if keep(visit) else torch.empty(0)
 
         return hook
 
@@ -118,7 +128,7 @@ def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor) ->
     weight = norm.get_parameter("weight")
     bias = getattr(norm, "bias", None)
     wide = width.lift(error)
-    y = width.lift(width.down(visit.x if bias is None else visit.x - bias))
+    y = width.lift(visit.low if bias is None else visit.low - width.down(bias))
     scaled = wide * weight
     inner = (y * wide).mean(-1, keepdim=True)
     result = scaled - torch.where(weight == 0, torch.zeros_like(y), y / weight) * inner
@@ -189,7 +199,8 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         model.requires_grad_(False)
     coupling.bridge.eval()
     wrapped.eval()
-    stacks = {name: visits_of(layout, name) for name in layout.family.stack}
+    stacks = {name: _needed(coupling, visits_of(layout, name)) for name in layout.family.stack}
+    needed = [visit for visits in stacks.values() for visit in visits]
 
     def loss(rows: list[Encoded]) -> Tensor:
         wide, small = coupling.at_large_width(), coupling.at_bridge_width()
@@ -197,8 +208,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         through = {slot: t.detach() for slot, t in small.items()}
         batch = gold(coupling.encoder, rows).to(large.device)
         replaced = {parameter_name(k): t.detach() for k, t in pack(coupling.method, layout, local).items()}
-        every = [visit for visits in stacks.values() for visit in visits]
-        with torch.no_grad(), record(large, layout, every) as last:
+        with torch.no_grad(), record(large, width, needed, lambda visit: bool(_own(coupling, visit, local))) as last:
             functional_call(wrapped, replaced, (), batch.inputs(kind))
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
@@ -233,17 +243,15 @@ def send_back(
     """Carry the error from the end of a stack to its start.
 
     Adds every module's gradient to `local`'s tensors and, for sublayers that read another stack's
-    output, the error there to `context`. Below the first module that trains the error is of use
-    only in a stack that feeds errors to another. Returns the error where it stopped.
+    output, the error there to `context`. Returns the error where it stopped.
     """
     large = cast(PreTrainedModel, coupling.large_model)
-    first = 0 if any(visit.sublayer.context for visit in visits) else coupling.first.get(visits[0].place.stack or "", 0)
-    for visit in reversed([visit for visit in visits if (visit.place.layer or 0) >= first]):
+    for visit in reversed(visits):
         norm = large.get_submodule(f"{visit.path}.{visit.sublayer.norm}")
         _local_gradient(coupling, visit, error, local)
         if not through_bridge:
             continue
-        x = width.down(visit.x).requires_grad_(True)
+        x = visit.low.clone().requires_grad_(True)
         arguments = {
             name: width.argument(value, visit.sublayer.inputs[name], visit.place)
             if name in visit.sublayer.inputs
@@ -264,18 +272,32 @@ def send_back(
     return error
 
 
-def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Module) -> None:
-    """Exact gradient of a sublayer's own module given the error at the sublayer's output."""
-    large = cast(PreTrainedModel, coupling.large_model)
-    function = visit.sublayer.function
-    own = [
+def _needed(coupling: Coupling, visits: list[Visit]) -> list[Visit]:
+    """The sublayers the error must pass: down to the first module that trains.
+
+    A stack that feeds errors to another is passed whole.
+    """
+    if any(visit.sublayer.context for visit in visits):
+        return visits
+    return [v for v in visits if (v.place.layer or 0) >= coupling.first.get(v.place.stack or "", 0)]
+
+
+def _own(coupling: Coupling, visit: Visit, local: Module) -> list[Tensor]:
+    """The tensors of `local` that train and act in a sublayer."""
+    return [
         tensor
         for slot, tensor in local.items()
         if coupling.trains(slot)
         and (slot.stack, slot.layer) == (visit.place.stack, visit.place.layer)
-        and (slot.site.startswith(f"{function}.") or (slot.site == "" and CACHE in visit.arguments))
+        and (slot.site.startswith(f"{visit.sublayer.function}.") or (slot.site == "" and CACHE in visit.arguments))
         and not (slot.site == "" and visit.sublayer.context is not None)
     ]
+
+
+def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Module) -> None:
+    """Exact gradient of a sublayer's own module given the error at the sublayer's output."""
+    large = cast(PreTrainedModel, coupling.large_model)
+    own = _own(coupling, visit, local)
     if not own:
         return
     with torch.enable_grad():

@@ -81,7 +81,7 @@ def _response(
 
     def loss(rows: list[Encoded]) -> Tensor:
         batch = gold(encoder, rows).to(large.device)
-        with torch.no_grad(), record(large, layout, visits):
+        with torch.no_grad(), record(large, width, visits, lambda _visit: True):
             large(**batch.inputs(encoder.kind))
         parts: list[Tensor] = []
         for visit in visits:

@@ -1,0 +1,146 @@
+"""What one training step takes: feedback against LoRA on the same large model, in one run.
+
+Each step is measured in a process of its own: peak resident memory over what the loaded models take, and
+seconds, medians over the steps after the first. The model is GPT-2-shaped with random weights; modules are LoRA
+r = 8 on the attention inputs of all layers, rows are full length.
+
+    python benchmarks/step_memory.py --table docs/results/step_memory.md
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from plugbridge.cost import measure
+from plugbridge.evaluate import mean_loss
+from plugbridge.files import write_json, write_text
+from plugbridge.models import layout_for, load_tokenizer
+from plugbridge.shrink.importance import magnitude
+from plugbridge.shrink.prune import plan_bridge, prune_model, reduced_sizes
+from plugbridge.tasks.encode import Encoded, Encoder, gold
+from plugbridge.transfer.couple import MODES
+from plugbridge.transfer.coupling import Coupling, require_gradients
+from plugbridge.tuners.module import attach, state_of, trainable, unpack
+from plugbridge.tuners.table import METHODS, MethodSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("lora", "lora, checkpointing", "feedback r=4", "feedback r=4, top half")
+SETTINGS = MethodSettings(8, 16.0)
+
+
+def model_of(args: argparse.Namespace) -> PreTrainedModel:
+    """A GPT-2 with random weights."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=2048, n_positions=args.length, n_embd=args.hidden, n_layer=args.layers, n_head=args.hidden // 64,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def rows_of(args: argparse.Namespace) -> list[Encoded]:
+    """Full-length rows; only the last token is predicted."""
+    ids = torch.randint(5, 2000, (args.batch, args.length), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Encoded(tuple(row[:-1]), ((row[-1],), (3,)), 0) for row in ids]
+
+
+def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run the steps of one kind here."""
+    torch.set_num_threads(args.threads)
+    model, rows = model_of(args), rows_of(args)
+    layout = layout_for(model)
+    encoder = Encoder(load_tokenizer(str(ROOT / "pairs" / "gpt2" / "small")), "causal", None)
+    if kind.startswith("lora"):
+        wrapped, _ = attach(model, METHODS["lora"], layout, SETTINGS)
+        if "checkpointing" in kind:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        wrapped.train()
+        parameters = list(trainable(wrapped).values())
+
+        def loss() -> torch.Tensor:
+            return mean_loss(wrapped, gold(encoder, rows), "causal")
+
+    else:
+        plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 4))
+        bridge = prune_model(model, layout, plan, {})
+        spare, _ = attach(model_of(args), METHODS["lora"], layout, SETTINGS)
+        module = unpack(METHODS["lora"], layout, state_of(spare))
+        del spare
+        first = {"decoder": args.layers // 2} if "half" in kind else {}
+        coupling = Coupling(
+            method=METHODS["lora"], settings=SETTINGS, small=layout, large=layout, plan=plan, bridge=bridge,
+            encoder=encoder, module=module, plug={}, down={}, train_bridge=False, large_model=model, first=first,
+        )  # fmt: skip
+        require_gradients(coupling)
+        through = MODES["feedback"].start(coupling)
+        parameters = [tensor for tensor in module.values() if tensor.requires_grad]
+
+        def loss() -> torch.Tensor:
+            return through(rows)
+
+    optimizer = torch.optim.AdamW(parameters)
+    seconds: list[float] = []
+    with measure("cpu") as cost:
+        for _ in range(args.steps):
+            begun = time.perf_counter()
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+            seconds.append(time.perf_counter() - begun)
+    middle = sorted(seconds[1:])[len(seconds[1:]) // 2]
+    return {"kind": kind, "peak_bytes": cost.peak_bytes, "seconds": middle}
+
+
+def main() -> None:
+    """Measure every kind and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, help="Markdown file to write, its JSON beside it")
+    parser.add_argument("--kind", choices=KINDS, help="only this one, as a JSON line")
+    args = parser.parse_args()
+    if args.kind:
+        print(json.dumps(measured(args.kind, args)))
+        return
+    found: list[dict[str, Any]] = []
+    for kind in KINDS:
+        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--kind", kind]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(found[-1], flush=True)
+    weights = 4 * sum(p.numel() for p in model_of(args).parameters())
+    base = found[0]
+    lines = [
+        f"| {row['kind']} | {row['peak_bytes'] / 2**20:.0f} | {row['peak_bytes'] / base['peak_bytes']:.2f} | "
+        f"{row['seconds']:.2f} | {row['seconds'] / base['seconds']:.2f} |"
+        for row in found
+    ]  # fmt: skip
+    about = (__doc__ or "").partition("    python")[0].strip()
+    size = f"{args.layers} layers x {args.hidden}, batch {args.batch} x {args.length}, fp32, {args.threads} thread(s)"
+    table = [
+        f"# Memory and time of a step\n\n{about}\n\n{size}; the model's weights take {weights / 2**20:.0f} MiB.\n",
+        f"Made by\n\n    python benchmarks/step_memory.py {' '.join(sys.argv[1:])}\n",
+        "| step | peak MiB over the loaded models | ratio | seconds | ratio |",
+        "|---|---|---|---|---|",
+        *lines,
+    ]
+    print("\n".join(lines))
+    if args.table:
+        write_text(args.table, "\n".join(table) + "\n")
+        write_json(args.table.with_suffix(".json"), found)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from plugbridge.run import execute, locked
 from plugbridge.stages.build import build_stages
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = {"standalone": (), "feedback": ("prune.channels=gradient_pca", "couple.learning_rate=0.001")}
+MODES = {"standalone": (), "feedback": ()}  # what else a mode needs is its default
 ROWS = ("small_tuned", "large_zero_shot", "bridge_coupled", "large_plugged", "large_tuned")
 COLUMNS = (
     "task", "family", "method", "coupling", "majority", "small tuned", "large zero-shot", "Bridge (thrown away)",

@@ -1,4 +1,4 @@
-"""What a feedback step keeps, counted tensor by tensor: less than a LoRA step on the same model keeps for its backward."""
+"""What a feedback step keeps, counted tensor by tensor: less than a LoRA step on the same model keeps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

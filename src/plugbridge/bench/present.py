@@ -6,7 +6,9 @@ from pathlib import Path
 from plugbridge.bench.quality import REFERENCES, Cell
 from plugbridge.files import write_atomically
 
-COLOURS = ("#c1440e", "#3b6ea5", "#5b8c5a", "#8a5a83", "#b8860b", "#4f7f86", "#7a7a7a")
+COLOURS = (
+    "#c1440e", "#3b6ea5", "#5b8c5a", "#8a5a83", "#b8860b", "#2ca9a1", "#7a7a7a", "#1b1b1b", "#e377c2", "#9acd32",
+)  # fmt: skip
 
 
 def page(cells: Sequence[Cell], title: str, about: str, command: str) -> str:
@@ -35,7 +37,8 @@ def _places(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
 def _kind(cell: Cell) -> str:
     if cell.control is None:
         return f"**{cell.variant}**"
-    return cell.variant if cell.variant in REFERENCES.values() else f"control: {cell.variant}"
+    plain = cell.variant in REFERENCES.values() or "the Bridge itself" in cell.variant
+    return cell.variant if plain else f"control: {cell.variant}"
 
 
 def _line(cell: Cell) -> str:
@@ -62,17 +65,16 @@ def _summary(cells: Sequence[Cell]) -> list[str]:
         for method in methods:
             found = [c.pgr for c in cells if (c.variant, c.method) == (variant, method) and c.pgr is not None]
             row.append(f"{sum(found) / len(found):+.2f} ({len(found)})" if found else "")
-        control = any(c.control is not None for c in cells if c.variant == variant)
-        name = f"control: {variant}" if control else f"**{variant}**"
+        name = _kind(next(c for c in cells if c.variant == variant))
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     return [*lines, ""]
 
 
 def draw_cells(cells: Sequence[Cell], path: Path) -> None:
-    """A panel for each method: PGR with its interval, a row for each task and family."""
+    """A panel for each method: PGR with its interval, a row for each task and family; squares are controls."""
     from matplotlib.figure import Figure
 
-    shown = [cell for cell in cells if cell.pgr is not None and cell.mode != "none"]
+    shown = [c for c in cells if c.pgr is not None and c.mode != "none" and "the Bridge itself" not in c.variant]
     methods = list(dict.fromkeys(cell.method for cell in shown))
     variants = list(dict.fromkeys(cell.variant for cell in shown))
     places = list(dict.fromkeys(f"{cell.task}\n{cell.family}" for cell in shown))

@@ -144,7 +144,8 @@ def cells_of(grid: Grid, groups: Sequence[Group], out: Path, command: str) -> li
             label = f"{name}, the Bridge itself"
             if done:
                 cells.append(_cell(done, out, name, "large_plugged", name, control, command))
-                cells.append(_cell(done, out, name, "bridge_coupled", label, label, command))
+                if control is None:
+                    cells.append(_cell(done, out, name, "bridge_coupled", label, label, command))
     return [cell for cell in cells if cell is not None]
 
 

@@ -1,6 +1,6 @@
 """Run shipped configurations and put their results side by side.
 
-    python benchmarks/main_job.py --out runs/main_job --table docs/results/main_job.md
+    python benchmarks/main_job.py --out runs/main_job
     python benchmarks/main_job.py --tasks rte cb copa --data DIR --out runs/superglue --table docs/results/superglue.md
 
 Every run is resumable; a finished one is only read. One seed each: these tables show the job, the quality

@@ -378,8 +378,8 @@ def quality(
 
 _QUALITY = """
 Accuracy on test rows and performance gap recovered, PGR = (plugged - small tuned) / (large tuned - small tuned),
-of the mean over seeds; small print: 95 % intervals of a bootstrap over seeds and test rows, paired between the
-models of a seed. PGR is left empty where small and large tuned are not clearly apart. Controls stand beside the
+of the mean over seeds; small print: 95 % intervals of a bootstrap over seeds and test rows, the same rows for
+all models and seeds. PGR is left empty where small and large tuned are not clearly apart. Controls stand beside the
 method; "the Bridge itself" is what coupling trained and then threw away. Seconds and MiB are of coupling alone.
 """
 

@@ -105,7 +105,9 @@ class RepairConfig(TrainConfig):
     """Fitting the Bridge to the large model before coupling, from the large model's forward passes."""
 
     steps: int = Field(default=200, ge=1, description="optimizer steps")
-    learning_rate: float | None = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="peak learning rate of the Bridge's weights; 0.001 by default"
+    )
     target: Literal["response", "logits"] = Field(
         default="response",
         description="`response`: every pruned sublayer answers a push as the large one does (for feedback); "
@@ -250,17 +252,22 @@ def parse_config(raw: Any, source: str) -> RunConfig:
         raise ConfigError(explain(error, source)) from error
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """A YAML file's content. Raises ConfigError."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file, apply ``key.sub=value`` overrides, resolve paths against the file's folder.
 
     Raises ConfigError.
     """
-    try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path, "config")
     for override in overrides:
         raw = apply_override(raw, override)
     config = parse_config(raw, str(path))

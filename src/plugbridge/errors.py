@@ -4,6 +4,11 @@ The command line prints such an error as one line (fact, expectation, remedy) an
 code 2; anything else is a bug and keeps its traceback.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class PlugbridgeError(Exception):
     """Base of all errors that name a user's mistake or an outside limit."""
@@ -31,3 +36,11 @@ class TrainingDiverged(PlugbridgeError):
 
 class ShapeError(PlugbridgeError):
     """A tensor does not have the shape its named axes promise."""
+
+
+def first_problem(error: "ValidationError", source: str) -> str:
+    """The first thing that is wrong with checked data, in one line: source, key, message."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return ": ".join(part for part in (source, where, message) if part)

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from plugbridge.config import RunConfig, apply_override, parse_config, resolve_paths
-from plugbridge.errors import ConfigError
+from plugbridge.config import RunConfig, apply_override, parse_config, read_yaml, resolve_paths
+from plugbridge.errors import ConfigError, first_problem
 
 OWN = ("small", "large", "task", "seed", "method.name")
 """Keys that a grid fills in for each run."""
@@ -75,17 +75,9 @@ class Group:
 def load_grid(path: Path) -> Grid:
     """Read a grid. Raises ConfigError with one line."""
     try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read grid {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    try:
-        grid = Grid.model_validate(raw)
+        grid = Grid.model_validate(read_yaml(path, "grid"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {where}: {first['msg']}") from error
+        raise ConfigError(first_problem(error, str(path))) from error
     blocks = (*grid.default, *grid.full)
     for where, settings in (
         ("base", grid.base),

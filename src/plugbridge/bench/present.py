@@ -25,7 +25,7 @@ def page(cells: Sequence[Cell], title: str, about: str, command: str) -> str:
             "| | coupling | accuracy | PGR | Bridge share | large rows read | seconds | MiB |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        lines += [_line(cell) for cell in same]
+        lines += [_line(cell, first.seeds) for cell in same]
         lines.append("")
     return "\n".join(lines)
 
@@ -41,15 +41,16 @@ def _kind(cell: Cell) -> str:
     return cell.variant if plain else f"control: {cell.variant}"
 
 
-def _line(cell: Cell) -> str:
+def _line(cell: Cell, seeds: list[int]) -> str:
     pgr = "" if cell.pgr is None else f"{cell.pgr:+.2f} <sub>{cell.pgr_low:+.2f} to {cell.pgr_high:+.2f}</sub>"
     share = "" if cell.bridge_share is None else f"{100 * cell.bridge_share:.1f} %"
     rows = "" if cell.large_rows is None else f"{cell.large_rows:,}"
     seconds = "" if cell.seconds is None else f"{cell.seconds:.0f}"
     peak = "" if cell.peak_bytes is None else f"{cell.peak_bytes / 2**20:.0f}"
     mode = "" if cell.mode == "none" else f"{cell.mode}, {cell.start} start"
+    fewer = "" if cell.seeds == seeds else f" (seeds {', '.join(map(str, cell.seeds))} only)"
     return (
-        f"| {_kind(cell)} | {mode} | {cell.value:.3f} <sub>{cell.low:.3f} to {cell.high:.3f}</sub> "
+        f"| {_kind(cell)}{fewer} | {mode} | {cell.value:.3f} <sub>{cell.low:.3f} to {cell.high:.3f}</sub> "
         f"| {pgr} | {share} | {rows} | {seconds} | {peak} |"
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from plugbridge.errors import ConfigError, ModelError, ShapeError
+from plugbridge.errors import ConfigError, ModelError, ShapeError, first_problem
 from plugbridge.tensors.axes import axis_names, infer_sizes, parse
 
 Scope = Literal["model", "stack", "layer"]
@@ -137,9 +137,7 @@ def parse_family(raw: Mapping[str, Any], source: str) -> Family:
     try:
         family = Family.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{source}: {where}: {first['msg']}") from error
+        raise ConfigError(first_problem(error, source)) from error
     patterns = [*family.weights.values()]
     for stack in family.stack.values():
         patterns.extend(stack.weights.values())

@@ -28,6 +28,7 @@ def couple(work: Work) -> dict[str, Any]:
     p = work.prepared
     settings = p.config.couple
     mode = find_mode(settings.mode)
+    assert settings.layers is not None  # resolved
     small, large = layouts(work)
     plan = read_plan(work.root)
     start = _start(work, small, large)
@@ -41,7 +42,7 @@ def couple(work: Work) -> dict[str, Any]:
         down={key: tensor.to(p.device) for key, tensor in down.items()},
         train_bridge=mode.trains_bridge and settings.bridge == "train",
         large_model=p.load(p.config.large)[0] if mode.runs_large else None,
-        first={stack: count - math.ceil((settings.layers or 1) * count) for stack, count in large.layers.items()},
+        first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
     )  # fmt: skip
     silence(coupling)

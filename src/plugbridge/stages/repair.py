@@ -10,6 +10,9 @@ from plugbridge.stages.work import CHECKPOINT, Work, read_plan, schedule_of
 from plugbridge.train import fit
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
 
+RATE = 1e-3
+"""Peak learning rate where the configuration gives none."""
+
 
 def repair(work: Work) -> dict[str, Any]:
     """Fit the Bridge to the large model, which runs forward only."""
@@ -25,7 +28,7 @@ def repair(work: Work) -> dict[str, Any]:
     losses = fit(
         parameters, p.large_rows["train"],
         repair_loss(settings.target, large, layout, bridge, read_plan(work.root), p.large_encoder),
-        schedule_of(settings, p.config.seed, {"": settings.learning_rate or 1e-3}),
+        schedule_of(settings, p.config.seed, {"": RATE if settings.learning_rate is None else settings.learning_rate}),
         work.folder / CHECKPOINT, work.progress, f"repair ({settings.target})",
     )  # fmt: skip
     with folder_atomically(work.folder / "bridge") as folder:

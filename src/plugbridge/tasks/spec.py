@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from plugbridge.errors import ConfigError, DataError
+from plugbridge.errors import ConfigError, DataError, first_problem
 from plugbridge.tasks.read import Format, Jsonl, read_rows
 
 Split = Literal["train", "validation", "test"]
@@ -154,10 +154,7 @@ def parse_task(raw: Mapping[str, Any], source: str) -> Task:
     try:
         return Task.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(": ".join(part for part in (source, where, message) if part)) from error
+        raise ConfigError(first_problem(error, source)) from error
 
 
 def template_fields(template: str) -> list[str]:

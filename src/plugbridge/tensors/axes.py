@@ -164,3 +164,8 @@ def selection_matrix(select: Select, old: int, dtype: torch.dtype = torch.float3
     matrix = torch.zeros(select.size, old, dtype=dtype)
     matrix[torch.arange(select.size), select.index] = 1
     return matrix
+
+
+def matrix_of(op: Op, old: int) -> Tensor:
+    """The matrix (new, old) that an operator multiplies by; a copy."""
+    return op.matrix.clone() if isinstance(op, Project) else selection_matrix(op, old)

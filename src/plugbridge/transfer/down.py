@@ -12,7 +12,7 @@ from torch import Tensor
 from plugbridge.families.spec import Layout, Place
 from plugbridge.shrink.importance import scope_key
 from plugbridge.shrink.prune import BridgePlan
-from plugbridge.tensors.axes import Op, Project, axis_names, selection_matrix, transform
+from plugbridge.tensors.axes import Op, Project, axis_names, matrix_of, transform
 from plugbridge.transfer.plug import known_sizes
 from plugbridge.tuners.module import Module, pattern_of
 from plugbridge.tuners.table import Method
@@ -31,8 +31,7 @@ def start_down(kind: DownKind, layout: Layout, plan: BridgePlan, method: Method,
         for axis in axis_names(pattern_of(method, layout, slot)):
             key = scope_key(layout, axis, place)
             if key is not None and key not in down:
-                op = plan.op(key)
-                down[key] = op.matrix.clone() if isinstance(op, Project) else selection_matrix(op, layout.sizes[axis])
+                down[key] = matrix_of(plan.op(key), layout.sizes[axis])
     return down
 
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Batch, Encoded, Encoder, gold
-from plugbridge.tensors.axes import Project, selection_matrix
+from plugbridge.tensors.axes import matrix_of
 from plugbridge.transfer.cache import ActivationCache
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.residual import Width, head_loss
-from plugbridge.tuners.module import attach, pack, parameter_name, trainable
+from plugbridge.transfer.standalone import bridge_loss
+from plugbridge.tuners.module import attach, pack, parameter_name
 
 TEMPERATURE = 0.1
 Rungs = dict[str, str]
@@ -48,8 +48,7 @@ def rungs_of(layout: Layout) -> Rungs:
 
 def start_ladder(layout: Layout, plan: BridgePlan) -> dict[str, Tensor]:
     """Gates, half open, and down maps that begin as the Bridge's own choice of channels."""
-    op = plan.op("hidden")
-    matrix = op.matrix if isinstance(op, Project) else selection_matrix(op, layout.sizes["hidden"])
+    matrix = matrix_of(plan.op("hidden"), layout.sizes["hidden"])
     tensors: dict[str, Tensor] = {}
     for rung in rungs_of(layout):
         tensors[f"gate/{rung}"] = torch.zeros(())
@@ -149,28 +148,9 @@ def ladder(coupling: Coupling) -> Loss:
     for tensor in coupling.ladder.values():
         tensor.requires_grad_(True)
     backbone = Backbone(large, coupling.encoder, rungs, coupling.cache)
-    named = dict(coupling.bridge.named_parameters())
-    wrapped, _ = attach(coupling.bridge, coupling.method, coupling.bridge_layout(), coupling.settings)
-    names = set(trainable(wrapped))
-    for parameter in named.values():  # peft froze them
-        parameter.requires_grad_(coupling.train_bridge)
-    wrapped.train(coupling.train_bridge)
-    kind = coupling.encoder.kind
-
-    def loss(rows: list[Encoded]) -> Tensor:
-        module = pack(coupling.method, coupling.bridge_layout(), coupling.at_bridge_width())
-        replaced = {parameter_name(key): tensor for key, tensor in module.items()}
-        assert set(replaced) == names
-        heights = backbone.heights_of(rows)
-        batch = gold(coupling.encoder, rows).to(large.device)
-
-        def forward(**inputs: Any) -> Any:
-            return functional_call(wrapped, replaced, (), inputs)
-
-        with climbing(coupling.bridge, rungs, coupling.ladder, heights):
-            return mean_loss(forward, batch, kind)
-
-    return loss
+    return bridge_loss(
+        coupling, lambda rows: climbing(coupling.bridge, rungs, coupling.ladder, backbone.heights_of(rows))
+    )
 
 
 def norm_rungs(layout: Layout) -> Rungs:

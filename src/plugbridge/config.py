@@ -163,7 +163,32 @@ class PolishConfig(_Strict):
     batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
 
 
-ScoredModel = Literal["small_tuned", "large_zero_shot", "large_plugged", "bridge_coupled", "large_tuned", "large_probe"]
+class LadderConfig(TrainConfig):
+    """Ladder Side-Tuning: a side network pruned from the model, kept at inference."""
+
+    reduction: float = Field(default=8, ge=1, description="divide hidden size, heads and MLP width by this")
+
+
+class BaselinesConfig(_Strict):
+    """What else one could do with either model, through the same loop."""
+
+    small_finetuned: TrainConfig | None = Field(
+        default=None, description="train all weights of the small model; settings as `tune`'s, rate 3e-4 by default"
+    )
+    large_finetuned: TrainConfig | None = Field(default=None, description="train all weights of the large model")
+    small_ladder: LadderConfig | None = Field(
+        default=None,
+        description="Ladder Side-Tuning of the small model; settings as `tune`'s and `reduction`, 8 by default; "
+        "rate 3e-3 by default",
+    )
+    large_ladder: LadderConfig | None = Field(default=None, description="Ladder Side-Tuning of the large model")
+
+
+ScoredModel = Literal[
+    "small_zero_shot", "small_probe", "small_tuned", "small_finetuned", "small_ladder",
+    "large_zero_shot", "large_probe", "bridge_coupled", "large_plugged", "large_tuned", "large_finetuned",
+    "large_ladder",
+]  # fmt: skip
 
 
 class EvaluateConfig(_Strict):
@@ -177,7 +202,7 @@ class EvaluateConfig(_Strict):
     )
     probe: bool = Field(
         default=False,
-        description="also a linear probe: logistic regression on the large model's last hidden state, a reference",
+        description="also a linear probe of either model: logistic regression on its last hidden states, a reference",
     )
 
 
@@ -201,6 +226,7 @@ class RunConfig(_Strict):
     ceiling: TrainConfig | None = Field(
         default=None, description="also tune the large model itself, with gradients, as the ceiling"
     )
+    baselines: BaselinesConfig = Field(default_factory=BaselinesConfig)
     seed: int = Field(default=0, ge=0, description="one seed for data order, initialisation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to run")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the models' weights")

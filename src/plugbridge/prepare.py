@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from plugbridge.config import PruneConfig, RunConfig, TaskConfig
+from plugbridge.config import BaselinesConfig, PruneConfig, RunConfig, TaskConfig
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.files import file_digest, folder_digest
@@ -162,10 +162,17 @@ def _check_bridge_use(config: RunConfig) -> None:
 
 
 def _check_models(config: RunConfig) -> None:
+    probe = (config.evaluate.probe, "evaluate.probe: true")
+    needs = {
+        "large_tuned": (config.ceiling is not None, "a `ceiling:` section"),
+        "large_probe": probe,
+        "small_probe": probe,
+    }
+    for name in BaselinesConfig.model_fields:
+        needs[name] = (getattr(config.baselines, name) is not None, f"a `baselines.{name}:` section")
     for name in config.evaluate.models or ():
-        missing = {"large_tuned": config.ceiling is None, "large_probe": not config.evaluate.probe}
-        if missing.get(name, False):
-            section = {"large_tuned": "a `ceiling:` section", "large_probe": "evaluate.probe: true"}[name]
+        given, section = needs.get(name, (True, ""))
+        if not given:
             raise ConfigError(f"evaluate.models names '{name}', which needs {section}")
 
 

@@ -10,13 +10,20 @@ from plugbridge.files import write_atomically
 from plugbridge.run import read_marker
 
 TITLES = {
+    "small_zero_shot": "small, zero-shot",
+    "small_probe": "small, linear probe",
     "small_tuned": "small, tuned",
+    "small_finetuned": "small, all weights tuned",
+    "small_ladder": "small with a side network",
     "large_zero_shot": "large, zero-shot",
     "bridge_coupled": "Bridge (thrown away)",
     "large_plugged": "large, plugged",
     "large_probe": "large, linear probe",
     "large_tuned": "large, tuned (ceiling)",
+    "large_finetuned": "large, all weights tuned",
+    "large_ladder": "large with a side network",
 }
+BASELINES = ("small_finetuned", "small_ladder", "large_finetuned", "large_ladder")
 TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
 LIBRARIES = ("plugbridge", "torch", "transformers", "peft", "safetensors", "numpy")
 
@@ -59,7 +66,7 @@ def read_report(root: Path) -> dict[str, Any]:
     if not (root / "config.yaml").is_file():
         raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
     evaluated = _marker(root, "evaluate")
-    names = [name for name in (*TRANSFER, "ceiling") if name == "score" or name in evaluated["needs"]]
+    names = [name for name in (*TRANSFER, "ceiling", *BASELINES) if name == "score" or name in evaluated["needs"]]
     markers = {**{name: _marker(root, name) for name in names}, "evaluate": evaluated}
     for name, marker in markers.items():
         for need, digest in marker["needs"].items():
@@ -77,28 +84,7 @@ def _marker(root: Path, name: str) -> dict[str, Any]:
 
 def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
     facts = markers.facts("evaluate")
-    rank = markers.facts("tune")["rank"]
-    trained = markers.facts("couple")["trainable"]
-    changed = markers.facts("plug")["changed"]
-    small = markers.facts("tune")["trainable"]
-    parameters: dict[str, dict[str, int]] = {
-        "small_tuned": {"trainable": small, "changed": small, "rank": rank},
-        "large_zero_shot": {"trainable": 0, "changed": 0, "rank": 0},
-        "large_probe": {"trainable": 0, "changed": 0, "rank": 0},
-        "bridge_coupled": {"trainable": sum(trained.values()), "changed": sum(trained.values()), "rank": rank},
-        "large_plugged": {"trainable": sum(trained.values()), "changed": changed, "rank": rank},
-    }
-    made_by: dict[str, tuple[str, ...]] = {
-        "small_tuned": ("tune",),
-        "large_zero_shot": (),
-        "large_probe": (),
-        "bridge_coupled": tuple(name for name in TRANSFER if name in markers.stages and name not in ("polish", "plug")),
-        "large_plugged": tuple(name for name in TRANSFER if name in markers.stages),
-        "large_tuned": ("ceiling",),
-    }
-    if "ceiling" in markers.stages:
-        count = markers.facts("ceiling")["trainable"]
-        parameters["large_tuned"] = {"trainable": count, "changed": count, "rank": rank}
+    parameters, made_by = _counts(markers), _makers(markers)
     rows: list[dict[str, Any]] = []
     values: dict[str, float] = {}
     for name, counts in parameters.items():
@@ -108,7 +94,7 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         metrics = cast(dict[str, float], found["metrics"])
         metric = next(iter(metrics))
         values[name] = metrics[metric]
-        stages = made_by[name]
+        stages = made_by.get(name, ())
         seconds, peak = markers.cost(stages) if stages else (0.0, found["peak_bytes"])
         rows.append(
             {
@@ -152,6 +138,43 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "checkpoint": str(root / "plug" / "checkpoint"),
         "versions": versions(),
         "seed": markers.depends("evaluate")["seed"],
+    }
+
+
+def _counts(markers: _Markers) -> dict[str, dict[str, int]]:
+    """Parameters that training touched and that the result adds or changes, and the method's rank, by model."""
+    rank = markers.facts("tune")["rank"]
+    coupled = sum(markers.facts("couple")["trainable"].values())
+    small = markers.facts("tune")["trainable"]
+
+    def counts(trained: int, changed: int, rank: int) -> dict[str, int]:
+        return {"trainable": trained, "changed": changed, "rank": rank}
+
+    found = {
+        "small_zero_shot": counts(0, 0, 0),
+        "small_probe": counts(0, 0, 0),
+        "small_tuned": counts(small, small, rank),
+        "large_zero_shot": counts(0, 0, 0),
+        "large_probe": counts(0, 0, 0),
+        "bridge_coupled": counts(coupled, coupled, rank),
+        "large_plugged": counts(coupled, markers.facts("plug")["changed"], rank),
+    }
+    for name, stage in (("large_tuned", "ceiling"), *((name, name) for name in BASELINES)):
+        if stage in markers.stages:
+            trained = markers.facts(stage)["trainable"]
+            found[name] = counts(trained, trained, rank if stage == "ceiling" else 0)
+    return {name: found[name] for name in TITLES if name in found}
+
+
+def _makers(markers: _Markers) -> dict[str, tuple[str, ...]]:
+    """The stages that made each model; what is not here was not made, only scored."""
+    transfer = tuple(name for name in TRANSFER if name in markers.stages)
+    return {
+        "small_tuned": ("tune",),
+        "bridge_coupled": tuple(name for name in transfer if name not in ("polish", "plug")),
+        "large_plugged": transfer,
+        "large_tuned": ("ceiling",),
+        **{name: (name,) for name in BASELINES},
     }
 
 

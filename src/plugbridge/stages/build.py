@@ -2,13 +2,16 @@
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from plugbridge.config import TrainConfig
 from plugbridge.cost import measure
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
+from plugbridge.stages.baselines import RATES, climb, finetune
 from plugbridge.stages.couple import couple
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
@@ -87,6 +90,9 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         }
         stages.append(stage("ceiling", (), depends, ceiling))
         results = (*results, "ceiling")
+    for name, depends, work in _baselines(prepared):
+        stages.append(stage(name, (), depends, work))
+        results = (*results, name)
     stages.append(
         stage(
             "evaluate",
@@ -96,6 +102,23 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         )
     )
     return stages
+
+
+def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[Work], dict[str, Any]]]]:
+    """Name, dependencies and work of every baseline that the configuration asks for."""
+    config = prepared.config
+    found: list[tuple[str, dict[str, Any], Callable[[Work], dict[str, Any]]]] = []
+    for size in ("small", "large"):
+        for kind, work in (("finetuned", finetune), ("ladder", climb)):
+            settings: TrainConfig | None = getattr(config.baselines, f"{size}_{kind}")
+            if settings is None:
+                continue
+            rate = settings.learning_rate if settings.learning_rate is not None else RATES[kind]
+            depends = {"model": prepared.inputs[size], "baseline": _dump(settings), "rate": rate}
+            if kind == "ladder":
+                depends["score"] = _dump(config.score)
+            found.append((f"{size}_{kind}", depends, partial(work, size=size)))
+    return found
 
 
 def _dump(section: Any) -> dict[str, Any]:

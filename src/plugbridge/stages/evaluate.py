@@ -4,8 +4,9 @@ import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from plugbridge.cost import Cost, measure
 from plugbridge.evaluate import last_states, option_scores, predictions
 from plugbridge.files import write_atomically
 from plugbridge.probe import fit_probe
+from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
 from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.work import Work, metrics_of
 from plugbridge.tasks.encode import Encoded, Encoder
@@ -21,6 +23,8 @@ from plugbridge.tasks.spec import Split
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import LadderNetwork
 from plugbridge.tuners.module import attach, load_state, read
+
+SIZES: tuple[Literal["small", "large"], ...] = ("small", "large")
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,15 @@ def evaluate(work: Work) -> dict[str, Any]:
             del model
         facts[name] = _note(work, name, chosen, predictions(scores), cost)
         _write_predictions(work, name, chosen, predictions(scores), scores)
-    if config.probe and (config.models is None or "large_probe" in config.models):
-        chosen = p.large_rows[config.split][: config.limit]
-        with measure(p.device) as cost:
-            predicted = _probe(work, chosen)
-        facts["large_probe"] = _note(work, "large_probe", chosen, predicted, cost)
-        _write_predictions(work, "large_probe", chosen, predicted, [[]] * len(chosen))
+    for size in SIZES:
+        name = f"{size}_probe"
+        if config.probe and (config.models is None or name in config.models):
+            subject = subject_of(work, size)
+            chosen = subject.rows[config.split][: config.limit]
+            with measure(p.device) as cost:
+                predicted = _probe(work, subject, chosen)
+            facts[name] = _note(work, name, chosen, predicted, cost)
+            _write_predictions(work, name, chosen, predicted, [[]] * len(chosen))
     right = [row.answer for row in p.large_rows[config.split][: config.limit]]
     common = max(set(right), key=right.count)
     facts["majority"] = {"metrics": {name: METRICS[name]([common] * len(right), right) for name in p.task.metrics}}
@@ -77,13 +84,13 @@ def _write_predictions(
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _probe(work: Work, chosen: list[Encoded]) -> list[int]:
+def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
     """Answers of a linear probe: fitted on the training rows, its penalty chosen on the validation rows."""
     p, size = work.prepared, work.prepared.config.evaluate.batch_size
-    model, layout = p.load(p.config.large)
-    parts = {"train": p.large_rows["train"], "validation": p.large_rows["validation"], "chosen": chosen}
+    model, layout = p.load(subject.source)
+    parts = {"train": subject.rows["train"], "validation": subject.rows["validation"], "chosen": chosen}
     states = {
-        name: last_states(model, layout.family.head, p.large_encoder, rows, size, work.progress, f"probe {name}")
+        name: last_states(model, layout.family.head, subject.encoder, rows, size, work.progress, f"probe {name}")
         for name, rows in parts.items()
     }
     right = {name: [row.answer for row in rows] for name, rows in parts.items()}
@@ -94,6 +101,7 @@ def _candidates(work: Work) -> list[Candidate]:
     p, root = work.prepared, work.root
     small, large = (p.encoder, p.rows), (p.large_encoder, p.large_rows)
     found = [
+        Candidate("small_zero_shot", lambda: p.load(p.config.small)[0], *small),
         Candidate("small_tuned", lambda: with_module(work, p.config.small, root / "tune" / "module"), *small),
         Candidate("large_zero_shot", lambda: p.load(p.config.large)[0], *large),
         Candidate("large_plugged", lambda: with_module(work, p.config.large, root / "plug" / "checkpoint"), *large),
@@ -105,6 +113,14 @@ def _candidates(work: Work) -> list[Candidate]:
         found.append(
             Candidate("large_tuned", lambda: with_module(work, p.config.large, root / "ceiling" / "module"), *large)
         )
+    for size in SIZES:
+        subject = subject_of(work, size)
+        for name, load in (
+            (f"{size}_finetuned", partial(load_finetuned, work, f"{size}_finetuned")),
+            (f"{size}_ladder", partial(load_ladder, work, f"{size}_ladder", size)),
+        ):
+            if getattr(p.config.baselines, name) is not None:
+                found.append(Candidate(name, load, subject.encoder, subject.rows))
     return found
 
 

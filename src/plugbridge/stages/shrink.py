@@ -1,14 +1,17 @@
 """Scoring the large model's units and pruning it into the Bridge."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from plugbridge.errors import ModelError
 from plugbridge.evaluate import log_likelihood
+from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import parameter_count
 from plugbridge.prepare import bridge_sizes
@@ -22,32 +25,41 @@ from plugbridge.shrink.importance import (
 )
 from plugbridge.shrink.prune import plan_bridge, principal_basis, prune_model, shuffle_blocks
 from plugbridge.stages.work import BASIS, Work
-from plugbridge.tasks.encode import Encoded, gold
+from plugbridge.tasks.encode import Encoded, Encoder, gold
 
 
-def score(work: Work) -> dict[str, Any]:
-    """Score the large model's units and record its residual energy."""
-    p = work.prepared
-    model, layout = p.load(p.config.large)
-    rows = p.large_rows["train"][: p.config.score.samples]
-    kind = p.large_encoder.kind
+@dataclass(frozen=True)
+class Units:
+    """What is known of a model's units: their scores, and the residual stream's energy and second moments."""
+
+    scores: dict[str, Tensor]
+    energy: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def measure_units(
+    work: Work, model: PreTrainedModel, layout: Layout, encoder: Encoder, rows: Sequence[Encoded]
+) -> Units:
+    """Score a model's units on rows as the configuration says. Raises ModelError where a score is not finite."""
+    p, settings = work.prepared, work.prepared.config.score
+    rows = rows[: settings.samples]
 
     def likelihood(row: Encoded) -> Tensor:
-        return log_likelihood(model, gold(p.large_encoder, [row]).to(p.device), kind).sum()
+        return log_likelihood(model, gold(encoder, [row]).to(p.device), encoder.kind).sum()
 
-    total = len(rows) * (1 if p.config.score.importance == "magnitude" else 2)
+    total = len(rows) * (1 if settings.importance == "magnitude" else 2)
     moments: SecondMoments | None = None
-    with work.progress.bar(f"score large ({p.config.score.importance})", total) as advance:
+    with work.progress.bar(f"score ({settings.importance})", total) as advance:
 
         def counted() -> Any:
             for row in rows:
                 yield row
                 advance(1)
 
-        if p.config.score.importance == "fisher":
+        if settings.importance == "fisher":
             with record_second_moments(model, layout) as moments:
                 scores = fisher(model, layout, counted(), likelihood)
-        elif p.config.score.importance == "activation":
+        elif settings.importance == "activation":
             scores = activation(model, layout, counted(), likelihood)
         else:
             scores = magnitude(model, layout)
@@ -57,17 +69,23 @@ def score(work: Work) -> dict[str, Any]:
     second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
     for key, values in {**scores, **energy, **second}.items():
         if not bool(values.isfinite().all()):
-            raise ModelError(f"the scores of '{key}' in {p.config.large} are not finite; is a weight of it NaN?")
-    with write_atomically(work.folder / "scores.safetensors") as path:
-        save_file(scores, str(path))
-    with write_atomically(work.folder / "energy.safetensors") as path:
-        save_file(energy, str(path))
-    with write_atomically(work.folder / "moments.safetensors") as path:
-        save_file(second, str(path))
+            raise ModelError(f"the scores of '{key}' in {model.name_or_path} are not finite; is a weight of it NaN?")
+    return Units(scores, energy, second)
+
+
+def score(work: Work) -> dict[str, Any]:
+    """Score the large model's units and record its residual energy."""
+    p, settings = work.prepared, work.prepared.config.score
+    model, layout = p.load(p.config.large)
+    rows = p.large_rows["train"]
+    units = measure_units(work, model, layout, p.large_encoder, rows)
+    for name, tensors in (("scores", units.scores), ("energy", units.energy), ("moments", units.moments)):
+        with write_atomically(work.folder / f"{name}.safetensors") as path:
+            save_file(tensors, str(path))
     return {
-        "samples": len(rows),
-        "importance": p.config.score.importance,
-        "gradients_of_large": p.config.score.importance == "fisher",
+        "samples": min(len(rows), settings.samples),
+        "importance": settings.importance,
+        "gradients_of_large": settings.importance == "fisher",
     }
 
 

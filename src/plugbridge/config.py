@@ -80,7 +80,10 @@ class PruneConfig(_Strict):
         default=None, ge=1, description="divide hidden size, heads and MLP width by this (the paper's r)"
     )
     budget: float | None = Field(
-        default=None, gt=0, description="share of the large model's parameters (below 1), or their number"
+        default=None,
+        gt=0,
+        description="share of the large model's parameters (below 1), or their number; counted is what the "
+        "mode uses: in feedback, ladder_delta and identity not the Bridge's embeddings and head, which are dropped",
     )
 
     channels: Literal["auto", "select", "pca", "gradient_pca"] = Field(

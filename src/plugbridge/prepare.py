@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from plugbridge.config import BaselinesConfig, PruneConfig, RunConfig, TaskConfig
+from plugbridge.config import BaselinesConfig, RunConfig, TaskConfig
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.files import file_digest, folder_digest
@@ -183,15 +183,20 @@ def _check_weights(config: RunConfig) -> None:
         for source in (config.small, config.large)
     )
     layout_for(small)
-    bridge_sizes(config.prune, large, layout_for(large))
+    bridge_sizes(config, large, layout_for(large))
 
 
-def bridge_sizes(settings: PruneConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:
-    """The Bridge's axis sizes that a configuration asks for. Raises ConfigError if there is none such."""
-    if settings.reduction is not None:
-        return reduced_sizes(layout, settings.reduction)
-    asked = settings.budget or 0.0
+def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:
+    """The Bridge's axis sizes that a configuration asks for. Raises ConfigError if there is none such.
+
+    A budget is for what the mode has in memory: without embeddings and head where the Bridge reads no tokens.
+    """
+    if config.prune.reduction is not None:
+        return reduced_sizes(layout, config.prune.reduction)
+    asked = config.prune.budget or 0.0
     names = {name for name, _ in large.named_parameters()}
+    if not find_mode(config.couple.mode).reads_tokens:
+        names -= layout.vocabulary()
     return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
 
 

@@ -94,9 +94,7 @@ def test_a_finished_baseline_is_not_done_again_and_follows_its_own_settings_only
 
 
 @pytest.mark.parametrize("name", [*ALL, "small_probe", "large_probe", "large_tuned"])
-def test_a_model_that_the_run_does_not_make_is_not_scored(
-    run_config: Callable[..., dict[str, Any]], name: str
-) -> None:
+def test_a_model_that_the_run_does_not_make_is_not_scored(run_config: Callable[..., dict[str, Any]], name: str) -> None:
     raw = run_config("gpt2", ceiling=None, evaluate={"models": [name]})
     with pytest.raises(ConfigError, match=f"names '{name}', which needs"):
         prepare(parse_config(raw, "test"), None)

@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,18 @@ def run_group(group: Group, data: Path | None, out: Path) -> str:
     return group.name
 
 
+def end_with_parent() -> None:
+    """In a worker: end when the process that started it is gone, rather than work on unseen."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def slug(name: str) -> str:
     """A variant's folder."""
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
@@ -98,7 +112,10 @@ def run_groups(groups: Sequence[Group], data: Path | None, out: Path, jobs: int,
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
     context = multiprocessing.get_context("spawn")
-    with progress.bar("bench quality", len(groups)) as advance, ProcessPoolExecutor(jobs, context) as pool:
+    with (
+        progress.bar("bench quality", len(groups)) as advance,
+        ProcessPoolExecutor(jobs, context, end_with_parent) as pool,
+    ):
         waiting = list(groups)
         running: set[Future[str]] = set()
         while waiting or running:

@@ -233,6 +233,10 @@ class Layout:
         """Weights by state-dict name."""
         return {weight.name: weight for weight in self.weights()}
 
+    def vocabulary(self) -> set[str]:
+        """Names of the weights with a row for every token: embeddings and head."""
+        return {weight.name for weight in self.weights() if "vocab" in axis_names(weight.pattern)}
+
     def sites(self, role: str) -> Iterator[tuple[str, Place]]:
         """Modules that play a role (``attention_input`` …), as (module path, place)."""
         for stack_name, stack in self.family.stack.items():

@@ -19,6 +19,7 @@ from plugbridge.stages.repair import repair
 from plugbridge.stages.shrink import prune, score
 from plugbridge.stages.tune import ceiling, tune
 from plugbridge.stages.work import Work, rate_of_training
+from plugbridge.transfer.couple import find_mode
 
 
 def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
@@ -57,7 +58,12 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     stages = [
         stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
         stage("score", (), {"large": large, "score": _dump(config.score)}, score),
-        stage("prune", ("score",), {"large": large, "prune": _dump(config.prune)}, prune),
+        stage(
+            "prune",
+            ("score",),
+            {"large": large, "prune": _dump(config.prune), "reads_tokens": find_mode(config.couple.mode).reads_tokens},
+            prune,
+        ),
     ]
     bridge = ("prune",)
     if config.repair is not None:

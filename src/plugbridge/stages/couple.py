@@ -17,7 +17,7 @@ from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.train import batch_indices, fit
 from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import find_mode
-from plugbridge.transfer.coupling import Coupling, bridge_state, require_gradients, silence
+from plugbridge.transfer.coupling import Coupling, bridge_state, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.down import start_down
 from plugbridge.transfer.start import Start, States, fresh_start, record_states, small_start
 from plugbridge.tuners.module import Module, Slot, read, save, unpack
@@ -45,6 +45,8 @@ def couple(work: Work) -> dict[str, Any]:
         first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
     )  # fmt: skip
+    if not mode.reads_tokens:
+        drop_vocabulary(bridge, large)
     silence(coupling)
     require_gradients(coupling)
     weights = dict(bridge.named_parameters())

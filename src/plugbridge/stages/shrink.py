@@ -26,6 +26,7 @@ from plugbridge.shrink.importance import (
 from plugbridge.shrink.prune import plan_bridge, principal_basis, prune_model, shuffle_blocks
 from plugbridge.stages.work import BASIS, Work
 from plugbridge.tasks.encode import Encoded, Encoder, gold
+from plugbridge.transfer.couple import find_mode
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def prune(work: Work) -> dict[str, Any]:
     scores = load_file(str(work.root / "score" / "scores.safetensors"))
     energy = load_file(str(work.root / "score" / "energy.safetensors"))
     whole = parameter_count(model)
-    plan = plan_bridge(layout, scores, bridge_sizes(p.config.prune, model, layout))
+    plan = plan_bridge(layout, scores, bridge_sizes(p.config, model, layout))
     if p.config.prune.channels != "select":
         plan = replace(plan, basis={"hidden": _basis(work, plan.sizes["hidden"])})
     bridge = prune_model(model, layout, plan, energy)
@@ -109,12 +110,13 @@ def prune(work: Work) -> dict[str, Any]:
         save_file({**plan.keep, **{f"{BASIS}{key}": matrix for key, matrix in plan.basis.items()}}, str(path))
     write_json(work.folder / "sizes.json", plan.sizes)
     count = parameter_count(bridge)
-    blocks = sum(t.numel() for n, t in bridge.named_parameters() if layout.table()[n].place.stack is not None)
+    ends = sum(t.numel() for n, t in bridge.named_parameters() if n in layout.vocabulary())
+    used = count if find_mode(p.config.couple.mode).reads_tokens else count - ends
     return {
         "large_parameters": whole,
-        "bridge_parameters": count,
-        "bridge_block_parameters": blocks,
-        "bridge_share": count / whole,
+        "bridge_parameters": used,
+        "bridge_model_parameters": count,
+        "bridge_share": used / whole,
         "sizes": plan.sizes,
         "large_sizes": layout.sizes,
         "reduction_of_axes": {a: layout.sizes[a] / plan.sizes[a] for a in layout.family.scope},

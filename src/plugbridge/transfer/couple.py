@@ -21,7 +21,8 @@ class Mode:
 
     `runs_large`: whether it runs the large model (forward only). `trains_bridge`: whether the Bridge
     can train. `reads_alone`: whether the Bridge reads tokens by itself, which a projected one cannot.
-    `caches`: whether the large model's activations may be kept.
+    `reads_tokens`: whether the Bridge's own embeddings and head are used; where they are not, they are dropped
+    and not counted. `caches`: whether the large model's activations may be kept.
     `plug` and `layers` are the defaults: what did best on validation rows (docs/results/coupling_choices.md).
     """
 
@@ -31,6 +32,7 @@ class Mode:
     runs_large: bool
     trains_bridge: bool
     reads_alone: bool
+    reads_tokens: bool = False
     caches: bool = False
     plug: StartKind = "fresh"
     layers: float = 1.0
@@ -46,6 +48,7 @@ MODES: dict[str, Mode] = {
             runs_large=False,
             trains_bridge=True,
             reads_alone=True,
+            reads_tokens=True,
             plug="random",
         ),
         Mode(
@@ -55,6 +58,7 @@ MODES: dict[str, Mode] = {
             runs_large=True,
             trains_bridge=True,
             reads_alone=False,
+            reads_tokens=True,
             caches=True,
         ),
         Mode(

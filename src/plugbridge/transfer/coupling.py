@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plugbridge.families.spec import Layout
@@ -72,6 +72,16 @@ class Coupling:
         if self.train_bridge:
             found.update({f"bridge/{name}": p for name, p in self.bridge.named_parameters()})
         return found
+
+
+def drop_vocabulary(bridge: PreTrainedModel, layout: Layout) -> None:
+    """Take a Bridge's embeddings and head away: for modes in which it neither reads tokens nor predicts any."""
+    names = layout.vocabulary()
+    for name, _ in list(bridge.named_parameters(remove_duplicate=False)):
+        if name in names:
+            owner, _, leaf = name.rpartition(".")
+            setattr(bridge.get_submodule(owner), leaf, nn.Parameter(torch.empty(0), requires_grad=False))
+    bridge.set_output_embeddings(nn.Identity())
 
 
 @torch.no_grad()

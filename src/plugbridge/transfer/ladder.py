@@ -192,7 +192,7 @@ def ladder_delta(coupling: Coupling) -> Loss:
         replaced = {parameter_name(key): tensor for key, tensor in module.items()}
         heights = backbone.heights_of(rows)
         batch = gold(coupling.encoder, rows).to(large.device)
-        inputs = batch.inputs(kind)
+        inputs = _unread(batch, coupling)
         plain: Heights = {}
         changed: Heights = {}
 
@@ -211,6 +211,16 @@ def ladder_delta(coupling: Coupling) -> Loss:
         return head_loss(large, layout, changed[end], batch, kind)
 
     return loss
+
+
+def _unread(batch: Batch, coupling: Coupling) -> dict[str, Tensor]:
+    """Inputs of the Bridge's forward pass where nothing of its own stream is read: zeros instead of tokens."""
+    width = coupling.plan.sizes["hidden"]
+    empty = torch.zeros(*batch.input_ids.shape, width, device=batch.input_ids.device)
+    found = {"inputs_embeds": empty, "attention_mask": batch.attention_mask}
+    if coupling.encoder.kind == "seq2seq":
+        found["decoder_inputs_embeds"] = torch.zeros(*batch.labels.shape, width, device=batch.labels.device)
+    return found
 
 
 @contextmanager

@@ -6,30 +6,40 @@ import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from conftest import FAMILIES, VOCAB, make_model, make_tokenizer
+from conftest import FAMILIES, METHODS, VOCAB, make_model, make_tokenizer, randomise
 from plugbridge.evaluate import log_likelihood, mean_loss, option_scores, predictions
 from plugbridge.models import layout_for
 from plugbridge.progress import Silent
 from plugbridge.tasks.encode import Encoded, Encoder, collate, gold
 from plugbridge.tuners.module import attach
-from plugbridge.tuners.table import METHODS, MethodSettings
+from plugbridge.tuners.table import MethodSettings, find_method
 
 KIND = {"gpt2": "causal", "llama": "causal", "t5": "seq2seq", "t5-gated": "seq2seq"}
 EOS = VOCAB.index("</s>")
 
 
-def rows_of(kind: str, lengths: list[tuple[int, ...]], seed: int = 0) -> list[Encoded]:
-    """Random rows; `lengths` are those of every row's options."""
+def rows_of(kind: str, lengths: list[tuple[int, ...]], seed: int = 0, opening: int = 0) -> list[Encoded]:
+    """Random rows; `lengths` are those of every row's options, behind an opening that the row's options share."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, len(VOCAB), (count,), generator=generator).tolist())
 
     end = (EOS,) if kind == "seq2seq" else ()
-    return [
-        Encoded((*tokens(1 + (5 * i) % 9), *end), tuple((*tokens(n), *end) for n in counts), i % len(counts))
-        for i, counts in enumerate(lengths)
-    ]
+    rows: list[Encoded] = []
+    for i, counts in enumerate(lengths):
+        prompt, start = (*tokens(1 + (5 * i) % 9), *end), tokens(opening)
+        rows.append(Encoded(prompt, tuple((*start, *tokens(n), *end) for n in counts), i % len(counts)))
+    return rows
+
+
+def tuned(family: str, method: str | None) -> Any:
+    """A model with a module on it, nothing at its no-op start."""
+    model: Any = make_model(family)
+    if method is not None:
+        model, _ = attach(model, find_method(method), layout_for(model), MethodSettings(rank=2, alpha=4.0))
+        randomise(model)
+    return model.eval()
 
 
 def naive(model: Any, kind: str, row: Encoded, option: tuple[int, ...], end: bool) -> float:
@@ -42,40 +52,64 @@ def naive(model: Any, kind: str, row: Encoded, option: tuple[int, ...], end: boo
     return float((chosen if end or kind == "causal" else chosen[:-1]).mean())
 
 
-ONE, SOME = [(1, 1, 1)] * 7, [(1, 1), (2, 1), (3, 3, 1), (1, 1), (2, 4), (1, 2), (1, 1)]
+ONE = [(1, 1, 1)] * 9
+SOME = [(1, 1), (2, 1), (3, 3, 1), (1, 1), (2, 4), (1, 2), (1, 1), (5, 2), (1, 1, 1, 3)]
+ROWS = {"one token": (ONE, 0), "several tokens": (SOME, 0), "one opening": (SOME, 2), "all but the last": (ONE, 2)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", [None, "prefix"])
-@pytest.mark.parametrize("lengths", [ONE, SOME], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("shape", ROWS)
 @torch.no_grad()
-def test_scores_equal_a_plain_loop_whatever_the_batch(
-    family: str, method: str | None, lengths: list[tuple[int, ...]]
-) -> None:
-    kind, model = KIND[family], make_model(family)
-    if method is not None:
-        torch.manual_seed(5)
-        model, _ = attach(model, METHODS[method], layout_for(model), MethodSettings(rank=2, alpha=4.0))
-        model.eval()
-    rows = rows_of(kind, lengths)
-    end = lengths is SOME  # among single tokens the end mark does not count
+def test_scores_equal_a_plain_loop_whatever_the_batch(family: str, method: str | None, shape: str) -> None:
+    kind, model, (lengths, opening) = KIND[family], tuned(family, method), ROWS[shape]
+    rows = rows_of(kind, lengths, opening=opening)
+    end = shape != "one token"  # among single tokens the end mark does not count
     expected = [[naive(model, kind, row, option, end) for option in row.options] for row in rows]
     encoder = Encoder(make_tokenizer(), kind, None)
-    for batch_size in (1, 3, 100):
+    for batch_size in (1, 7, 100):
         found = option_scores(model, encoder, rows, batch_size, Silent(), "")
+        assert predictions(found) == predictions(expected)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [ONE, SOME], ids=["one token", "several tokens"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [None, *METHODS])
 @torch.no_grad()
-def test_logits_of_virtual_tokens_are_passed_over(lengths: list[tuple[int, ...]]) -> None:
-    settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
-    model = get_peft_model(make_model("gpt2"), settings).eval()
-    rows = rows_of("causal", lengths)
-    found = option_scores(model, Encoder(make_tokenizer(), "causal", None), rows, 3, Silent(), "")
+def test_a_prompt_is_read_once(family: str, method: str | None) -> None:
+    kind, model = KIND[family], tuned(family, method)
+    rows = [Encoded((3, 4, 5, 6, 7, 8), ((9, 10, 11), (9, 12, 13), (9, 14, 15)), 0)] * 4
+    read: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith(("wte", "embed_tokens")):
+            module.register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].numel()))
+    option_scores(model, Encoder(make_tokenizer(), kind, None), rows, 100, Silent(), "")
+    start = 1 if kind == "seq2seq" else 0  # the decoder's
+    assert sum(read) == 4 * (6 + start + 1) + 4 * 3 * 1  # prompt, start and opening; one more token an option
+
+
+@torch.no_grad()
+def test_a_row_that_fills_all_positions_is_batched_with_longer_options() -> None:
+    model = make_model("gpt2")  # 32 positions
+    full = Encoded(tuple(range(3, 31)), ((3, 4), (4, 5, 6, 7)), 0)
+    other = Encoded((3, 4), (tuple(range(3, 31)), (4,)), 0)
+    found = option_scores(model, Encoder(make_tokenizer(), "causal", 32), [full, other], 100, Silent(), "")
+    for row, ours in zip((full, other), found, strict=True):
+        assert ours == pytest.approx([naive(model, "causal", row, option, True) for option in row.options], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize("shape", ROWS)
+@torch.no_grad()
+def test_virtual_tokens_before_the_prompt_are_passed_over(family: str, shape: str) -> None:
+    kind, (lengths, opening) = KIND[family], ROWS[shape]
+    task = TaskType.CAUSAL_LM if kind == "causal" else TaskType.SEQ_2_SEQ_LM
+    model = get_peft_model(make_model(family), PromptTuningConfig(task_type=task, num_virtual_tokens=3)).eval()
+    rows, end = rows_of(kind, lengths, opening=opening), shape != "one token"
+    found = option_scores(model, Encoder(make_tokenizer(), kind, None), rows, 3, Silent(), "")
     for row, ours in zip(rows, found, strict=True):
-        assert ours == pytest.approx([naive(model, "causal", row, option, False) for option in row.options], abs=1e-5)
+        assert ours == pytest.approx([naive(model, kind, row, option, end) for option in row.options], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

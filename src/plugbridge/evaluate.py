@@ -1,13 +1,18 @@
 """The one scorer: likelihood of every option, the likeliest wins."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from plugbridge.progress import Progress
-from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, collate
+from plugbridge.reading import base_of, go_on, read_prompts
+from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, collate, pad_right
 
 Forward = Callable[..., Any]
 
@@ -22,6 +27,11 @@ def token_log_probabilities(logits: Tensor, batch: Batch, kind: str) -> Tensor:
     labels = batch.labels
     if kind == "causal":  # the logit before a token predicts it
         logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+    return _chosen_log_probabilities(logits, labels)
+
+
+def _chosen_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label under the logits at its place, zero where ignored. Returns (n, labels)."""
     known = labels != IGNORE
     chosen = labels.masked_fill(~known, 0)
     values = torch.log_softmax(at_least_float32(logits), dim=-1).gather(-1, chosen[..., None]).squeeze(-1)
@@ -50,13 +60,20 @@ def option_scores(
 ) -> list[list[float]]:
     """Mean log-probability per token of every option of every row, in the rows' order.
 
-    When all options of all rows are single tokens (before a seq2seq end mark, which then does not
-    count), one pass scores them all; else each is run in full. Rows are batched by length; the
-    batching changes no score beyond rounding.
+    A prompt is read once, with what its options begin with, and the options continue from there; where they differ in
+    the last token only, that reading scores them all. Where all options of all rows are single tokens before a seq2seq
+    end mark, the mark does not count. A network that is no Hugging Face model reads the prompt anew for every option.
+    Rows are batched by length; the batching changes no score beyond rounding. `batch_size` is the most prompts, and
+    the most options, of one forward pass.
     """
     device = next(model.parameters()).device
     end = 1 if encoder.kind == "seq2seq" else 0
-    score = _score_single if all(len(o) == 1 + end for row in rows for o in row.options) else _score_full
+    single = all(len(option) == 1 + end for row in rows for option in row.options)
+    if (base := base_of(model)) is not None:
+        rows = [replace(row, options=tuple(option[:1] for option in row.options)) for row in rows] if single else rows
+        score = partial(_score_shared, base=base)
+    else:
+        score = _score_single if single else _score_full
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     scores: list[list[float]] = [[] for _ in rows]
     with progress.bar(title, len(rows)) as advance:
@@ -104,9 +121,39 @@ def _answer_positions(batch: Batch, kind: str) -> Tensor:
     return first - 1 if kind == "causal" else first
 
 
+def _score_shared(
+    model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device, base: PreTrainedModel
+) -> list[list[float]]:
+    """From one reading of each prompt."""
+    opening = min(_opening(row.options) for row in rows)
+    openings = pad_right([row.options[0][:opening] for row in rows], 0)
+    reading = read_prompts(model, encoder, [row.prompt for row in rows], openings, device)
+    owners = torch.tensor([i for i, row in enumerate(rows) for _ in row.options], device=device)
+    options = [option[opening:] for row in rows for option in row.options]
+    first = torch.tensor([option[0] for option in options], device=device)
+    total = _chosen_log_probabilities(reading.logits[:, :-1], openings.to(device)).sum(-1)[owners]
+    total += torch.log_softmax(at_least_float32(reading.logits[:, -1]), dim=-1)[owners, first]
+    longer = sorted((k for k, option in enumerate(options) if len(option) > 1), key=lambda k: len(options[k]))
+    for start in range(0, len(longer), len(rows)):
+        chosen = longer[start : start + len(rows)]
+        logits = go_on(base, reading, owners[chosen], [options[k][:-1] for k in chosen])
+        labels = pad_right([options[k][1:] for k in chosen], IGNORE).to(device)
+        total[chosen] += _chosen_log_probabilities(logits, labels).sum(-1)
+    total /= torch.tensor([opening + len(option) for option in options], device=device)
+    values = iter(total.tolist())
+    return [[next(values) for _ in row.options] for row in rows]
+
+
+def _opening(options: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all options begin with, each keeping at least one of its own."""
+    places = zip(*(option[:-1] for option in options), strict=False)
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, places))
+
+
 def _score_single(
     model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device
 ) -> list[list[float]]:
+    """Single tokens, from one pass over the prompts."""
     batch = collate(encoder, [(row.prompt, row.options[0]) for row in rows]).to(device)
     logits: Tensor = model(**batch.inputs(encoder.kind)).logits
     first = _answer_positions(batch, encoder.kind) + logits.shape[1] - batch.labels.shape[1]
@@ -116,6 +163,7 @@ def _score_single(
 
 
 def _score_full(model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device) -> list[list[float]]:
+    """Prompt and option in full for every option."""
     pairs = [(row.prompt, option) for row in rows for option in row.options]
     values: list[float] = []
     step = max(1, len(rows))

@@ -12,9 +12,10 @@ from test_transfer import SETTINGS, coupling_of
 from torch import Tensor, nn
 
 from conftest import FAMILIES, METHODS
-from plugbridge.evaluate import mean_loss
+from plugbridge.evaluate import log_likelihood, mean_loss, option_scores
+from plugbridge.progress import Silent
 from plugbridge.shrink.prune import prune_model
-from plugbridge.tasks.encode import Encoded, gold
+from plugbridge.tasks.encode import Encoded, collate, gold
 from plugbridge.tensors.axes import Project
 from plugbridge.transfer.cache import CacheKind, make_cache
 from plugbridge.transfer.couple import MODES
@@ -237,6 +238,16 @@ def test_hooks_are_gone_after_a_step() -> None:
         assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
+def _network(coupling: Coupling, family: str) -> LadderNetwork:
+    """What `evaluate` scores: the ladder with a Bridge and a module that were read from disk."""
+    large = large_model(family).double()
+    bridge = prune_model(large, coupling.large, coupling.plan, {})
+    inner, _ = attach(bridge, coupling.method, coupling.bridge_layout(), SETTINGS)
+    load_state(inner.double(), bridge_state(coupling))
+    ladder = {name: tensor.detach() for name, tensor in coupling.ladder.items()}
+    return LadderNetwork(large, coupling.large, bridge, inner, ladder).eval()
+
+
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_the_network_of_inference_is_the_one_that_trained(family: str, method: str) -> None:
     coupling = _ladder(family, method)
@@ -244,16 +255,32 @@ def test_the_network_of_inference_is_the_one_that_trained(family: str, method: s
     handle = coupling.bridge.register_forward_hook(lambda _module, _inputs, output: trained.append(output.logits))
     value = loss([A, B, C])
     handle.remove()
-    large = large_model(family).double()
-    bridge = prune_model(large, coupling.large, coupling.plan, {})
-    inner, _ = attach(bridge, coupling.method, coupling.bridge_layout(), SETTINGS)
-    load_state(inner.double(), bridge_state(coupling))
-    ladder = {name: tensor.detach() for name, tensor in coupling.ladder.items()}
-    network = LadderNetwork(large, coupling.large, bridge, inner, ladder).eval()
+    network = _network(coupling, family)
     batch = gold(coupling.encoder, [A, B, C])
     assert _near(network(**batch.inputs(coupling.encoder.kind)).logits, trained[0].detach(), family)
     assert torch.allclose(mean_loss(network, batch, coupling.encoder.kind), value, rtol=tolerance_of(family))
-    assert not torch.allclose(inner(**batch.inputs(coupling.encoder.kind)).logits, trained[0], atol=1e-2)
+    assert not torch.allclose(network.inner(**batch.inputs(coupling.encoder.kind)).logits, trained[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [((3,), (4,)), ((3, 5), (4, 5, 6), (3,))], ids=["one token", "several tokens"])
+@torch.no_grad()
+def test_its_scores_equal_a_plain_loop_whatever_the_batch(family: str, options: tuple[tuple[int, ...], ...]) -> None:
+    coupling = _ladder(family, "lora")
+    kind, network = coupling.encoder.kind, _network(coupling, family)
+    rows = [replace(row, options=options, answer=0) for row in (A, B, C, D)]
+    end = (1,) if kind == "seq2seq" else ()
+    counted = () if options == ((3,), (4,)) else end  # among single tokens the end mark does not count
+    expected = []
+    for row in rows:
+        pairs = [(row.prompt, (*option, *counted)) for option in options]
+        alone = [log_likelihood(network, collate(coupling.encoder, [pair]), kind) for pair in pairs]
+        expected.append([float(value) / len(target) for value, (_, target) in zip(alone, pairs, strict=True)])
+    rows = [replace(row, options=tuple((*option, *end) for option in options)) for row in rows]
+    for batch_size in (1, 3, 100):
+        found = option_scores(network, coupling.encoder, rows, batch_size, Silent(), "")
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
 # the cache

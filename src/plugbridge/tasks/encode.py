@@ -125,9 +125,9 @@ def collate(encoder: Encoder, pairs: Sequence[tuple[tuple[int, ...], tuple[int, 
         sequences = [list(prompt) for prompt, _ in pairs]
         labels = [list(target) for _, target in pairs]
     return Batch(
-        _pad(sequences, encoder.pad),
-        _pad([[1] * len(sequence) for sequence in sequences], 0),
-        _pad(labels, IGNORE),
+        pad_right(sequences, encoder.pad),
+        pad_right([[1] * len(sequence) for sequence in sequences], 0),
+        pad_right(labels, IGNORE),
     )
 
 
@@ -136,6 +136,7 @@ def gold(encoder: Encoder, rows: Sequence[Encoded]) -> Batch:
     return collate(encoder, [(row.prompt, row.options[row.answer]) for row in rows])
 
 
-def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of tokens as one tensor (n, longest row), filled up with `value`."""
     width = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from plugbridge.cost import Cost, measure
 from plugbridge.evaluate import last_states, option_scores, predictions
+from plugbridge.families.spec import Layout
 from plugbridge.files import write_atomically
 from plugbridge.probe import fit_probe
 from plugbridge.stages.couple import read_coupled
@@ -80,7 +82,7 @@ def _write_predictions(
 def _probe(work: Work, chosen: list[Encoded]) -> list[int]:
     """Answers of a linear probe: fitted on the training rows, its penalty chosen on the validation rows."""
     p, size = work.prepared, work.prepared.config.evaluate.batch_size
-    model, layout = p.load(p.config.large)
+    model, layout = p.load_run_only()
     parts = {"train": p.large_rows["train"], "validation": p.large_rows["validation"], "chosen": chosen}
     states = {
         name: last_states(model, layout.family.head, p.large_encoder, rows, size, work.progress, f"probe {name}")
@@ -94,24 +96,23 @@ def _candidates(work: Work) -> list[Candidate]:
     p, root = work.prepared, work.root
     small, large = (p.encoder, p.rows), (p.large_encoder, p.large_rows)
     found = [
-        Candidate("small_tuned", lambda: with_module(work, p.config.small, root / "tune" / "module"), *small),
-        Candidate("large_zero_shot", lambda: p.load(p.config.large)[0], *large),
-        Candidate("large_plugged", lambda: with_module(work, p.config.large, root / "plug" / "checkpoint"), *large),
+        Candidate("small_tuned", lambda: with_module(work, p.load(p.config.small), root / "tune" / "module"), *small),
+        Candidate("large_zero_shot", lambda: p.load_run_only()[0], *large),
+        Candidate("large_plugged", lambda: with_module(work, p.load_run_only(), root / "plug" / "checkpoint"), *large),
     ]
     mode = find_mode(p.config.couple.mode)
     if mode.trains_bridge:
         found.append(Candidate("bridge_coupled", lambda: _coupled_bridge(work, mode.runs_large), *large))
     if p.config.ceiling is not None:
-        found.append(
-            Candidate("large_tuned", lambda: with_module(work, p.config.large, root / "ceiling" / "module"), *large)
-        )
+        tuned = root / "ceiling" / "module"  # of the weights it was tuned with
+        found.append(Candidate("large_tuned", lambda: with_module(work, p.load(p.config.large_path), tuned), *large))
     return found
 
 
-def with_module(work: Work, source: str, module: Path) -> torch.nn.Module:
+def with_module(work: Work, loaded: tuple[PreTrainedModel, Layout], module: Path) -> torch.nn.Module:
     """A model with a checkpoint's module on it."""
     p = work.prepared
-    model, layout = p.load(source)
+    model, layout = loaded
     wrapped, _ = attach(model, p.method, layout, p.settings)
     load_state(wrapped, read(module))
     return wrapped.eval()
@@ -125,7 +126,7 @@ def _coupled_bridge(work: Work, climbs: bool) -> torch.nn.Module:
     load_state(wrapped, read(folder / "bridge_module"))
     if not climbs:
         return wrapped.eval()
-    large, layout = p.load(p.config.large)
+    large, layout = p.load_run_only()
     _, _, ladder = read_coupled(folder / "coupled.safetensors")
     on_device = {name: tensor.to(p.device) for name, tensor in ladder.items()}
     return LadderNetwork(large, layout, bridge, wrapped, on_device).eval()

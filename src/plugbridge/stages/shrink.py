@@ -28,7 +28,7 @@ from plugbridge.tasks.encode import Encoded, gold
 def score(work: Work) -> dict[str, Any]:
     """Score the large model's units and record its residual energy."""
     p = work.prepared
-    model, layout = p.load(p.config.large)
+    model, layout = p.load(p.config.large_path)
     rows = p.large_rows["train"][: p.config.score.samples]
     kind = p.large_encoder.kind
 
@@ -57,7 +57,7 @@ def score(work: Work) -> dict[str, Any]:
     second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
     for key, values in {**scores, **energy, **second}.items():
         if not bool(values.isfinite().all()):
-            raise ModelError(f"the scores of '{key}' in {p.config.large} are not finite; is a weight of it NaN?")
+            raise ModelError(f"the scores of '{key}' in {p.config.large_path} are not finite; is a weight of it NaN?")
     with write_atomically(work.folder / "scores.safetensors") as path:
         save_file(scores, str(path))
     with write_atomically(work.folder / "energy.safetensors") as path:
@@ -74,7 +74,7 @@ def score(work: Work) -> dict[str, Any]:
 def prune(work: Work) -> dict[str, Any]:
     """Prune the large model into the Bridge (Algorithm 1, line 3)."""
     p = work.prepared
-    model, layout = p.load(p.config.large)
+    model, layout = p.load(p.config.large_path)
     scores = load_file(str(work.root / "score" / "scores.safetensors"))
     energy = load_file(str(work.root / "score" / "energy.safetensors"))
     whole = parameter_count(model)

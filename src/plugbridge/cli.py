@@ -409,6 +409,8 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
     # Before torch is imported: OpenMP threads that spin while they wait slow a busy machine down twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # peft imports bitsandbytes wherever it is installed, which then logs of kernels and casts nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except PlugbridgeError as error:

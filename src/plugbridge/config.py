@@ -17,6 +17,24 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+LoadIn = Literal["8bit", "4bit"]
+SHORTHAND = {"large": "path"}
+"""Keys that hold a table or a string, and the table's key that a string stands for."""
+BRANCHES = ("TaskConfig", "LargeConfig")
+"""Tables that a string may stand for."""
+
+
+class LargeConfig(_Strict):
+    """The large model, and how its weights are loaded."""
+
+    path: str = Field(description="Hugging Face id or local directory: what `large` is where it is no table")
+    load_in: LoadIn | None = Field(
+        default=None,
+        description="quantise the weights wherever the large model only runs forward: `8bit` (LLM.int8) or `4bit` "
+        "(NF4), through bitsandbytes; score, prune and ceiling read the weights as `dtype` says",
+    )
+
+
 class TaskConfig(_Strict):
     """The user's own task: a jsonl file, a prompt and label words."""
 
@@ -213,7 +231,7 @@ class RunConfig(_Strict):
     """A whole run. `small`, `large` and `task` are required."""
 
     small: str = Field(description="Hugging Face id or local directory of the model that is tuned")
-    large: str = Field(description="Hugging Face id or local directory of the model that is only run")
+    large: str | LargeConfig = Field(description="Hugging Face id or local directory of the model that is only run")
     task: str | TaskConfig = Field(description="a task's name (see `plugbridge tasks`), or your own rows")
     data: str | None = Field(default=None, description="directory of task files; --data and PLUGBRIDGE_DATA override")
     method: MethodConfig = Field(default_factory=MethodConfig)
@@ -237,6 +255,16 @@ class RunConfig(_Strict):
         default=False, description="run code that comes with a model; off unless you say so"
     )
 
+    @property
+    def large_path(self) -> str:
+        """The large model's id or directory, however `large` was written."""
+        return self.large.path if isinstance(self.large, LargeConfig) else self.large
+
+    @property
+    def load_in(self) -> LoadIn | None:
+        """How the large model's weights are quantised where it only runs forward."""
+        return self.large.load_in if isinstance(self.large, LargeConfig) else None
+
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     model: Any = RunConfig
@@ -253,10 +281,10 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 def explain(error: ValidationError, source: str) -> str:
     """The first problem of a configuration in one line: where, what, and what to write instead."""
     problems = error.errors()
-    # `task` may be a name or a table: for a table the string branch's complaint says nothing
+    # `task` and `large` may be a string or a table: for a table the string branch's complaint says nothing
     first = next((p for p in problems if p["loc"][-1] != "str"), problems[0])
     # pydantic names the branch of a union too: `TaskConfig`, or the validator behind it
-    location = tuple(part for part in first["loc"] if "TaskConfig" not in str(part))
+    location = tuple(part for part in first["loc"] if not any(name in str(part) for name in BRANCHES))
     where = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -314,7 +342,7 @@ def apply_override(raw: Any, override: str) -> Any:
     for part in path:
         inner: Any = target.get(part)
         if not isinstance(inner, dict):
-            inner = {}
+            inner = {SHORTHAND[part]: inner} if part in SHORTHAND and isinstance(inner, str) else {}
             target[part] = inner
         target = cast(dict[str, Any], inner)
     try:
@@ -338,10 +366,11 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     if isinstance(task, TaskConfig):
         changes = {name: file(getattr(task, name)) for name in ("file", "train", "validation", "test")}
         task = task.model_copy(update=changes)
+    path = model(config.large_path)
     return config.model_copy(
         update={
             "small": model(config.small),
-            "large": model(config.large),
+            "large": config.large.model_copy(update={"path": path}) if isinstance(config.large, LargeConfig) else path,
             "task": task,
             "data": file(config.data),
         }

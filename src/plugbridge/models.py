@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -66,7 +67,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"cannot read the configuration of {source}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the configuration of {source}: {first_line(error)}") from error
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -75,7 +76,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the tokenizer of {source}: {first_line(error)}") from error
     tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers makes one up
         raise ModelError(f"{source} has no tokenizer; expected tokenizer.json or the like beside config.json")
@@ -88,10 +89,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    quantisation: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """A pretrained model in evaluation mode, from safetensors or `weights_only` pickles.
 
     On device ``meta`` only names and shapes are read: a check that costs no memory.
+    With `quantisation` weights are quantised while they are read (see `quantised.load_quantised`).
     Raises ModelError for a family that is not known, unreadable or missing weights.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
@@ -103,20 +106,22 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             attn_implementation="sdpa" if family.kind == "causal" else None,
-            device_map="meta" if device == "meta" else None,
+            device_map={"": device} if device == "meta" or quantisation is not None else None,
+            quantization_config=quantisation,
         )
     except Exception as error:
-        raise ModelError(f"cannot load the model in {source}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model in {source}: {first_line(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"{source} lacks {len(missing)} weights, the first is '{missing[0]}'; is the checkpoint complete?"
         )
-    return cast(PreTrainedModel, model.to(device).eval())
+    return cast(PreTrainedModel, (model if quantisation is not None else model.to(device)).eval())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -25,6 +25,7 @@ from plugbridge.models import (
     pick_dtype,
     positions_of,
 )
+from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.own import own_rows, own_task
@@ -59,6 +60,19 @@ class Prepared:
         )
         return model, layout_for(model)
 
+    def load_run_only(self) -> tuple[PreTrainedModel, Layout]:
+        """The large model for forward passes: quantised where the configuration says so."""
+        config = self.config
+        if config.load_in is None:
+            return self.load(config.large_path)
+        return load_quantised(
+            config.large_path,
+            config.load_in,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+
 
 def prepare(config: RunConfig, data: Path | None) -> Prepared:
     """Read and check everything a run depends on; writes nothing.
@@ -75,16 +89,16 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
     device = pick_device(config.device)
     remote = config.trust_remote_code
-    small, large = (load_config(source, trust_remote_code=remote) for source in (config.small, config.large))
+    small, large = (load_config(source, trust_remote_code=remote) for source in (config.small, config.large_path))
     check_pair(small, large)
     kind = family_of(large.model_type).kind
     tokenizers: list[Tokenizer] = [
-        load_tokenizer(source, trust_remote_code=remote) for source in (config.small, config.large)
+        load_tokenizer(source, trust_remote_code=remote) for source in (config.small, config.large_path)
     ]
     check_same_tokenizer(*tokenizers)
-    for source, tokenizer, model in zip((config.small, config.large), tokenizers, (small, large), strict=True):
+    for source, tokenizer, model in zip((config.small, config.large_path), tokenizers, (small, large), strict=True):
         check_vocabulary(source, tokenizer, model)
-    _check_weights(config)
+    _check_weights(config, device)
     reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     encoders = [
         Encoder(tokenizer, kind, _room(positions_of(model), reserved))
@@ -111,7 +125,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         dtype=pick_dtype(config.dtype),
         inputs={
             "small": _model_digest(config.small),
-            "large": _model_digest(config.large),
+            "large": _model_digest(config.large_path),
             "task": {"spec": task.model_dump(mode="json"), "files": digests},
         },
     )
@@ -176,14 +190,17 @@ def _check_models(config: RunConfig) -> None:
             raise ConfigError(f"evaluate.models names '{name}', which needs {section}")
 
 
-def _check_weights(config: RunConfig) -> None:
+def _check_weights(config: RunConfig, device: str) -> None:
     """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work."""
     small, large = (
         load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
-        for source in (config.small, config.large)
+        for source in (config.small, config.large_path)
     )
     layout_for(small)
-    bridge_sizes(config, large, layout_for(large))
+    layout = layout_for(large)
+    bridge_sizes(config, large, layout)
+    if config.load_in is not None:
+        check_load_in(config.large_path, large, layout, config.load_in, device)
 
 
 def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:

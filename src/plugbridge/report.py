@@ -25,7 +25,7 @@ TITLES = {
 }
 BASELINES = ("small_finetuned", "small_ladder", "large_finetuned", "large_ladder")
 TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
-LIBRARIES = ("plugbridge", "torch", "transformers", "peft", "safetensors", "numpy")
+LIBRARIES = ("plugbridge", "torch", "transformers", "peft", "safetensors", "numpy", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,11 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
                 "source": markers.facts("tune")["source"],
                 "parameters": markers.facts("tune")["model_parameters"],
             },
-            "large": {"source": markers.depends("plug")["source"], "parameters": pruned["large_parameters"]},
+            "large": {
+                "source": markers.depends("plug")["source"],
+                "parameters": pruned["large_parameters"],
+                "load_in": markers.depends("evaluate").get("load_in"),
+            },
             "bridge": {
                 "parameters": pruned["bridge_parameters"],
                 "share": pruned["bridge_share"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from plugbridge.config import parse_config
@@ -162,6 +163,16 @@ def test_a_ladder_runs_in_half_precision(couple: Couple) -> None:
     raw, root = couple(dtype="bfloat16", mode="ladder", cache="disk", plug="fresh")
     assert start(raw, root)["evaluate"] == "running"
     assert facts_of(root, "evaluate")["bridge_coupled"]["n"] == 8
+
+
+@pytest.mark.parametrize(("family", "mode"), [("gpt2", "feedback"), ("t5", "feedback"), ("gpt2", "ladder_delta")])
+def test_a_run_in_half_precision_trains_float32_tensors(couple: Couple, family: str, mode: str) -> None:
+    raw, root = couple(family, dtype="bfloat16", mode=mode, plug="fresh")
+    raw["repair"] = {"steps": 2, "batch_size": 4}
+    assert start(raw, root)["evaluate"] == "running"
+    assert {t.dtype for t in load_file(str(root / "couple" / "coupled.safetensors")).values()} == {torch.float32}
+    assert any(_plugged(raw, root).values())
+    assert facts_of(root, "evaluate")["large_plugged"]["n"] == 8
 
 
 def test_a_ladder_killed_and_resumed_ends_like_an_uninterrupted_one(

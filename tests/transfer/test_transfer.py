@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from conftest import FAMILIES, METHODS, logits_of, make_model, make_tokenizer, randomise
 from plugbridge.errors import ConfigError
@@ -43,9 +44,12 @@ def _tuned(family: str, method: str, **shape):
     return layout, unpack(TABLE[method], layout, state)
 
 
-def coupling_of(family: str, method: str, down: str = "select", reduction: float = 2) -> Coupling:
+def coupling_of(
+    family: str, method: str, down: str = "select", reduction: float = 2, large_model: PreTrainedModel | None = None
+) -> Coupling:
     small, module = _tuned(family, method, hidden=8, layers=1, heads=2)
-    large_model = make_model(family, hidden=16, layers=2, heads=4, seed=3)
+    if large_model is None:
+        large_model = make_model(family, hidden=16, layers=2, heads=4, seed=3)
     large = layout_for(large_model)
     row = TABLE[method]
     module = {s: t.float() for s, t in duplicate(module, uniform_layer_map(small, large)).items()}

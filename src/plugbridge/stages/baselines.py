@@ -33,6 +33,7 @@ LADDER = "ladder.safetensors"
 class Subject:
     """One of the pair as a baseline takes it: where it is, and the rows as its encoder gave them."""
 
+    size: Literal["small", "large"]
     source: str
     encoder: Encoder
     rows: dict[Split, list[Encoded]]
@@ -42,8 +43,8 @@ def subject_of(work: Work, size: Literal["small", "large"]) -> Subject:
     """The small or the large model of a run."""
     p = work.prepared
     if size == "small":
-        return Subject(p.config.small, p.encoder, p.rows)
-    return Subject(p.config.large, p.large_encoder, p.large_rows)
+        return Subject(size, p.config.small, p.encoder, p.rows)
+    return Subject(size, p.config.large_path, p.large_encoder, p.large_rows)
 
 
 def finetune(work: Work, size: Literal["small", "large"]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
 from plugbridge.stages.baselines import RATES, climb, finetune
-from plugbridge.stages.couple import couple
+from plugbridge.stages.couple import couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
 from plugbridge.stages.repair import repair
@@ -38,6 +38,8 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         "dropout": prepared.settings.dropout,
     }
     small, large = prepared.inputs["small"], prepared.inputs["large"]
+    # only where it is set, so that runs from before the key keep their digests
+    bits = {} if config.load_in is None else {"load_in": config.load_in}
 
     def stage(
         name: str,
@@ -67,7 +69,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     ]
     bridge = ("prune",)
     if config.repair is not None:
-        stages.append(stage("repair", bridge, {"large": large, "repair": _dump(config.repair)}, repair))
+        stages.append(stage("repair", bridge, {"large": large, **bits, "repair": _dump(config.repair)}, repair))
         bridge = ("prune", "repair")
     stages += [
         stage(
@@ -77,15 +79,17 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
                 "method": method,
                 "couple": _dump(config.couple),
                 "rate": couple_rate,
+                **(bits if uses_large(config) else {}),
             },
             couple,
         ),
     ]
     coupled: tuple[str, ...] = ("couple",)
     if config.polish is not None:
-        stages.append(stage("polish", coupled, {"large": large, "polish": config.polish.model_dump()}, polish))
+        depends = {"large": large, **bits, "polish": config.polish.model_dump()}
+        stages.append(stage("polish", coupled, depends, polish))
         coupled = ("couple", "polish")
-    stages.append(stage("plug", coupled, {"large": large, "source": config.large}, plug))
+    stages.append(stage("plug", coupled, {"large": large, "source": config.large_path}, plug))
     results: tuple[str, ...] = ("tune", *bridge, *coupled, "plug")
     if config.ceiling is not None:
         depends = {
@@ -103,7 +107,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         stage(
             "evaluate",
             results,
-            {"small": small, "large": large, "evaluate": _dump(config.evaluate)},
+            {"small": small, "large": large, **bits, "evaluate": _dump(config.evaluate)},
             evaluate,
         )
     )

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from plugbridge.config import RunConfig
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import load_model
@@ -41,7 +43,7 @@ def couple(work: Work) -> dict[str, Any]:
         plug={key: tensor.to(p.device) for key, tensor in start.plug.items()},
         down={key: tensor.to(p.device) for key, tensor in down.items()},
         train_bridge=mode.trains_bridge and settings.bridge == "train",
-        large_model=p.load(p.config.large)[0] if mode.runs_large else None,
+        large_model=p.load_run_only()[0] if mode.runs_large else None,
         first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
     )  # fmt: skip
@@ -82,6 +84,12 @@ def couple(work: Work) -> dict[str, Any]:
     }
 
 
+def uses_large(config: RunConfig) -> bool:
+    """Whether coupling loads the large model: to run it, or to start from it."""
+    settings = config.couple
+    return find_mode(settings.mode).runs_large or settings.plug != "random" or settings.layer_map != "uniform"
+
+
 def _large_rows(work: Work, runs_large: bool, cached: bool) -> int:
     """Rows that the large model reads while coupling; a cached row is read once."""
     settings, count = work.prepared.config.couple, len(work.prepared.large_rows["train"])
@@ -102,7 +110,7 @@ def _start(work: Work, small: Layout, large: Layout) -> Start:
     torch.manual_seed(p.config.seed)
     assert settings.plug is not None  # resolved
     if settings.plug == "fresh":
-        return fresh_start(p.method, p.settings, large, p.load(p.config.large)[0])
+        return fresh_start(p.method, p.settings, large, p.load_run_only()[0])
     states: tuple[States, States] | None = None
     if settings.plug != "random" or settings.layer_map != "uniform":
         # the same tokens for both: as the model with fewer positions reads them
@@ -110,15 +118,17 @@ def _start(work: Work, small: Layout, large: Layout) -> Start:
         encoder, rows = (p.encoder, p.rows) if narrower else (p.large_encoder, p.large_rows)
         chosen = rows["train"][: settings.align_samples]
         states = (
-            _states(work, "small", p.config.small, encoder, chosen),
-            _states(work, "large", p.config.large, encoder, chosen),
+            _states(work, "small", p.load(p.config.small), encoder, chosen),
+            _states(work, "large", p.load_run_only(), encoder, chosen),
         )
     tuned = unpack(p.method, small, read(work.root / "tune" / "module"))
     return small_start(p.method, settings.plug, settings.layer_map, small, large, tuned, states, p.config.seed)
 
 
-def _states(work: Work, name: str, source: str, encoder: Encoder, rows: list[Encoded]) -> States:
-    model, layout = work.prepared.load(source)
+def _states(
+    work: Work, name: str, loaded: tuple[PreTrainedModel, Layout], encoder: Encoder, rows: list[Encoded]
+) -> States:
+    model, layout = loaded
     with work.progress.bar(f"states of {name}", len(rows)) as advance:
 
         def counted() -> Iterator[Encoded]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from plugbridge.cost import Cost, measure
 from plugbridge.evaluate import last_states, option_scores, predictions
+from plugbridge.families.spec import Layout
 from plugbridge.files import write_atomically
 from plugbridge.probe import fit_probe
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
@@ -87,7 +89,7 @@ def _write_predictions(
 def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
     """Answers of a linear probe: fitted on the training rows, its penalty chosen on the validation rows."""
     p, size = work.prepared, work.prepared.config.evaluate.batch_size
-    model, layout = p.load(subject.source)
+    model, layout = p.load_run_only() if subject.size == "large" else p.load(subject.source)
     parts = {"train": subject.rows["train"], "validation": subject.rows["validation"], "chosen": chosen}
     states = {
         name: last_states(model, layout.family.head, subject.encoder, rows, size, work.progress, f"probe {name}")
@@ -102,17 +104,16 @@ def _candidates(work: Work) -> list[Candidate]:
     small, large = (p.encoder, p.rows), (p.large_encoder, p.large_rows)
     found = [
         Candidate("small_zero_shot", lambda: p.load(p.config.small)[0], *small),
-        Candidate("small_tuned", lambda: with_module(work, p.config.small, root / "tune" / "module"), *small),
-        Candidate("large_zero_shot", lambda: p.load(p.config.large)[0], *large),
-        Candidate("large_plugged", lambda: with_module(work, p.config.large, root / "plug" / "checkpoint"), *large),
+        Candidate("small_tuned", lambda: with_module(work, p.load(p.config.small), root / "tune" / "module"), *small),
+        Candidate("large_zero_shot", lambda: p.load_run_only()[0], *large),
+        Candidate("large_plugged", lambda: with_module(work, p.load_run_only(), root / "plug" / "checkpoint"), *large),
     ]
     mode = find_mode(p.config.couple.mode)
     if mode.trains_bridge:
         found.append(Candidate("bridge_coupled", lambda: _coupled_bridge(work, mode.runs_large), *large))
     if p.config.ceiling is not None:
-        found.append(
-            Candidate("large_tuned", lambda: with_module(work, p.config.large, root / "ceiling" / "module"), *large)
-        )
+        tuned = root / "ceiling" / "module"  # of the weights it was tuned with
+        found.append(Candidate("large_tuned", lambda: with_module(work, p.load(p.config.large_path), tuned), *large))
     for size in SIZES:
         subject = subject_of(work, size)
         for name, load in (
@@ -124,10 +125,10 @@ def _candidates(work: Work) -> list[Candidate]:
     return found
 
 
-def with_module(work: Work, source: str, module: Path) -> torch.nn.Module:
+def with_module(work: Work, loaded: tuple[PreTrainedModel, Layout], module: Path) -> torch.nn.Module:
     """A model with a checkpoint's module on it."""
     p = work.prepared
-    model, layout = p.load(source)
+    model, layout = loaded
     wrapped, _ = attach(model, p.method, layout, p.settings)
     load_state(wrapped, read(module))
     return wrapped.eval()
@@ -141,7 +142,7 @@ def _coupled_bridge(work: Work, climbs: bool) -> torch.nn.Module:
     load_state(wrapped, read(folder / "bridge_module"))
     if not climbs:
         return wrapped.eval()
-    large, layout = p.load(p.config.large)
+    large, layout = p.load_run_only()
     _, _, ladder = read_coupled(folder / "coupled.safetensors")
     on_device = {name: tensor.to(p.device) for name, tensor in ladder.items()}
     return LadderNetwork(large, layout, bridge, wrapped, on_device).eval()

@@ -22,7 +22,7 @@ def polish(work: Work) -> dict[str, Any]:
     p = work.prepared
     settings = p.config.polish
     assert settings is not None
-    model, large = p.load(p.config.large)
+    model, large = p.load_run_only()
     module = _folded(work, large)
     wrapped, _ = attach(model, p.method, large, p.settings)
     wrapped.eval()
@@ -65,5 +65,5 @@ def plug(work: Work) -> dict[str, Any]:
     state = pack(p.method, large, module)
     config = p.method.configure(large, p.method.roles, p.settings)
     with folder_atomically(work.folder / "checkpoint") as folder:
-        save(folder, config, state, p.config.large)
+        save(folder, config, state, p.config.large_path)
     return {"changed": sum(t.numel() for t in state.values()), "tensors": len(state)}

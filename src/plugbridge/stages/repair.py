@@ -19,7 +19,7 @@ def repair(work: Work) -> dict[str, Any]:
     p = work.prepared
     settings = p.config.repair
     assert settings is not None
-    large, layout = p.load(p.config.large)
+    large, layout = p.load_run_only()
     bridge = load_model(str(work.root / "prune" / "bridge"), dtype=torch.float32, device=p.device)
     parameters = repaired_parameters(bridge, layout, settings.target)
     bridge.requires_grad_(False)

@@ -77,7 +77,7 @@ def measure_units(
 def score(work: Work) -> dict[str, Any]:
     """Score the large model's units and record its residual energy."""
     p, settings = work.prepared, work.prepared.config.score
-    model, layout = p.load(p.config.large)
+    model, layout = p.load(p.config.large_path)
     rows = p.large_rows["train"]
     units = measure_units(work, model, layout, p.large_encoder, rows)
     for name, tensors in (("scores", units.scores), ("energy", units.energy), ("moments", units.moments)):
@@ -93,7 +93,7 @@ def score(work: Work) -> dict[str, Any]:
 def prune(work: Work) -> dict[str, Any]:
     """Prune the large model into the Bridge (Algorithm 1, line 3)."""
     p = work.prepared
-    model, layout = p.load(p.config.large)
+    model, layout = p.load(p.config.large_path)
     scores = load_file(str(work.root / "score" / "scores.safetensors"))
     energy = load_file(str(work.root / "score" / "energy.safetensors"))
     whole = parameter_count(model)

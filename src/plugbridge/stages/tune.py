@@ -27,7 +27,7 @@ def ceiling(work: Work) -> dict[str, Any]:
     """Tune the large model itself, with gradients: not part of the method, its upper reference."""
     p = work.prepared
     assert p.config.ceiling is not None
-    return _tune(work, p.config.large, p.config.ceiling, p.large_encoder, p.large_rows, "tune large (ceiling)")
+    return _tune(work, p.config.large_path, p.config.ceiling, p.large_encoder, p.large_rows, "tune large (ceiling)")
 
 
 def _tune(

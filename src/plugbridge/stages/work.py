@@ -79,7 +79,7 @@ def read_plan(root: Path) -> BridgePlan:
 
 def layouts(work: Work) -> tuple[Layout, Layout]:
     """Small and large layouts, from what earlier stages recorded; loads no model."""
-    family = family_of(load_config(work.prepared.config.large).model_type)
+    family = family_of(load_config(work.prepared.config.large_path).model_type)
     small = facts_of(work.root, "tune")
     plan = facts_of(work.root, "prune")
     large_layers = layer_counts(work)
@@ -88,7 +88,7 @@ def layouts(work: Work) -> tuple[Layout, Layout]:
 
 def layer_counts(work: Work) -> dict[str, int]:
     """Layers of the large model by stack, from its config alone."""
-    config = load_config(work.prepared.config.large)
+    config = load_config(work.prepared.config.large_path)
     family = family_of(config.model_type)
     return {name: int(getattr(config, stack.layers)) for name, stack in family.stack.items()}
 

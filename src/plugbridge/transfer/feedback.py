@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from plugbridge.evaluate import at_least_float32
 from plugbridge.families.spec import Layout, Place, Sublayer
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
@@ -73,7 +74,7 @@ def record(
 
     def on_norm(visit: Visit) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            h: Tensor = inputs[0].detach()
+            h = at_least_float32(inputs[0].detach())
             if centred:
                 h = h - h.mean(-1, keepdim=True)
             visit.inverse = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
@@ -122,13 +123,13 @@ def head_gradient(
 def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor) -> Tensor:
     """J_norm(h)^T lift(error), from the normalised input as the Bridge sees it.
 
-    error: (n, length, Bridge hidden). The projections on the normalised input are taken in the
-    Bridge's channels; with an unpruned Bridge this is the norm's exact transposed Jacobian.
+    error: (n, length, Bridge hidden), whose dtype the result has. The projections on the normalised input
+    are taken in the Bridge's channels; with an unpruned Bridge this is the norm's exact transposed Jacobian.
     """
-    weight = norm.get_parameter("weight")
-    bias = getattr(norm, "bias", None)
+    weight = norm.get_parameter("weight").to(error.dtype)
+    bias, low = getattr(norm, "bias", None), visit.low.to(error.dtype)
     wide = width.lift(error)
-    y = width.lift(visit.low if bias is None else visit.low - width.down(bias))
+    y = width.lift(low if bias is None else low - width.down(bias.to(error.dtype)))
     scaled = wide * weight
     inner = (y * wide).mean(-1, keepdim=True)
     result = scaled - torch.where(weight == 0, torch.zeros_like(y), y / weight) * inner
@@ -137,15 +138,15 @@ def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor) ->
     return result * visit.inverse.to(result.dtype)
 
 
-def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visit, rows: int) -> Any:
-    """A cache that holds one layer's prefix, as the attention of that layer expects it."""
+def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visit, x: Tensor) -> Any:
+    """A cache that holds one layer's prefix, as the attention of that layer expects it beside x."""
     stack = layout.family.prefix.stack
     heads, head_dim = (layout.sizes[axis] for axis in layout.family.prefix.axes.split())
     (value,) = (t for s, t in module.items() if (s.stack, s.layer) == (stack, visit.place.layer))
-    kv = value.reshape(-1, 2, heads, head_dim).permute(1, 2, 0, 3)  # kv, heads, tokens, head_dim
+    kv = value.to(x.dtype).reshape(-1, 2, heads, head_dim).permute(1, 2, 0, 3)  # kv, heads, tokens, head_dim
     cache = DynamicCache()
     layer = cast(int, visit.place.layer)
-    keys, values = (part.expand(rows, -1, -1, -1) for part in kv)
+    keys, values = (part.expand(x.shape[0], -1, -1, -1) for part in kv)
     cache.update(keys, values, layer)
     return EncoderDecoderCache(cache, DynamicCache()) if coupling.encoder.kind == "seq2seq" else cache
 
@@ -169,13 +170,28 @@ def call(
     if coupling.method.stacked:
         reads_prefix = visit.place.stack == layout.family.prefix.stack and visit.sublayer.context is None
         if CACHE in given and reads_prefix:
-            given[CACHE] = prefix_cache(coupling, layout, module, visit, x.shape[0])
+            given[CACHE] = prefix_cache(coupling, layout, module, visit, x)
     else:
         head = f"base_model.model.{path}."
         own = {key: tensor for key, tensor in pack(coupling.method, layout, module).items() if key.startswith(head)}
         replaced = {parameter_name(key).removeprefix(head): tensor for key, tensor in own.items()}
     output = functional_call(function, replaced, (x,), given)
     return output[0] if isinstance(output, tuple) else output
+
+
+def bridge_arguments(width: Width, visit: Visit, dtype: torch.dtype) -> dict[str, Any]:
+    """The further arguments of a sublayer's function as the Bridge takes them: at its width, in its dtype."""
+    axes = visit.sublayer.inputs
+    given = visit.arguments.items()
+    narrow = {name: width.argument(value, axes[name], visit.place) if name in axes else value for name, value in given}
+    return {name: in_dtype(value, dtype) for name, value in narrow.items()}
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """An argument with its floating tensors in a dtype, those in a tuple too; masks of bits stay."""
+    if isinstance(value, tuple):
+        return tuple(in_dtype(part, dtype) for part in cast(tuple[Any, ...], value))
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def identity(coupling: Coupling) -> Loss:
@@ -212,14 +228,16 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
             functional_call(wrapped, replaced, (), batch.inputs(kind))
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
-        context = {name: torch.zeros_like(h) for name, h in last.items()}
+        error = error.to(coupling.bridge.dtype)
+        context = {name: torch.zeros_like(h, dtype=error.dtype) for name, h in last.items()}
         send_back(coupling, width, narrow, stacks[reader], error, local, through, context, through_bridge)
         for name, visits in stacks.items():
             if name != reader:
                 h = last[name].requires_grad_(True)
                 with torch.enable_grad():
                     out = large.get_submodule(layout.family.stack[name].final_norm)(h)
-                    (error,) = torch.autograd.grad(out, h, context[name])
+                    (error,) = torch.autograd.grad(out, h, context[name].to(out.dtype))
+                error = error.to(coupling.bridge.dtype)
                 send_back(coupling, width, narrow, visits, error, local, through, context, through_bridge)
         gradients = {slot: tensor.grad for slot, tensor in local.items()}
         parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
@@ -240,7 +258,7 @@ def send_back(
     context: dict[str, Tensor],
     through_bridge: bool,
 ) -> Tensor:
-    """Carry the error from the end of a stack to its start.
+    """Carry the error from the end of a stack to its start, in the Bridge's dtype whatever the large model's.
 
     Adds every module's gradient to `local`'s tensors and, for sublayers that read another stack's
     output, the error there to `context`. Returns the error where it stopped.
@@ -251,13 +269,8 @@ def send_back(
         _local_gradient(coupling, visit, error, local)
         if not through_bridge:
             continue
-        x = visit.low.clone().requires_grad_(True)
-        arguments = {
-            name: width.argument(value, visit.sublayer.inputs[name], visit.place)
-            if name in visit.sublayer.inputs
-            else value
-            for name, value in visit.arguments.items()
-        }
+        x = visit.low.to(error.dtype, copy=True).requires_grad_(True)
+        arguments = bridge_arguments(width, visit, error.dtype)
         wanted = [x]
         link = visit.sublayer.context
         if link is not None:
@@ -302,6 +315,6 @@ def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Modu
         return
     with torch.enable_grad():
         output = call(coupling, coupling.large, large, visit, local, visit.x, visit.arguments)
-        gradients = torch.autograd.grad(output, own, error)
+        gradients = torch.autograd.grad(output, own, error.to(output.dtype))
     for tensor, gradient in zip(own, gradients, strict=True):
         tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient

@@ -11,6 +11,7 @@ Since the module is not in that forward pass, the activations of a row never cha
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -184,13 +185,14 @@ def ladder_delta(coupling: Coupling) -> Loss:
     wrapped, _ = attach(coupling.bridge, coupling.method, coupling.bridge_layout(), coupling.settings)
     wrapped.eval()
     wrapped.requires_grad_(False)
-    norms = {rung: large.get_submodule(path) for rung, path in rungs.items()}
+    dtype = coupling.bridge.dtype  # a large model in bfloat16 would round small changes of its stream away
+    norms = {rung: deepcopy(large.get_submodule(path)).to(dtype) for rung, path in rungs.items()}
     kind, end = coupling.encoder.kind, f"{layout.family.prefix.stack}:end"
 
     def loss(rows: list[Encoded]) -> Tensor:
         module = pack(coupling.method, coupling.bridge_layout(), coupling.at_bridge_width())
         replaced = {parameter_name(key): tensor for key, tensor in module.items()}
-        heights = backbone.heights_of(rows)
+        heights = {rung: height.to(dtype) for rung, height in backbone.heights_of(rows).items()}
         batch = gold(coupling.encoder, rows).to(large.device)
         inputs = _unread(batch, coupling)
         plain: Heights = {}
@@ -208,7 +210,7 @@ def ladder_delta(coupling: Coupling) -> Loss:
             wrapped(**inputs)
         with replaced_norms(coupling.bridge, rungs, moved):
             functional_call(wrapped, replaced, (), inputs)
-        return head_loss(large, layout, changed[end], batch, kind)
+        return head_loss(large, layout, changed[end].to(large.dtype), batch, kind)
 
     return loss
 

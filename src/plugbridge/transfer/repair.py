@@ -19,7 +19,7 @@ from plugbridge.families.spec import Layout
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, gold
 from plugbridge.transfer.coupling import Loss
-from plugbridge.transfer.feedback import CACHE, Visit, record, visits_of
+from plugbridge.transfer.feedback import CACHE, Visit, bridge_arguments, record, visits_of
 from plugbridge.transfer.residual import Width
 
 RepairTarget = Literal["response", "logits"]
@@ -94,13 +94,11 @@ def _response(
             kept = _kept(visit, batch, encoder.kind)
             with torch.no_grad():
                 right = width.down(_answer(large, visit, visit.x, visit.arguments, push, pushes, width.lift))[kept]
-            arguments = {
-                name: width.argument(value, visit.sublayer.inputs[name], visit.place)
-                if name in visit.sublayer.inputs
-                else value
-                for name, value in visit.arguments.items()
-            }
-            found = _answer(bridge, visit, width.down(visit.x), arguments, push, pushes, lambda x: x)[kept]
+            found = _answer(
+                bridge, visit, visit.low.to(bridge.dtype), bridge_arguments(width, visit, bridge.dtype),
+                push.to(bridge.dtype), {name: extra.to(bridge.dtype) for name, extra in pushes.items()}, lambda x: x,
+            )[kept]  # fmt: skip
+            right = right.to(found.dtype)
             parts.append((found - right).square().sum() / right.square().sum().clamp_min(1e-12))
         return torch.stack(parts).mean()
 

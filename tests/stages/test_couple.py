@@ -17,6 +17,7 @@ from plugbridge.progress import Silent
 from plugbridge.run import borrow, facts_of
 from plugbridge.stages.build import build_stages
 from plugbridge.tasks.encode import Batch
+from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import Backbone
 from plugbridge.tuners.module import read, unpack
 from plugbridge.tuners.table import METHODS as TABLE
@@ -62,7 +63,7 @@ def couple(
             "tune": {"steps": 2, "batch_size": 4},
         }
         raw = run_config(family, method, couple={**PLAIN, **settings}, dtype=dtype, **rest)
-        key = (family, method, dtype)
+        key = (family, method, dtype, str(find_mode(raw["couple"]["mode"]).reads_tokens))
         if key not in donors:
             donors[key] = tmp_path_factory.mktemp("donor")
             for stage in ("tune", "score", "prune"):
@@ -203,3 +204,19 @@ def test_a_ladder_killed_and_resumed_ends_like_an_uninterrupted_one(
     for left in (found, wanted):  # a cost of the process, as its memory is
         assert left["couple/done.json"]["facts"].pop("cache_bytes") > 0
     assert found == wanted
+
+
+@pytest.mark.parametrize("mode", ["feedback", "standalone"])
+def test_a_budget_counts_what_the_mode_uses_of_the_bridge(
+    run_config: Callable[..., Raw], tmp_path: Path, mode: str
+) -> None:
+    raw = run_config("gpt2", "lora", couple={**PLAIN, "mode": mode}, prune={"budget": 0.3})
+    for stage in ("tune", "score", "prune"):
+        start(raw, tmp_path, only=stage)
+    facts = facts_of(tmp_path, "prune")
+    stored = dict(load_model(str(tmp_path / "prune" / "bridge")).named_parameters())
+    vocabulary = {"transformer.wte.weight", "lm_head.weight"}
+    counted = sum(t.numel() for name, t in stored.items() if mode == "standalone" or name not in vocabulary)
+    assert facts["bridge_parameters"] == counted <= 0.3 * facts["large_parameters"]
+    assert facts["bridge_share"] == counted / facts["large_parameters"]
+    assert facts["bridge_model_parameters"] == sum(t.numel() for t in stored.values())

@@ -12,7 +12,7 @@ from conftest import FAMILIES, METHODS, logits_of, make_model
 from plugbridge.evaluate import mean_loss
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES
-from plugbridge.transfer.coupling import Coupling, require_gradients, silence
+from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.tuners.module import Module, attach, load_state, pack, parameter_name
 
 GRID = [(family, method) for family in FAMILIES if family != "t5-gated" for method in METHODS]
@@ -155,3 +155,23 @@ def test_silence_leaves_the_upper_layers_module_and_no_other(family: str, method
             tensor.copy_(before[slot])
     loud = {slot: tensor.detach() for slot, tensor in coupling.at_large_width().items()}
     assert not torch.allclose(logits({s: t if s.layer == 0 else nothing[s] for s, t in loud.items()}), bare, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if not mode.reads_tokens])
+@pytest.mark.parametrize(("family", "method"), GRID)
+def test_where_the_bridge_reads_no_tokens_its_vocabulary_is_never_used(family: str, method: str, mode: str) -> None:
+    found: list[tuple[Tensor, dict[str, Tensor | None]]] = []
+    for dropped in (False, True):
+        coupling = double(family, method, reduction=2)
+        size = sum(p.numel() for p in coupling.bridge.parameters())
+        if dropped:
+            drop_vocabulary(coupling.bridge, coupling.large)
+            assert sum(p.numel() for p in coupling.bridge.parameters()) < size
+        loss = MODES[mode].start(coupling)(ROWS)
+        found.append((loss.detach(), _gradients(coupling, loss)))
+    (whole, gradients), (bare, same) = found
+    assert torch.equal(whole, bare)
+    for name, gradient in gradients.items():
+        other = same[name]
+        assert (gradient is None) == (other is None), name
+        assert gradient is None or other is None or torch.equal(gradient, other), name

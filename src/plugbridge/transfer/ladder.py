@@ -218,10 +218,10 @@ def ladder_delta(coupling: Coupling) -> Loss:
 def _unread(batch: Batch, coupling: Coupling) -> dict[str, Tensor]:
     """Inputs of the Bridge's forward pass where nothing of its own stream is read: zeros instead of tokens."""
     width = coupling.plan.sizes["hidden"]
-    empty = torch.zeros(*batch.input_ids.shape, width, device=batch.input_ids.device)
+    empty = torch.zeros(*batch.input_ids.shape, width, dtype=coupling.bridge.dtype, device=batch.input_ids.device)
     found = {"inputs_embeds": empty, "attention_mask": batch.attention_mask}
     if coupling.encoder.kind == "seq2seq":
-        found["decoder_inputs_embeds"] = torch.zeros(*batch.labels.shape, width, device=batch.labels.device)
+        found["decoder_inputs_embeds"] = empty.new_zeros(*batch.labels.shape, width)
     return found
 
 

@@ -10,24 +10,12 @@ import pytest
 from conftest import data_directory, toy_rows, write_jsonl
 from plugbridge.config import TaskConfig
 from plugbridge.errors import ConfigError, DataError
+from plugbridge.tasks.form import fill, template_fields
 from plugbridge.tasks.metrics import METRICS
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.read import read_rows
-from plugbridge.tasks.spec import (
-    Row,
-    Task,
-    draw,
-    fill,
-    hold_out,
-    load_rows,
-    load_task,
-    make_row,
-    parse_task,
-    refill,
-    split_files,
-    task_names,
-    template_fields,
-)
+from plugbridge.tasks.rows import Row, draw, hold_out, load_rows, make_row, refill, split_files
+from plugbridge.tasks.spec import Task, load_task, parse_task, task_names
 
 PAIR = {"premise": "It rained.", "hypothesis": "It was wet."}
 CHOICE = {"premise": "He fell.", "choice1": "It was icy.", "choice2": "It was dry.", "question": "cause", "label": 0}
@@ -280,7 +268,7 @@ def test_one_file_of_own_rows_is_split_by_the_seed(tmp_path: Path) -> None:
 def test_files_are_found_in_any_usual_place(tmp_path: Path, layout: str) -> None:
     (tmp_path / layout).mkdir(parents=True, exist_ok=True)
     for name in ("train", "val"):
-        write_jsonl(tmp_path / layout / f"{name}.jsonl", [{**PAIR, "label": "entailment"}] * 10)
+        write_jsonl(tmp_path / layout / f"{name}.jsonl", [{**PAIR, "label": "entailment", "idx": i} for i in range(10)])
     rows = load_rows(load_task("rte"), "causal", tmp_path, seed=0)
     assert {split: len(found) for split, found in rows.items()} == {"test": 10, "train": 9, "validation": 1}
 

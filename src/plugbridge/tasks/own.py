@@ -7,7 +7,8 @@ import numpy as np
 
 from plugbridge.errors import DataError
 from plugbridge.tasks.read import read_jsonl
-from plugbridge.tasks.spec import Row, Split, Task, make_row, parse_task
+from plugbridge.tasks.rows import Row, make_row
+from plugbridge.tasks.spec import Split, Task, parse_task
 
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.8), ("validation", 0.1), ("test", 0.1))
 

@@ -27,6 +27,7 @@ from plugbridge.models import (
 )
 from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.rows import input_files, load_rows
 from plugbridge.tasks.spec import SPLITS, Split, Task, load_task
@@ -92,6 +93,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
     task, texts, digests = _read_task(config, data, kind)
+    check_metrics(task.metrics)
     form = task.form(kind)
     if config.evaluate.probe and not form.same_options:
         raise ConfigError(

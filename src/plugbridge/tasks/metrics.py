@@ -183,7 +183,17 @@ METRICS: dict[str, Metric] = {
     "token_f1": token_f1,
     "rouge_l": rouge_l,
 }
-CORRELATIONS = frozenset({"matthews"})  # from -1 to 1; every other metric is a share
+LABEL_METRICS = frozenset({"accuracy", "macro_f1", "f1", "matthews"})
+TEXT_METRICS = frozenset({"exact_match", "token_f1", "rouge_l"})
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuse metrics that cannot be computed, before any work. Raises ConfigError."""
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(f"no metric '{name}'; known: {', '.join(METRICS)}")
+    if "rouge_l" in names:
+        _rouge()
 
 
 def metrics_of(names: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:

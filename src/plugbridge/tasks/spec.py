@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from plugbridge.errors import ConfigError, first_problem
-from plugbridge.tasks.form import PromptForm
+from plugbridge.tasks.form import PromptForm, template_fields
 from plugbridge.tasks.read import Format, Jsonl
 from plugbridge.tasks.unfold import Unfolding
 
@@ -76,6 +76,15 @@ class Task(_Strict):
         ):
             if share > 0 and split in self.files:
                 raise ValueError(f"give either `{key}` or a {split} file")
+        return self
+
+    @model_validator(mode="after")
+    def _write_what_the_label_says(self) -> "Task":
+        for form in (self.causal, self.seq2seq):
+            if form is None or form.generate is None or form.judge is not None:
+                continue
+            if self.label not in template_fields(form.generate):
+                raise ValueError(f"`generate` is {form.generate!r}; it must hold the label's field, {{{self.label}}}")
         return self
 
     @model_serializer(mode="wrap")

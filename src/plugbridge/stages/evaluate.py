@@ -39,7 +39,7 @@ def evaluate(work: Work) -> dict[str, Any]:
     p = work.prepared
     config = p.config.evaluate
     facts: dict[str, Any] = {}
-    for candidate in _candidates(work):
+    for candidate in candidates(work):
         if config.models is not None and candidate.name not in config.models:
             continue
         name, encoder = candidate.name, candidate.encoder
@@ -91,7 +91,8 @@ def _probe(work: Work, chosen: list[Encoded]) -> list[int]:
     return fit_probe(states, right)
 
 
-def _candidates(work: Work) -> list[Candidate]:
+def candidates(work: Work) -> list[Candidate]:
+    """The models of a run, in the order of its report."""
     p, root = work.prepared, work.root
     small, large = (p.encoder, p.rows), (p.large_encoder, p.large_rows)
     found = [

@@ -43,20 +43,25 @@ class Row:
 
 def split_files(task: Task, data: Path | None) -> dict[str, Path]:
     """Paths of a task's files. Raises DataError naming what was looked for."""
+    return find_files(task, data, task.files)
+
+
+def find_files(task: Task, data: Path | None, names: Mapping[str, str]) -> dict[str, Path]:
+    """Paths of files of a task's folder, all in one place. Raises DataError naming what was looked for."""
     if task.shipped:
         roots = [Path(str(files("plugbridge.tasks"))) / "data" / task.folder]
     elif data is None:
         raise DataError(
             f"task '{task.name}' needs its files; give --data DIR or set PLUGBRIDGE_DATA to a "
-            f"directory that holds {task.folder}/{task.files['train']}"
+            f"directory that holds {task.folder}/{next(iter(names.values()))}"
         )
     else:
         roots = [data / task.folder, *(data / name / task.folder for name in task.within), data]
     for root in roots:
-        paths = {split: root / name for split, name in task.files.items()}
+        paths = {split: root / name for split, name in names.items()}
         if all(part.is_file() for path in paths.values() for part in parts_of(path, task.format)):
             return paths
-    wanted = ", ".join(part.name for name in task.files.values() for part in parts_of(Path(name), task.format))
+    wanted = ", ".join(part.name for name in names.values() for part in parts_of(Path(name), task.format))
     others = "".join(f", nor does {root}" for root in roots[1:])
     raise DataError(f"task '{task.name}': {roots[0]} does not hold {wanted}{others}")
 

@@ -34,6 +34,27 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Leaderboard(_Strict):
+    """The file that SuperGLUE's leaderboard takes, and the test rows that it answers.
+
+    A line holds a row's idx and label (`shape` row: the label under its name in `labels`, if it has another there),
+    its idx and a text (`shape` text), or all answers of a paragraph, by question (`shape` questions).
+    """
+
+    file: str
+    rows: str = "test.jsonl"
+    shape: Literal["row", "text", "questions"] = "row"
+    labels: dict[str, str | int] = {}
+
+
+class Hub(_Strict):
+    """The task on the Hugging Face hub: repository, configuration, and the label names of its label numbers."""
+
+    path: str
+    name: str
+    labels: tuple[str, ...] = ()
+
+
 class Task(_Strict):
     """One task.
 
@@ -67,6 +88,8 @@ class Task(_Strict):
     metrics: tuple[str, ...]
     causal: PromptForm
     seq2seq: PromptForm | None = None
+    leaderboard: Leaderboard | None = Field(default=None, exclude=True)  # so these two
+    hub: Hub | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _hold_out_what_no_file_has(self) -> "Task":

@@ -203,7 +203,9 @@ class RunConfig(_Strict):
     small: str = Field(description="Hugging Face id or local directory of the model that is tuned")
     large: str = Field(description="Hugging Face id or local directory of the model that is only run")
     task: str | TaskConfig = Field(description="a task's name (see `plugbridge tasks`), or your own rows")
-    data: str | None = Field(default=None, description="directory of task files; --data and PLUGBRIDGE_DATA override")
+    data: str | None = Field(
+        default=None, description="directory of task files, or `hub`; --data and PLUGBRIDGE_DATA override"
+    )
     method: MethodConfig = Field(default_factory=MethodConfig)
     tune: TrainConfig = Field(default_factory=TrainConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
@@ -330,7 +332,7 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
             "small": model(config.small),
             "large": model(config.large),
             "task": task,
-            "data": file(config.data),
+            "data": config.data if config.data == "hub" else file(config.data),
         }
     )
 

@@ -27,6 +27,7 @@ from plugbridge.models import (
 )
 from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.hub import from_hub, hub_rows
 from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.rows import input_files, load_rows
@@ -212,6 +213,9 @@ def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, d
     else:
         task = load_task(config.task)
         folder = data if data is not None else (Path(config.data) if config.data else None)
+        if from_hub(folder):
+            texts, digests = hub_rows(task, kind, config.seed)
+            return task, dict(texts), digests
         texts = load_rows(task, kind, folder, config.seed)
         paths = input_files(task, folder)
     return task, dict(texts), {name: file_digest(path) for name, path in paths.items()}

@@ -37,7 +37,7 @@ def record(raw: Raw, where: str) -> Iterator[dict[str, Any]]:
     found = [text[_part(e, "start", int, where) : _part(e, "end", int, where) + 1] for e in
              _objects(passage, "entities", where)]  # fmt: skip
     entities = list(dict.fromkeys(entity.strip() for entity in found if entity.strip()))
-    shared = {"passage": _without_bullets(text), "entities": entities, "entity_list": ", ".join(entities)}
+    shared = {"passage": without_bullets(text), "entities": entities, "entity_list": ", ".join(entities)}
     for query in _objects(raw, "qas", where):
         row: dict[str, Any] = {
             **shared, "query": _part(query, "query", str, where), "idx": _part(query, "idx", int, where),
@@ -49,7 +49,8 @@ def record(raw: Raw, where: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _without_bullets(text: str) -> str:
+def without_bullets(text: str) -> str:
+    """An article's bullet points as sentences of its text."""
     text = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", text)
     return text.replace("\n@highlight\n", ". ")
 

@@ -310,24 +310,19 @@ def families(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def tasks(as_json: JsonOption = False) -> None:
+def tasks(
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print prompts and metrics as Markdown")] = False,
+) -> None:
     """List the tasks."""
+    from plugbridge.tasks.describe import describe, tasks_markdown
     from plugbridge.tasks.spec import load_task, task_names
 
-    rows = [
-        {
-            "name": task.name,
-            "title": task.title,
-            "source": task.source,
-            "licence": task.licence,
-            "shipped": task.shipped,
-            "metrics": list(task.metrics),
-            "files": dict(task.files),
-            "folder": task.folder,
-        }
-        for task in map(load_task, task_names())
-    ]
-    _list(rows, ("name", "title", "shipped", "licence"), as_json)
+    found = list(map(load_task, task_names()))
+    if markdown:
+        sys.stdout.write(tasks_markdown(found))
+        return
+    _list([describe(task) for task in found], ("name", "title", "shipped", "licence"), as_json)
 
 
 @app.command()

@@ -363,7 +363,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "unknown mode": (put("couple.mode", "duet"), "no coupling mode 'duet'; known: standalone"),
     "unknown task": (
         put("task", "rta"),
-        "no task 'rta'; known: agnews, agnews-alps, cb, copa, rte, sst2, subj, trec, wordnet-kind",
+        "no task 'rta'; known: agnews, agnews-alps, ax-b, ax-g, boolq, cb, cola, copa, mrpc, multirc, record, rte",
     ),
     "dropout of an adapter": (
         put("method", {"name": "adapter", "dropout": 0.1}),

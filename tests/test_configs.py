@@ -9,6 +9,8 @@ from conftest import data_directory
 from plugbridge import cli
 from plugbridge.config import fields_markdown, load_config
 from plugbridge.report import read_report
+from plugbridge.tasks.describe import tasks_markdown
+from plugbridge.tasks.spec import load_task, task_names
 
 ROOT = Path(__file__).parent.parent
 GRIDS = {"quality"}  # not a run: tests/bench has it
@@ -36,6 +38,11 @@ def test_every_shipped_config_runs(path: Path, tmp_path: Path, monkeypatch: pyte
     report = read_report(tmp_path / "run")
     assert [row["name"] for row in report["rows"]][-1] == "large_tuned"
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_documented_tasks_are_the_task_files() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert page.endswith(tasks_markdown([load_task(name) for name in task_names()]))
 
 
 def test_the_documented_configuration_is_the_schema() -> None:

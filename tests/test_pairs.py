@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from plugbridge.models import layout_for, load_model, parameter_count
-from plugbridge.tasks.spec import SPLITS, load_rows, load_task
+from plugbridge.tasks.rows import load_rows
+from plugbridge.tasks.spec import SPLITS, load_task
 
 PAIRS = Path(__file__).parent.parent / "pairs"
 FAMILIES = ("gpt2", "t5")

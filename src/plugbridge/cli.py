@@ -39,7 +39,7 @@ OutOption = Annotated[
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", envvar="PLUGBRIDGE_DATA", help="directory of task files", show_default=False),
+    typer.Option("--data", envvar="PLUGBRIDGE_DATA", help="directory of task files, or `hub`", show_default=False),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -205,6 +205,35 @@ def report(root: RunArg, as_json: JsonOption = False) -> None:
     out.print(f"picture: {root / 'report.png'}")
 
 
+@app.command()
+def submit(
+    root: RunArg,
+    out_dir: Annotated[Path, typer.Option("--out", help="directory of the leaderboard's files", show_default=False)],
+    data: DataOption = None,
+    model: Annotated[str, typer.Option("--model", help="a model of the run's report")] = "large_plugged",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="ax-b or ax-g for a run of rte  [default: the run's task]", show_default=False),
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Answer SuperGLUE's unlabelled test rows with a finished run; write the leaderboard's file."""
+    from plugbridge.report import read_report
+
+    read_report(root)  # refuses what is no finished run
+    config = load_config(root / "config.yaml")
+    _setup(quiet)
+    from plugbridge.prepare import prepare
+    from plugbridge.stages.submit import submit as write_answers
+    from plugbridge.tasks.spec import load_task
+
+    prepared = prepare(config, data)
+    chosen = prepared.task if task is None else load_task(task)
+    folder = data if data is not None else (Path(config.data) if config.data else None)
+    path = write_answers(prepared, root, chosen, model, folder, out_dir, _progress(quiet))
+    out.print(f"{path}: answers of {model}")
+
+
 def _print_table(found: dict[str, Any]) -> None:
     from plugbridge.report import TITLES
 
@@ -281,24 +310,19 @@ def families(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def tasks(as_json: JsonOption = False) -> None:
+def tasks(
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print prompts and metrics as Markdown")] = False,
+) -> None:
     """List the tasks."""
+    from plugbridge.tasks.describe import describe, tasks_markdown
     from plugbridge.tasks.spec import load_task, task_names
 
-    rows = [
-        {
-            "name": task.name,
-            "title": task.title,
-            "source": task.source,
-            "licence": task.licence,
-            "shipped": task.shipped,
-            "metrics": list(task.metrics),
-            "files": dict(task.files),
-            "folder": task.folder,
-        }
-        for task in map(load_task, task_names())
-    ]
-    _list(rows, ("name", "title", "shipped", "licence"), as_json)
+    found = list(map(load_task, task_names()))
+    if markdown:
+        sys.stdout.write(tasks_markdown(found))
+        return
+    _list([describe(task) for task in found], ("name", "title", "shipped", "licence"), as_json)
 
 
 @app.command()

@@ -36,14 +36,28 @@ class LargeConfig(_Strict):
 
 
 class TaskConfig(_Strict):
-    """The user's own task: a jsonl file, a prompt and label words."""
+    """The user's own task: a jsonl file, a prompt, and label words or a text to write."""
 
     file: str | None = Field(default=None, description="one jsonl file, split 80/10/10 by the seed")
     train: str | None = Field(default=None, description="jsonl file of training rows")
     validation: str | None = Field(default=None, description="jsonl file of validation rows")
     test: str | None = Field(default=None, description="jsonl file of test rows")
     prompt: str = Field(description="template such as '{text} Topic:'; fields of the row in braces")
-    words: dict[str, str] = Field(description="label -> label word, with its leading space for GPT-2")
+    words: dict[str, str] | None = Field(
+        default=None, description="label -> label word, with its leading space for GPT-2; or give `generate`"
+    )
+    generate: str | None = Field(
+        default=None,
+        description="template of the text to write, such as ' {label}', with its leading space for GPT-2; the label "
+        "is then a text, or a list of texts that are all right, and training writes the first",
+    )
+    max_new_tokens: int = Field(default=32, ge=1, description="the most tokens that are written")
+    metrics: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="what to measure, the first is the headline: accuracy and macro_f1, matthews, or f1 of two labels; "
+        "of what is written exact_match and token_f1, or rouge_l (needs `plugbridge[rouge]`)",
+    )
     label: str = Field(default="label", description="the field that holds the label")
     passage: str | None = Field(default=None, description="the field that may be cut when a prompt is too long")
 
@@ -52,6 +66,8 @@ class TaskConfig(_Strict):
         three = [self.train, self.validation, self.test]
         if (self.file is None) == (not any(three)) or (any(three) and not all(three)):
             raise ValueError("give either `file`, or all of `train`, `validation` and `test`")
+        if (self.words is None) == (self.generate is None):
+            raise ValueError("give either `words` or `generate`")
         return self
 
 
@@ -233,7 +249,9 @@ class RunConfig(_Strict):
     small: str = Field(description="Hugging Face id or local directory of the model that is tuned")
     large: str | LargeConfig = Field(description="Hugging Face id or local directory of the model that is only run")
     task: str | TaskConfig = Field(description="a task's name (see `plugbridge tasks`), or your own rows")
-    data: str | None = Field(default=None, description="directory of task files; --data and PLUGBRIDGE_DATA override")
+    data: str | None = Field(
+        default=None, description="directory of task files, or `hub`; --data and PLUGBRIDGE_DATA override"
+    )
     method: MethodConfig = Field(default_factory=MethodConfig)
     tune: TrainConfig = Field(default_factory=TrainConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
@@ -372,7 +390,7 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
             "small": model(config.small),
             "large": config.large.model_copy(update={"path": path}) if isinstance(config.large, LargeConfig) else path,
             "task": task,
-            "data": file(config.data),
+            "data": config.data if config.data == "hub" else file(config.data),
         }
     )
 

@@ -28,8 +28,11 @@ from plugbridge.models import (
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.hub import from_hub, hub_rows
+from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_rows, own_task
-from plugbridge.tasks.spec import SPLITS, Split, Task, load_rows, load_task, split_files
+from plugbridge.tasks.rows import input_files, load_rows
+from plugbridge.tasks.spec import SPLITS, Split, Task, load_task
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import Method, MethodSettings, find_method
 
@@ -105,7 +108,13 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
     task, texts, digests = _read_task(config, data, kind)
+    check_metrics(task.metrics)
     form = task.form(kind)
+    if config.evaluate.probe and not form.same_options:
+        raise ConfigError(
+            f"evaluate.probe learns options that are the same for every row, which task '{task.name}' does not have "
+            f"for {kind} models; set it to false"
+        )
     encoded: list[dict[Split, list[Encoded]]] = []
     for encoder in encoders:
         if encoded and encoders[0].positions == encoder.positions:
@@ -233,6 +242,9 @@ def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, d
     else:
         task = load_task(config.task)
         folder = data if data is not None else (Path(config.data) if config.data else None)
+        if from_hub(folder):
+            texts, digests = hub_rows(task, kind, config.seed)
+            return task, dict(texts), digests
         texts = load_rows(task, kind, folder, config.seed)
-        paths = split_files(task, folder)
+        paths = input_files(task, folder)
     return task, dict(texts), {name: file_digest(path) for name, path in paths.items()}

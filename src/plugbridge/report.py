@@ -91,7 +91,7 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         if name not in facts:  # the feedback mode's Bridge is no model by itself
             continue
         found = facts[name]
-        metrics = cast(dict[str, float], found["metrics"])
+        metrics = _ordered(markers, found)
         metric = next(iter(metrics))
         values[name] = metrics[metric]
         stages = made_by.get(name, ())
@@ -118,8 +118,8 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "method": markers.depends("tune")["method"]["name"],
         "mode": markers.depends("couple")["couple"]["mode"],
         "rows": rows,
-        "majority": facts["majority"]["metrics"],
-        "pgr": recovered(values, rows[0]["n"]),
+        "majority": _ordered(markers, facts["majority"]),
+        "pgr": recovered(values, rows[0]["n"], rows[0]["metric"]),
         "stages": [
             {"name": name, "seconds": m["seconds"], "peak_bytes": m["peak_bytes"]} for name, m in markers.stages.items()
         ],
@@ -182,16 +182,23 @@ def _makers(markers: _Markers) -> dict[str, tuple[str, ...]]:
     }
 
 
-def recovered(values: dict[str, float], n: int) -> float | None:
+def _ordered(markers: _Markers, found: dict[str, Any]) -> dict[str, float]:
+    """A model's metrics in the task's order, the headline first; a marker keeps its keys sorted."""
+    names = cast(list[str], markers.depends("evaluate")["task"]["spec"]["metrics"])
+    return {name: found["metrics"][name] for name in names}
+
+
+def recovered(values: dict[str, float], n: int, metric: str = "accuracy") -> float | None:
     """Performance gap recovered: (plugged - small) / (ceiling - small).
 
     None where one of the three was not scored, and where the gap is within 1.96 standard errors of zero
-    (n rows, binomial): a ratio to a gap that may not be there says nothing.
+    (n rows, binomial, or a correlation's): a ratio to a gap that may not be there says nothing.
     """
     if not {"small_tuned", "large_plugged", "large_tuned"} <= values.keys():
         return None
     small, ceiling = values["small_tuned"], values["large_tuned"]
-    error = ((small * (1 - small) + ceiling * (1 - ceiling)) / n) ** 0.5
+    spread = [(1 - v * v) ** 2 if metric == "matthews" else v * (1 - v) for v in (small, ceiling)]
+    error = (sum(spread) / n) ** 0.5
     gap = ceiling - small
     return None if gap <= 1.959964 * error else (values["large_plugged"] - small) / gap
 
@@ -206,24 +213,24 @@ def draw(report: dict[str, Any], path: Path) -> None:
     colours = {"large_plugged": "#c1440e", "large_tuned": "#3b6ea5", "bridge_coupled": "#c9c9c9"}
     names = [TITLES[row["name"]] for row in rows]
     values = [row["value"] for row in rows]
-    spans = [wilson(row["value"], row["n"]) for row in rows]
+    accuracy = rows[0]["metric"] == "accuracy"
+    spans = [wilson(row["value"], row["n"]) if accuracy else (row["value"], row["value"]) for row in rows]
     errors = [
         [max(0.0, v - low) for v, (low, _) in zip(values, spans, strict=True)],
         [max(0.0, high - v) for v, (_, high) in zip(values, spans, strict=True)],
     ]
-    accuracy = rows[0]["metric"] == "accuracy"
     axes.barh(
         names, values, color=[colours.get(row["name"], "#8a8a8a") for row in rows],
         xerr=errors if accuracy else None, error_kw={"lw": 1, "capsize": 3, "ecolor": "#222222"},
     )  # fmt: skip
     for i, (value, (_, high)) in enumerate(zip(values, spans, strict=True)):
-        axes.text((high if accuracy else value) + 0.015, i, f"{value:.3f}", va="center", fontsize=9)
+        axes.text(max(high, 0.0) + 0.015, i, f"{value:.3f}", va="center", fontsize=9)
     chance = report["majority"].get(rows[0]["metric"])
     if chance is not None:
         axes.axvline(chance, color="#222222", lw=1, ls=":", label=f"majority class {chance:.3f}")
         axes.legend(loc="lower right", fontsize=8, frameon=False)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12)
+    axes.set_xlim(min(0.0, *values) * 1.05, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel(f"{rows[0]['metric']} on {rows[0]['n']} {report['split']} rows")
     axes.set_title(f"{report['task']}: {report['method']}, {report['mode']} coupling", fontsize=10, loc="left")

@@ -246,7 +246,8 @@ def _write_rte(folder: Path) -> None:
     folder.mkdir(parents=True)
     for split, seed, count in (("train", 1, 80), ("val", 2, 60)):
         rows = [{"premise": row["word"], "hypothesis": "it is", "label": row["label"]} for row in toy_rows(count, seed)]
-        for row in rows:
+        for i, row in enumerate(rows):
+            row["idx"] = str(i)
             row["label"] = "entailment" if row["label"] == "even" else "not_entailment"
         write_jsonl(folder / f"{split}.jsonl", rows)
 

@@ -10,7 +10,8 @@ from plugbridge.config import parse_config
 from plugbridge.errors import DataError
 from plugbridge.prepare import prepare
 from plugbridge.tasks.encode import IGNORE, Encoded, Encoder, collate, gold
-from plugbridge.tasks.spec import Row, Task, make_row, parse_task
+from plugbridge.tasks.rows import Row, make_row
+from plugbridge.tasks.spec import Task, parse_task
 
 PAD, EOS, UNK = 0, 1, 2
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from plugbridge.errors import DataError
-from plugbridge.tasks.read import Csv, Format, Jsonl, LabelledLines, Tsv, read_jsonl, read_rows
+from plugbridge.tasks.read import Csv, Format, Jsonl, LabelledLines, ParallelLines, Tsv, parts_of, read_jsonl, read_rows
 
 TSV = Tsv(name="tsv", columns=("text", "label"))
 CSV = Csv(name="csv", columns=("label", "title", "text"))
@@ -67,6 +67,53 @@ def test_labelled_lines(tmp_path: Path) -> None:
         ("rows:1", {"label": "0", "text": 'a\tb " c ,'}),
         ("rows:2", {"label": "1", "text": "d"}),
     ]
+
+
+def test_only_blank_columns_may_be_empty(tmp_path: Path) -> None:
+    form = Tsv(name="tsv", columns=("label", "mark", "text"), header=False, blank=("mark",))
+    assert read(tmp_path, form, "1\t\ta\n0\t*\tb\n") == [
+        ("rows:1", {"label": "1", "mark": "", "text": "a"}),
+        ("rows:2", {"label": "0", "mark": "*", "text": "b"}),
+    ]
+    with pytest.raises(DataError, match=r"rows:1: column 'text' is empty$"):
+        read(tmp_path, form, "1\t*\t \n")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbftext\tlabel\na\t1\n"
+    form = Tsv(name="tsv", columns=("text", "label"), encoding="utf-8-sig")
+    assert (
+        read(tmp_path, form, content) == read(tmp_path, form, content[3:]) == [("rows:2", {"text": "a", "label": "1"})]
+    )
+
+
+PARALLEL = ParallelLines(name="parallel lines", columns={"label": "labels", "premise": "s1", "hypothesis": "s2"})
+
+
+def parallel(tmp_path: Path, **texts: str) -> list[tuple[str, dict[str, Any]]]:
+    for stem, text in {"labels": "a\nb\n", "s1": "x 1\ny 1 \n", "s2": "x 2\ny 2\n", **texts}.items():
+        (tmp_path / f"{stem}.dev").write_text(text, encoding="utf-8")
+    return list(read_rows(tmp_path / "labels.dev", PARALLEL))
+
+
+def test_parallel_lines(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.dev"
+    assert parallel(tmp_path) == [
+        (f"{labels}:1", {"label": "a", "premise": "x 1", "hypothesis": "x 2"}),
+        (f"{labels}:2", {"label": "b", "premise": "y 1", "hypothesis": "y 2"}),
+    ]
+    assert parts_of(labels, PARALLEL) == [labels, tmp_path / "s1.dev", tmp_path / "s2.dev"]
+    assert parts_of(labels, TSV) == [labels]
+
+
+def test_bad_parallel_lines(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"s2\.dev:1: the file ends here; expected 2 lines, as in .*labels\.dev$"):
+        parallel(tmp_path, s2="x 2\n")
+    with pytest.raises(DataError, match=r"labels\.dev:2: column 'hypothesis' is empty$"):
+        parallel(tmp_path, s2="x 2\n \n")
+    (tmp_path / "s1.dev").unlink()
+    with pytest.raises(DataError, match=r"^cannot read .*/s1\.dev: No such file or directory$"):
+        list(read_rows(tmp_path / "labels.dev", PARALLEL))
 
 
 @pytest.mark.parametrize(

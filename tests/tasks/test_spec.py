@@ -10,24 +10,12 @@ import pytest
 from conftest import data_directory, toy_rows, write_jsonl
 from plugbridge.config import TaskConfig
 from plugbridge.errors import ConfigError, DataError
+from plugbridge.tasks.form import fill, template_fields
 from plugbridge.tasks.metrics import METRICS
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.read import read_rows
-from plugbridge.tasks.spec import (
-    Row,
-    Task,
-    draw,
-    fill,
-    hold_out,
-    load_rows,
-    load_task,
-    make_row,
-    parse_task,
-    refill,
-    split_files,
-    task_names,
-    template_fields,
-)
+from plugbridge.tasks.rows import Row, draw, hold_out, load_rows, make_row, refill, split_files
+from plugbridge.tasks.spec import Task, load_task, parse_task, task_names
 
 PAIR = {"premise": "It rained.", "hypothesis": "It was wet."}
 CHOICE = {"premise": "He fell.", "choice1": "It was icy.", "choice2": "It was dry.", "question": "cause", "label": 0}
@@ -136,6 +124,21 @@ FORM = {"causal": {"prompt": "{x}", "words": WORDS}}
         ({"causal": {"prompts": {"a": "{x}"}, "words": WORDS}}, "`prompts` and `prompt_by` go together"),
         ({"causal": {"prompt": "{x}", "words": {"a": ""}}}, "the label word of 'a' is empty"),
         ({"causal": {"prompt": "{x}", "words": {"a": "x", "b": "x"}}}, "'a' and 'b' have the same word 'x'"),
+        ({"causal": {"prompt": "{x}", "words": WORDS, "options_from": "o"}}, "give either `words` or `options`"),
+        (
+            {"causal": {"prompt": "{x}", "words": WORDS, "generate": "{label}"}},
+            "`generate` stands alone, or with `judge`",
+        ),
+        ({"causal": {"prompt": "{x}", "words": WORDS, "judge": "referent"}}, "`judge` reads what a model wrote"),
+        (
+            {"causal": {"prompt": "{x}", "words": WORDS, "generate": "{x}", "judge": "referent"}},
+            "`judge = referent` needs `words` for true and false",
+        ),
+        ({"causal": {"prompt": "{x}", "generate": "{x}"}}, "it must hold the label's field, {label}"),
+        ({"causal": {"prompt": "{x}", "generate": "{label}", "max_new_tokens": 0}}, "t.toml: causal.max_new_tokens: "),
+        ({**FORM, "unfold": "rte"}, "t.toml: unfold: Input should be 'multirc', 'record'"),
+        ({**FORM, "leaderboard": {"file": "a", "shape": "b"}}, "t.toml: leaderboard.shape: Input should be 'row'"),
+        ({**FORM, "format": {"name": "parallel lines", "columns": {}}}, "t.toml: format.parallel lines.columns: Dict"),
         ({}, "t.toml: causal: Field required"),
         ({**FORM, "holdout": 1.0}, "t.toml: holdout: Input should be less than 1"),
         ({**FORM, "holdout_test": -0.1}, "t.toml: holdout_test: Input should be greater than or equal to 0"),
@@ -258,6 +261,14 @@ def test_later_keys_do_not_touch_the_digest_of_a_task_without_them() -> None:
     assert set(load_task("rte").model_dump(mode="json")) == old
     assert set(load_task("subj").model_dump(mode="json")) == old | {"format", "holdout_test"}
     assert set(load_task("sst2").model_dump(mode="json")) == old | {"format", "limit"}
+    assert set(load_task("record").model_dump(mode="json")) == old | {"unfold", "group"}
+    forms = {"prompt", "prompts", "prompt_by", "words", "options"}
+    assert set(load_task("rte").causal.model_dump(mode="json")) == forms
+    assert set(load_task("record").causal.model_dump(mode="json")) == forms | {"options_from", "option"}
+    assert set(load_task("wsc").form("seq2seq").model_dump(mode="json")) == forms | {
+        "generate", "judge", "max_new_tokens",
+    }  # fmt: skip
+    assert set(load_task("sst2").model_dump(mode="json")["format"]) == {"name", "columns", "header", "encoding"}
 
 
 def test_one_file_of_own_rows_is_split_by_the_seed(tmp_path: Path) -> None:
@@ -280,7 +291,7 @@ def test_one_file_of_own_rows_is_split_by_the_seed(tmp_path: Path) -> None:
 def test_files_are_found_in_any_usual_place(tmp_path: Path, layout: str) -> None:
     (tmp_path / layout).mkdir(parents=True, exist_ok=True)
     for name in ("train", "val"):
-        write_jsonl(tmp_path / layout / f"{name}.jsonl", [{**PAIR, "label": "entailment"}] * 10)
+        write_jsonl(tmp_path / layout / f"{name}.jsonl", [{**PAIR, "label": "entailment", "idx": i} for i in range(10)])
     rows = load_rows(load_task("rte"), "causal", tmp_path, seed=0)
     assert {split: len(found) for split, found in rows.items()} == {"test": 10, "train": 9, "validation": 1}
 

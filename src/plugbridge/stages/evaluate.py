@@ -12,15 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from plugbridge.cost import Cost, measure
-from plugbridge.evaluate import last_states, option_scores, predictions
+from plugbridge.evaluate import last_states
 from plugbridge.families.spec import Layout
 from plugbridge.files import write_atomically
 from plugbridge.probe import fit_probe
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
 from plugbridge.stages.couple import read_coupled
-from plugbridge.stages.work import Work, metrics_of
+from plugbridge.stages.work import Work, answers_of, source_of
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.tasks.metrics import METRICS
+from plugbridge.tasks.form import PromptForm
+from plugbridge.tasks.metrics import Answer, chosen, majority, metrics_of
 from plugbridge.tasks.spec import Split
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import LadderNetwork
@@ -44,46 +45,46 @@ def evaluate(work: Work) -> dict[str, Any]:
     p = work.prepared
     config = p.config.evaluate
     facts: dict[str, Any] = {}
-    for candidate in _candidates(work):
+    for candidate in candidates(work):
         if config.models is not None and candidate.name not in config.models:
             continue
-        name, encoder, chosen = candidate.name, candidate.encoder, candidate.rows[config.split][: config.limit]
+        name, encoder = candidate.name, candidate.encoder
+        chosen_rows = candidate.rows[config.split][: config.limit]
         gc.collect()
         with measure(p.device) as cost:
             model = candidate.load()
-            scores = option_scores(model, encoder, chosen, config.batch_size, work.progress, f"evaluate {name}")
+            answers = answers_of(p, model, encoder, chosen_rows, work.progress, f"evaluate {name}")
             del model
-        facts[name] = _note(work, name, chosen, predictions(scores), cost)
-        _write_predictions(work, name, chosen, predictions(scores), scores)
+        facts[name] = _note(work, name, answers, cost)
     for size in SIZES:
         name = f"{size}_probe"
         if config.probe and (config.models is None or name in config.models):
             subject = subject_of(work, size)
-            chosen = subject.rows[config.split][: config.limit]
+            rows = subject.rows[config.split][: config.limit]
             with measure(p.device) as cost:
-                predicted = _probe(work, subject, chosen)
-            facts[name] = _note(work, name, chosen, predicted, cost)
-            _write_predictions(work, name, chosen, predicted, [[]] * len(chosen))
-    right = [row.answer for row in p.large_rows[config.split][: config.limit]]
-    common = max(set(right), key=right.count)
-    facts["majority"] = {"metrics": {name: METRICS[name]([common] * len(right), right) for name in p.task.metrics}}
+                predicted = _probe(work, subject, rows)
+            answers = [chosen(source_of(row), choice) for row, choice in zip(rows, predicted, strict=True)]
+            facts[name] = _note(work, name, answers, cost)
+    right = [source_of(row) for row in p.large_rows[config.split][: config.limit]]
+    common = majority(p.task.form(p.large_encoder.kind), right)
+    facts["majority"] = {"metrics": metrics_of(p.task.metrics, common)}
     return facts
 
 
-def _note(work: Work, name: str, rows: list[Encoded], predicted: list[int], cost: Cost) -> dict[str, Any]:
-    metrics = metrics_of(work.prepared.task, rows, predicted)
-    return {"metrics": metrics, "n": len(rows), "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
-
-
-def _write_predictions(
-    work: Work, name: str, rows: list[Encoded], predicted: list[int], scores: list[list[float]]
-) -> None:
-    lines = (
-        json.dumps({"prediction": answer, "right": row.answer, "scores": values})
-        for answer, row, values in zip(predicted, rows, scores, strict=True)
-    )
+def _note(work: Work, name: str, answers: list[Answer], cost: Cost) -> dict[str, Any]:
+    """A model's facts; its predictions go into a file."""
+    form = work.prepared.task.form(work.prepared.encoder.kind)
     with write_atomically(work.folder / "predictions" / f"{name}.jsonl") as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text("".join(json.dumps(_line(form, answer)) + "\n" for answer in answers), encoding="utf-8")
+    metrics = metrics_of(work.prepared.task.metrics, answers)
+    return {"metrics": metrics, "n": len(answers), "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
+
+
+def _line(form: PromptForm, answer: Answer) -> dict[str, Any]:
+    found = {"prediction": answer.choice, "right": answer.row.answer, "scores": list(answer.scores)}
+    if form.generate is not None:
+        found |= {"text": answer.text, "accepted": list(answer.row.accepted)}
+    return found
 
 
 def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
@@ -99,7 +100,8 @@ def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
     return fit_probe(states, right)
 
 
-def _candidates(work: Work) -> list[Candidate]:
+def candidates(work: Work) -> list[Candidate]:
+    """The models of a run, in the order of its report."""
     p, root = work.prepared, work.root
     small, large = (p.encoder, p.rows), (p.large_encoder, p.large_rows)
     found = [
@@ -109,7 +111,8 @@ def _candidates(work: Work) -> list[Candidate]:
         Candidate("large_plugged", lambda: with_module(work, p.load_run_only(), root / "plug" / "checkpoint"), *large),
     ]
     mode = find_mode(p.config.couple.mode)
-    if mode.trains_bridge:
+    climbs_only = mode.runs_large and p.task.form(p.large_encoder.kind).generate is not None  # a ladder cannot write
+    if mode.trains_bridge and not climbs_only:
         found.append(Candidate("bridge_coupled", lambda: _coupled_bridge(work, mode.runs_large), *large))
     if p.config.ceiling is not None:
         tuned = root / "ceiling" / "module"  # of the weights it was tuned with
@@ -120,7 +123,8 @@ def _candidates(work: Work) -> list[Candidate]:
             (f"{size}_finetuned", partial(load_finetuned, work, f"{size}_finetuned")),
             (f"{size}_ladder", partial(load_ladder, work, f"{size}_ladder", size)),
         ):
-            if getattr(p.config.baselines, name) is not None:
+            writes = p.task.form(subject.encoder.kind).generate is not None  # which a ladder cannot
+            if getattr(p.config.baselines, name) is not None and not (writes and name.endswith("ladder")):
                 found.append(Candidate(name, load, subject.encoder, subject.rows))
     return found
 

@@ -1,7 +1,7 @@
 """What every stage's function gets, and what several of them read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from plugbridge.config import TrainConfig
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
+from plugbridge.generate import generate_texts
 from plugbridge.models import load_config
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import facts_of
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.tasks.metrics import METRICS
-from plugbridge.tasks.spec import Task
+from plugbridge.tasks.metrics import Answer, chosen, metrics_of, written
+from plugbridge.tasks.rows import Row
 from plugbridge.train import Schedule
 from plugbridge.tuners.table import Method
 
@@ -55,17 +56,29 @@ def rate_of_training(train: TrainConfig, method: Method) -> float:
     return train.learning_rate if train.learning_rate is not None else method.learning_rate
 
 
-def metrics_of(task: Task, rows: list[Encoded], predicted: list[int]) -> dict[str, float]:
-    """The task's metrics of predicted answers."""
-    right = [row.answer for row in rows]
-    return {name: METRICS[name](predicted, right) for name in task.metrics}
+def answers_of(
+    p: Prepared, model: torch.nn.Module, encoder: Encoder, rows: Sequence[Encoded], progress: Progress, title: str
+) -> list[Answer]:
+    """A model's answers to rows: the likeliest options, or what it writes where the task's form generates."""
+    form, size = p.task.form(encoder.kind), p.config.evaluate.batch_size
+    sources = [source_of(row) for row in rows]
+    if form.generate is not None:
+        texts = generate_texts(model, encoder, rows, form.max_new_tokens, size, progress, title)
+        return [written(form, row, text) for row, text in zip(sources, texts, strict=True)]
+    scores = option_scores(model, encoder, rows, size, progress, title)
+    return [chosen(*found) for found in zip(sources, predictions(scores), scores, strict=True)]
+
+
+def source_of(row: Encoded) -> Row:
+    """The row that tokens were made from."""
+    assert row.row is not None
+    return row.row
 
 
 def accuracy(work: Work, model: torch.nn.Module, encoder: Encoder, rows: list[Encoded], title: str) -> dict[str, float]:
     """The task's metrics of a model on rows."""
-    size = work.prepared.config.evaluate.batch_size
-    scores = option_scores(model, encoder, rows, size, work.progress, title)
-    return metrics_of(work.prepared.task, rows, predictions(scores))
+    answers = answers_of(work.prepared, model, encoder, rows, work.progress, title)
+    return metrics_of(work.prepared.task.metrics, answers)
 
 
 def read_plan(root: Path) -> BridgePlan:

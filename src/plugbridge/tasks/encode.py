@@ -1,25 +1,32 @@
 """Rows to token ids, and batches of them to padded tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from plugbridge.errors import DataError
 from plugbridge.models import Tokenizer
-from plugbridge.tasks.spec import PromptForm, Row, Task, passage_of, refill
+from plugbridge.tasks.form import PromptForm
+from plugbridge.tasks.rows import Row, passage_of, refill
+from plugbridge.tasks.spec import Task
 
 IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row in tokens. For seq2seq models every option ends with the end-of-sequence token."""
+    """One row in tokens, and the row itself. For seq2seq models every option ends with the end-of-sequence token.
+
+    Where the model writes its answer, the one option is the text that training writes, with an end mark for causal
+    models too. Equal tokens are equal rows, whatever row they came from.
+    """
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     answer: int
+    row: Row | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,16 +72,31 @@ class Encoder:
 
         Raises DataError for options that are empty or equal in tokens, and for rows too long.
         """
-        words = [self.text(option) for option in row.options]
-        _check_options(row, words, self.tokenizer.unk_token_id)
-        options = tuple((*word, *self._end()) for word in words)
-        longest = max(len(option) for option in options) if self.kind == "causal" else 0
+        options = self._options(form, row)
+        longest = max((len(option) for option in options), default=0)
+        if form.generate is not None:
+            longest = max(longest, form.max_new_tokens)
+        if self.kind != "causal":
+            longest = 0
         prompt = self._prompt(row.prompt)
         if not prompt:
             raise DataError(f"{row.where}: the prompt has no tokens; a causal model needs at least one")
         if self.positions is not None and len(prompt) + longest > self.positions:
             prompt = self._cut(task, form, row, self.positions - longest)
-        return Encoded(prompt, options, row.answer)
+        return Encoded(prompt, options, row.answer if form.generate is None else 0, row)
+
+    def _options(self, form: PromptForm, row: Row) -> tuple[tuple[int, ...], ...]:
+        if form.generate is not None:
+            texts = () if row.target is None else (row.target,)
+            eos = self.tokenizer.eos_token_id
+            end = () if eos is None else (eos,)
+        else:
+            texts, end = row.options, self._end()
+        words = [self.text(text) for text in texts]
+        _check_options(row.where, texts, words)
+        if form.options_from is None:  # options that the data lists may be the same tokens: the first of them wins
+            _check_told_apart(row.where, texts, words, self.tokenizer.unk_token_id)
+        return tuple((*word, *end) for word in words)
 
     def _prompt(self, text: str) -> tuple[int, ...]:
         return (*self.text(text), *self._end())
@@ -102,16 +124,21 @@ class Encoder:
         )
 
 
-def _check_options(row: Row, options: Sequence[tuple[int, ...]], unknown: int | None) -> None:
-    for text, ids in zip(row.options, options, strict=True):
+def _check_options(where: str, texts: Sequence[str], options: Sequence[tuple[int, ...]]) -> None:
+    for text, ids in zip(texts, options, strict=True):
         if not ids:
-            raise DataError(f"{row.where}: option '{text}' has no tokens")
+            raise DataError(f"{where}: option '{text}' has no tokens")
+
+
+def _check_told_apart(
+    where: str, texts: Sequence[str], options: Sequence[tuple[int, ...]], unknown: int | None
+) -> None:
     for i, ids in enumerate(options):
         if ids in options[:i]:
-            other = row.options[options.index(ids)]
+            other = texts[options.index(ids)]
             why = " (unknown to the tokenizer)" if unknown is not None and unknown in ids else ""
             raise DataError(
-                f"{row.where}: options '{other}' and '{row.options[i]}' are the same tokens{why}; "
+                f"{where}: options '{other}' and '{texts[i]}' are the same tokens{why}; "
                 "choose words that the tokenizer tells apart"
             )
 

@@ -1,19 +1,31 @@
-"""The user's own rows: jsonl files with a prompt and label words from the configuration."""
+"""The user's own rows: jsonl files with a prompt, and label words or a text to write, from the configuration."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from plugbridge.errors import DataError
+from plugbridge.errors import ConfigError, DataError
+from plugbridge.tasks.metrics import LABEL_METRICS, TEXT_METRICS
 from plugbridge.tasks.read import read_jsonl
-from plugbridge.tasks.spec import Row, Split, Task, make_row, parse_task
+from plugbridge.tasks.rows import Row, make_row
+from plugbridge.tasks.spec import Split, Task, parse_task
 
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.8), ("validation", 0.1), ("test", 0.1))
 
 
 def own_task(config: Any) -> Task:
     """A task from a run's `task:` table (`config.TaskConfig`). Raises ConfigError."""
+    if config.words is not None:
+        metrics, answer = ["accuracy", "macro_f1"], {"words": dict(config.words)}
+        known = LABEL_METRICS if len(config.words) == 2 else LABEL_METRICS - {"f1"}
+    else:
+        metrics = ["exact_match", "token_f1"]
+        answer = {"generate": config.generate, "max_new_tokens": config.max_new_tokens}
+        known = TEXT_METRICS
+    for name in config.metrics or ():
+        if name not in known:
+            raise ConfigError(f"task: no metric '{name}' for such answers; known: {', '.join(sorted(known))}")
     return parse_task(
         {
             "name": "own",
@@ -24,8 +36,8 @@ def own_task(config: Any) -> Task:
             "files": {},
             "label": config.label,
             "passage": config.passage,
-            "metrics": ["accuracy", "macro_f1"],
-            "causal": {"prompt": config.prompt, "words": dict(config.words)},
+            "metrics": config.metrics or metrics,
+            "causal": {"prompt": config.prompt, **answer},
         },
         "task",
     )

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plugbridge.errors import DataError
 
-Encoding = Literal["utf-8", "latin-1", "cp1252"]
+Encoding = Literal["utf-8", "utf-8-sig", "latin-1", "cp1252"]
 
 
 class _Format(BaseModel):
@@ -30,13 +30,14 @@ class Jsonl(_Format):
 class Tsv(_Format):
     """One row a line, its `columns` between tabs; a quote is a letter like any other (GLUE's files).
 
-    A `header`, where there is one, must be the columns word for word.
+    A `header`, where there is one, must be the columns word for word. Only the columns in `blank` may be empty.
     """
 
     name: Literal["tsv"]
     columns: tuple[str, ...] = Field(min_length=1)
     header: bool = True
     encoding: Encoding = "utf-8"
+    blank: tuple[str, ...] = Field(default=(), exclude=True)  # what is refused changes no result
 
 
 class Csv(_Format):
@@ -60,7 +61,25 @@ class LabelledLines(_Format):
     encoding: Encoding = "utf-8"
 
 
-Format = Annotated[Jsonl | Tsv | Csv | LabelledLines, Field(discriminator="name")]
+class ParallelLines(_Format):
+    """One row a line over several files of equal length: `columns` is the file's stem by field, the suffix is shared.
+
+    A task names the file of the first column.
+    """
+
+    name: Literal["parallel lines"]
+    columns: dict[str, str] = Field(min_length=1)
+    encoding: Encoding = "utf-8"
+
+
+Format = Annotated[Jsonl | Tsv | Csv | LabelledLines | ParallelLines, Field(discriminator="name")]
+
+
+def parts_of(path: Path, form: Format) -> list[Path]:
+    """The files that a row is read from, `path` the first."""
+    if not isinstance(form, ParallelLines):
+        return [path]
+    return [path, *(path.with_name(stem + path.suffix) for stem in list(form.columns.values())[1:])]
 
 
 def read_rows(path: Path, form: Format) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -74,6 +93,8 @@ def read_rows(path: Path, form: Format) -> Iterator[tuple[str, dict[str, Any]]]:
             return read_csv(path, form)
         case LabelledLines():
             return read_labelled_lines(path, form)
+        case ParallelLines():
+            return read_parallel_lines(path, form)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,7 +114,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_tsv(path: Path, form: Tsv) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, text by column) of every line. Raises DataError on the first bad line."""
     cells = ((where, line.split("\t")) for where, line in _lines(path, form.encoding))
-    return _named(path, form.columns, form.header, cells)
+    return _named(path, form.columns, form.header, cells, form.blank)
 
 
 def read_csv(path: Path, form: Csv) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -107,10 +128,24 @@ def read_labelled_lines(path: Path, form: LabelledLines) -> Iterator[tuple[str, 
     return _named(path, form.columns, False, cells)
 
 
+def read_parallel_lines(path: Path, form: ParallelLines) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(first file:line, text by column) of every line. Raises DataError for files of unequal length."""
+    parts = [list(_lines(part, form.encoding)) for part in parts_of(path, form)]
+    for part, lines in zip(parts_of(path, form), parts, strict=True):
+        if len(lines) != len(parts[0]):
+            raise DataError(f"{part}:{len(lines)}: the file ends here; expected {len(parts[0])} lines, as in {path}")
+    cells = ((row[0][0], [line for _, line in row]) for row in zip(*parts, strict=True))
+    return _named(path, list(form.columns), False, cells)
+
+
 def _named(
-    path: Path, columns: Sequence[str], header: bool, cells: Iterable[tuple[str, list[str]]]
+    path: Path,
+    columns: Sequence[str],
+    header: bool,
+    cells: Iterable[tuple[str, list[str]]],
+    blank: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Cells by column, less the blanks around them; an empty cell is as bad as a missing one."""
+    """Cells by column, less the blanks around them; an empty cell is as bad as a missing one, but for `blank`."""
     found = iter(cells)
     if header:
         where, names = next(found, (f"{path}:1", []))
@@ -122,9 +157,11 @@ def _named(
             raise DataError(f"{where}: the line is empty; expected {_shown(columns)}")
         if len(texts) != len(columns):
             raise DataError(f"{where}: the line has {len(texts)} of {len(columns)} columns; expected {_shown(columns)}")
-        if not all(texts):
-            raise DataError(f"{where}: column '{columns[texts.index('')]}' is empty")
-        yield where, dict(zip(columns, texts, strict=True))
+        row = dict(zip(columns, texts, strict=True))
+        empty = next((name for name, text in row.items() if not text and name not in blank), None)
+        if empty is not None:
+            raise DataError(f"{where}: column '{empty}' is empty")
+        yield where, row
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -1,0 +1,74 @@
+"""A finished run's answers to the unlabelled test rows, in the format of SuperGLUE's leaderboard."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plugbridge.errors import ConfigError
+from plugbridge.files import write_text
+from plugbridge.prepare import Prepared
+from plugbridge.progress import Progress
+from plugbridge.run import check_needs
+from plugbridge.stages.build import build_stages
+from plugbridge.stages.evaluate import candidates
+from plugbridge.stages.work import Work, answers_of
+from plugbridge.tasks.form import PromptForm
+from plugbridge.tasks.metrics import Answer
+from plugbridge.tasks.rows import find_files, make_row, read_flat
+from plugbridge.tasks.spec import Leaderboard, Task
+
+
+def submit(p: Prepared, root: Path, task: Task, model: str, data: Path | None, out: Path, progress: Progress) -> Path:
+    """Write the leaderboard's file of a task; returns its path.
+
+    The task is the run's own, or one that puts rows to models in the same way (AX-b and AX-g for RTE).
+    Raises ConfigError, RunError for a run that is not finished, DataError.
+    """
+    kind = p.encoder.kind
+    form, board = task.form(kind), task.leaderboard
+    if board is None:
+        raise ConfigError(f"task '{task.name}' has no leaderboard; `plugbridge submit` is for the tasks of SuperGLUE")
+    if form != p.task.form(kind):
+        raise ConfigError(f"the run is of task '{p.task.name}', which asks otherwise than '{task.name}'; run that task")
+    found = {candidate.name: candidate for candidate in candidates(Work(p, root, root / "evaluate", progress))}
+    if model not in found:
+        raise ConfigError(f"the run has no model '{model}'; known: {', '.join(found)}")
+    check_needs(root, build_stages(p, root, progress), "evaluate")
+    path = find_files(task, data, {"test": board.rows})["test"]
+    encoder = found[model].encoder
+    rows = [make_row(task, form, where, raw, labelled=False) for where, raw in read_flat(task, path)]
+    encoded = [encoder.encode(task, form, row) for row in rows]
+    loaded = found[model].load()
+    answers = answers_of(replace(p, task=task), loaded, encoder, encoded, progress, f"submit {board.file}")
+    lines = board_lines(board, form, answers)
+    write_text(out / board.file, "".join(json.dumps(line) + "\n" for line in lines))
+    return out / board.file
+
+
+def board_lines(board: Leaderboard, form: PromptForm, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The leaderboard's lines, in the answers' order."""
+    if board.shape == "questions":
+        return _by_question(board, form, answers)
+    return [{"idx": int(answer.row.fields["idx"]), "label": _label(board, form, answer)} for answer in answers]
+
+
+def _label(board: Leaderboard, form: PromptForm, answer: Answer) -> str | int:
+    if board.shape == "text":
+        return answer.text.strip()
+    name = str(answer.choice) if form.words is None else list(form.words)[answer.choice]
+    return board.labels.get(name, name)
+
+
+def _by_question(board: Leaderboard, form: PromptForm, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    paragraphs: dict[int, dict[int, list[dict[str, Any]]]] = {}
+    for answer in answers:
+        fields = answer.row.fields
+        questions = paragraphs.setdefault(fields["paragraph_idx"], {})
+        verdict = {"idx": fields["idx"], "label": _label(board, form, answer)}
+        questions.setdefault(fields["question_idx"], []).append(verdict)
+    return [
+        {"idx": idx, "passage": {"questions": [{"idx": q, "answers": found} for q, found in questions.items()]}}
+        for idx, questions in paragraphs.items()
+    ]

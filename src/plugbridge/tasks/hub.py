@@ -1,0 +1,65 @@
+"""Rows of the Hugging Face hub, by the library `datasets`, an extra."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from plugbridge.errors import ConfigError, DataError
+from plugbridge.tasks.rows import Row, split_rows
+from plugbridge.tasks.spec import Split, Task
+from plugbridge.tasks.unfold import UNFOLD, without_bullets
+
+HUB = "hub"  # what to give as --data or `data:`
+_SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}  # the hub's test rows have no labels
+
+
+def from_hub(data: Path | None) -> bool:
+    """Whether the data directory that was given stands for the hub."""
+    return data is not None and str(data) == HUB
+
+
+def hub_rows(task: Task, kind: str, seed: int) -> tuple[dict[Split, list[Row]], dict[str, str]]:
+    """Rows by split, and the fingerprint of every split read. Raises ConfigError, DataError."""
+    if task.hub is None:
+        raise ConfigError(f"task '{task.name}' is not read from the hub; give --data DIR")
+    try:
+        from datasets import load_dataset  # pyright: ignore
+    except ImportError as error:
+        raise ConfigError("--data hub needs the package datasets; pip install 'plugbridge[hub]'") from error
+    path, name = task.hub.path, task.hub.name
+    found: dict[Split, Any] = {}
+    for split, theirs in _SPLITS.items():
+        try:
+            found[split] = load_dataset(path, name, split=theirs)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path}/{name}:{theirs} from the hub: {error}") from error
+
+    def read(split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
+        for i, raw in enumerate(found[split]):
+            where = f"{path}/{name}:{_SPLITS[split]}:{i}"
+            yield where, flat(task, cast(Mapping[str, Any], raw), where)
+
+    sources = {split: f"{path}/{name}:{theirs}" for split, theirs in _SPLITS.items()}
+    prints = {sources[split]: str(getattr(rows, "_fingerprint", "unknown")) for split, rows in found.items()}
+    return split_rows(task, kind, read, sources, seed), prints
+
+
+def flat(task: Task, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A hub row as the official files' row unfolds: label by name, ids by part, WSC's pronoun marked."""
+    row = dict(raw)
+    labels = () if task.hub is None else task.hub.labels
+    if labels:
+        number = row.get(task.label)
+        if not isinstance(number, int) or not 0 <= number < len(labels):
+            raise DataError(f"{where}: label {number!r} is not a number below {len(labels)}")
+        row[task.label] = labels[number]
+    if isinstance(row.get("idx"), dict):  # of a nested row: its own id is that of its innermost part
+        ids = cast(dict[str, int], row.pop("idx"))
+        row |= {f"{part}_idx": idx for part, idx in ids.items()}
+        row["idx"] = ids["answer" if "answer" in ids else "query"]
+    if task.unfold == "record":
+        entities = list(dict.fromkeys(row["entities"]))
+        row |= {"passage": without_bullets(row["passage"]), "entities": entities, "entity_list": ", ".join(entities)}
+    if task.unfold == "wsc":
+        [row] = UNFOLD["wsc"]({**row, "target": row}, where)
+    return row

@@ -1,0 +1,219 @@
+"""A task's rows: read, unfolded, put into words, held out and limited."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from plugbridge.errors import DataError
+from plugbridge.tasks.form import PromptForm, field_of, fill, prompt_of, text_of
+from plugbridge.tasks.read import parts_of, read_rows
+from plugbridge.tasks.spec import SPLITS, Split, Task
+from plugbridge.tasks.unfold import UNFOLD
+
+TEST_SEED = 0  # draws test rows whatever the run's seed: all seeds score the same rows, and none has tuned on them
+UNLABELLED = -1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question: text, options, the right option's position, its fields, and where it was read.
+
+    `also` are the positions of further right options. `target` is the text that a generating model learns to write.
+    The answer of a row without a label is `UNLABELLED`.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    answer: int
+    fields: Mapping[str, Any]
+    where: str
+    also: tuple[int, ...] = ()
+    target: str | None = None
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Texts of all right options; none for a row without a label."""
+        return () if self.answer == UNLABELLED else tuple(self.options[i] for i in (self.answer, *self.also))
+
+
+def split_files(task: Task, data: Path | None) -> dict[str, Path]:
+    """Paths of a task's files. Raises DataError naming what was looked for."""
+    return find_files(task, data, task.files)
+
+
+def find_files(task: Task, data: Path | None, names: Mapping[str, str]) -> dict[str, Path]:
+    """Paths of files of a task's folder, all in one place. Raises DataError naming what was looked for."""
+    if task.shipped:
+        roots = [Path(str(files("plugbridge.tasks"))) / "data" / task.folder]
+    elif data is None:
+        raise DataError(
+            f"task '{task.name}' needs its files; give --data DIR or set PLUGBRIDGE_DATA to a "
+            f"directory that holds {task.folder}/{next(iter(names.values()))}"
+        )
+    else:
+        roots = [data / task.folder, *(data / name / task.folder for name in task.within), data]
+    for root in roots:
+        paths = {split: root / name for split, name in names.items()}
+        if all(part.is_file() for path in paths.values() for part in parts_of(path, task.format)):
+            return paths
+    wanted = ", ".join(part.name for name in names.values() for part in parts_of(Path(name), task.format))
+    others = "".join(f", nor does {root}" for root in roots[1:])
+    raise DataError(f"task '{task.name}': {roots[0]} does not hold {wanted}{others}")
+
+
+def input_files(task: Task, data: Path | None) -> dict[str, Path]:
+    """Every file that a task reads, by split and part. Raises DataError."""
+    found: dict[str, Path] = {}
+    for split, path in split_files(task, data).items():
+        parts = parts_of(path, task.format)
+        found |= {split: path} if parts == [path] else {f"{split}:{part.name}": part for part in parts}
+    return found
+
+
+def read_flat(task: Task, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, fields) of every row of a file, nested ones unfolded. Raises DataError on the first bad one."""
+    seen: dict[str, str] = {}
+    for where, raw in read_rows(path, task.format):
+        for flat in UNFOLD[task.unfold](raw, where) if task.unfold is not None else (raw,):
+            if task.id is not None:
+                _check_id(task.id, flat, where, seen)
+            yield where, flat
+
+
+def _check_id(name: str, raw: Mapping[str, Any], where: str, seen: dict[str, str]) -> None:
+    value = text_of(field_of(raw, name, where))
+    if value in seen:
+        raise DataError(f"{where}: {name} {value} was that of {seen[value]} already; every row needs its own")
+    seen[value] = where
+
+
+def load_rows(task: Task, kind: str, data: Path | None, seed: int) -> dict[Split, list[Row]]:
+    """All rows of a task, by split; what is held out and what is left out is said at `Task`.
+
+    SuperGLUE's and GLUE's test labels are not public, so their validation file is the test split
+    here and no choice may be made on it: the validation split is held out from the train rows.
+    Raises DataError.
+    """
+    paths = split_files(task, data)
+    return split_rows(task, kind, lambda split: read_flat(task, paths[split]), {s: str(paths[s]) for s in paths}, seed)
+
+
+def split_rows(
+    task: Task,
+    kind: str,
+    read: Callable[[Split], Iterator[tuple[str, Mapping[str, Any]]]],
+    sources: Mapping[str, str],
+    seed: int,
+) -> dict[Split, list[Row]]:
+    """Rows by split from wherever `read` finds a split's; `sources` says where that is. Raises DataError."""
+    form = task.form(kind)
+    rows: dict[Split, list[Row]] = {}
+    for split in SPLITS:
+        if split in sources:
+            rows[split] = [make_row(task, form, where, raw) for where, raw in read(split)]
+    if task.holdout_test > 0:
+        rows["train"], rows["test"] = hold_out(rows["train"], task.holdout_test, TEST_SEED, task.group)
+    if task.holdout > 0:
+        rows["train"], rows["validation"] = hold_out(rows["train"], task.holdout, seed, task.group)
+    for split, count in task.limit.items():
+        rows[split], _ = draw(rows.get(split, []), count, TEST_SEED if split == "test" else seed)
+    if form.judge is not None:  # a phrase that the label denies is nothing to learn to write
+        rows["train"] = [row for row in rows["train"] if list(form.words or ())[row.answer] == "true"]
+    for split in SPLITS:
+        if not rows.get(split):
+            raise DataError(f"task '{task.name}': split '{split}' is empty ({sources.get(split, 'held out')})")
+    return rows
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int, group: str | None = None) -> tuple[list[Row], list[Row]]:
+    """Rows kept and rows held out, both in their order: `share` of them, at least one, drawn by the seed.
+
+    With `group`, rows that have the same value in that field stay together, and the share is that of the values.
+    """
+    if group is None:
+        held, kept = draw(rows, max(1, round(share * len(rows))), seed)
+        return kept, held
+    keys = [text_of(field_of(row.fields, group, row.where)) for row in rows]
+    values = list(dict.fromkeys(keys))
+    drawn = set(draw(values, max(1, round(share * len(values))), seed)[0])
+    pairs = list(zip(keys, rows, strict=True))
+    return [row for key, row in pairs if key not in drawn], [row for key, row in pairs if key in drawn]
+
+
+def draw(rows: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
+    """The first `count` rows of a seeded permutation, and the others, both in their order."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[int(i)] for i in sorted(order[:count])], [rows[int(i)] for i in sorted(order[count:])]
+
+
+def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any], labelled: bool = True) -> Row:
+    """Put one row into words. Raises DataError for a missing field or an unknown label."""
+    prompt = prompt_of(form, raw, where)
+    label = field_of(raw, task.label, where) if labelled else None
+    if form.words is not None:
+        options = tuple(form.words.values())
+        right = () if label is None else (_number_of_word(form.words, str(label), where),)
+    elif form.options is not None:
+        options = tuple(fill(option, raw, where) for option in form.options)
+        right = () if label is None else (_number_of_option(str(label), len(options), where),)
+    elif form.options_from is not None:
+        texts = _texts(raw, form.options_from, where)
+        options = tuple(fill(form.option, {**raw, "option": text}, where) for text in texts)
+        right = () if label is None else _numbers_of_texts(texts, _texts(raw, task.label, where), where)
+    else:
+        texts = () if label is None else _texts(raw, task.label, where)
+        options = tuple(fill(form.generate or "", {**raw, task.label: text}, where) for text in texts)
+        right = tuple(range(len(options)))
+    target = None
+    if form.generate is not None and label is not None:
+        target = fill(form.generate, raw, where) if form.judge is not None else options[0]
+    return Row(prompt, options, right[0] if right else UNLABELLED, raw, where, right[1:], target)
+
+
+def _number_of_word(words: Mapping[str, str], label: str, where: str) -> int:
+    labels = list(words)
+    if label not in words:
+        raise DataError(f"{where}: label '{label}' has no label word; known labels: {', '.join(labels)}")
+    return labels.index(label)
+
+
+def _number_of_option(label: str, count: int, where: str) -> int:
+    if not label.isdecimal() or int(label) >= count:
+        raise DataError(f"{where}: label '{label}' is not the number of an option (0 to {count - 1})")
+    return int(label)
+
+
+def _numbers_of_texts(options: Sequence[str], right: Sequence[str], where: str) -> tuple[int, ...]:
+    for text in right:
+        if text not in options:
+            raise DataError(f"{where}: answer '{text}' is none of the row's {len(options)} options")
+    return tuple(dict.fromkeys(options.index(text) for text in right))
+
+
+def _texts(raw: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """The texts of a field: a text, or a list of them, at least one and none empty."""
+    value = field_of(raw, name, where)
+    values = cast(list[Any], value) if isinstance(value, list) else [text_of(value)]
+    if not values:
+        raise DataError(f"{where}: field '{name}' is an empty list; expected at least one text")
+    for text in values:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: field '{name}' holds {text!r}; expected texts that are not empty")
+    return tuple(dict.fromkeys(values))
+
+
+def passage_of(task: Task, row: Row) -> str:
+    """The text that may be cut. Raises DataError if the row has no such field."""
+    assert task.passage is not None
+    return text_of(field_of(row.fields, task.passage, row.where))
+
+
+def refill(task: Task, form: PromptForm, row: Row, passage: str) -> str:
+    """The row's prompt with another passage: how a prompt is cut to fit without losing its question."""
+    assert task.passage is not None
+    return prompt_of(form, {**row.fields, task.passage: passage}, row.where)

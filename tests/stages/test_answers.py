@@ -1,0 +1,247 @@
+"""Tasks of every way to answer in a whole run: chosen by listed options, by question, and written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import test_cli
+from conftest import VOCAB, WORDS, toy_rows, write_jsonl
+from plugbridge.config import parse_config
+from plugbridge.prepare import prepare
+from plugbridge.progress import Silent
+from plugbridge.report import draw, read_report, recovered
+from plugbridge.stages.build import build_stages
+from plugbridge.stages.work import answers_of
+from plugbridge.tasks.encode import IGNORE, gold
+from plugbridge.tasks.metrics import metrics_of, token_f1
+from plugbridge.tasks.rows import Row
+from test_cli import Call, mistake
+
+call = test_cli.call  # a fixture
+Raw = dict[str, Any]
+Files = dict[str, list[Any]]
+
+
+def multirc(count: int, start: int = 0) -> list[Raw]:
+    """Paragraphs of two questions with three answers each; a word is right where its number is even."""
+    rows: list[Raw] = []
+    for i in range(start, start + count):
+        questions = [
+            {"question": f"is w{q} it", "idx": 2 * i + q, "answers": [
+                {"text": f"w{(i + q + a) % 24}", "idx": 6 * i + 3 * q + a, "label": int((i + q + a) % 2 == 0)}
+                for a in range(3)]}
+            for q in range(2)
+        ]  # fmt: skip
+        rows.append({"idx": i, "passage": {"text": " ".join(WORDS[: i % 9 + 1] * 3), "questions": questions}})
+    return rows
+
+
+def record(count: int) -> list[Raw]:
+    rows: list[Raw] = []
+    for i in range(count):
+        text = f"w{i % 10} is it : yes no"
+        entities = [{"start": 0, "end": 1}, {"start": 11, "end": 13}, {"start": 15, "end": 16}]
+        answers = [{"start": 0, "end": 1, "text": f"w{i % 10}"}, {"start": 15, "end": 16, "text": "no"}]
+        query = {"query": "is @placeholder it", "idx": i, "answers": answers[: 1 + i % 2]}
+        rows.append({"idx": 100 + i, "passage": {"text": text, "entities": entities}, "qas": [query]})
+    return rows
+
+
+def wsc(count: int) -> list[Raw]:
+    return [
+        {"text": f"w{i % 7} is : it", "idx": i, "label": i % 2 == 0,
+         "target": {"span1_text": f"w{i % 7}", "span1_index": 0, "span2_text": "it", "span2_index": 3}}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+ROWS: dict[str, tuple[str, Callable[[int], list[Raw]]]] = {
+    "multirc": ("MultiRC", multirc), "record": ("ReCoRD", record), "wsc": ("WSC", wsc),
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Made-up rows in the official files' form."""
+    for folder, make in ROWS.values():
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for name, count in (("train", 12), ("val", 6)):
+            write_jsonl(tmp_path / "data" / folder / f"{name}.jsonl", make(count))
+    return tmp_path / "data"
+
+
+def execute(raw: Raw, root: Path, data: Path | None) -> Raw:
+    """Run all stages; returns the report."""
+    root.mkdir()
+    (root / "config.yaml").write_text("{}")
+    prepared = prepare(parse_config(raw, "test"), data)
+    from plugbridge.run import execute as run_stages
+
+    run_stages(root, build_stages(prepared, root, Silent()), None, lambda *_: None)
+    return read_report(root)
+
+
+SHORT = {"steps": 2, "batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "metrics"),
+    [
+        ("multirc", "llama", ["f1a", "question_match"]),
+        ("record", "t5", ["token_f1", "exact_match"]),
+        ("wsc", "t5", ["accuracy"]),
+    ],
+)
+def test_a_run_of_a_task(
+    run_config: Callable[..., Raw], data: Path, tmp_path: Path, name: str, family: str, metrics: list[str]
+) -> None:
+    couple = {**SHORT, "mode": "standalone"}
+    raw = run_config(family, task=name, tune=SHORT, couple=couple, ceiling=None, evaluate={"batch_size": 5})
+    report = execute({**raw, "data": str(data)}, tmp_path / "run", data)
+    assert [list(row["metrics"]) for row in report["rows"]] == [metrics] * 4
+    assert list(report["majority"]) == metrics
+    count = {"multirc": 36, "record": 6, "wsc": 6}[name]
+    for row in report["rows"]:
+        assert all(0 <= value <= 1 for value in row["metrics"].values())
+        lines = (tmp_path / "run" / "evaluate" / "predictions" / f"{row['name']}.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        assert row["n"] == len(found) == count
+        if name == "multirc":
+            hits = [p["prediction"] == p["right"] for p in found]
+            questions = [all(hits[i : i + 3]) for i in range(0, len(hits), 3)]  # the batches of 5 cut them
+            assert row["metrics"]["question_match"] == pytest.approx(sum(questions) / len(questions))
+            assert all(len(p["scores"]) == 2 for p in found)
+        else:
+            assert all(isinstance(p["text"], str) and p["scores"] == [] for p in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("multirc", "gpt2"), ("record", "gpt2"), ("record", "t5"), ("wsc", "gpt2"), ("wsc", "t5")]
+)
+def test_batching_changes_no_answer(
+    run_config: Callable[..., Raw], data: Path, tmp_path: Path, name: str, family: str
+) -> None:
+    found: list[Any] = []
+    for batch_size in (1, 4, 64):
+        raw = run_config(family, task=name, evaluate={"batch_size": batch_size})
+        p = prepare(parse_config(raw, "test"), data)
+        model, _ = p.load(p.config.large)
+        answers = answers_of(p, model, p.large_encoder, p.large_rows["test"], Silent(), "")
+        found.append([(answer.choice, answer.text) for answer in answers])
+        assert [answer.row.where for answer in answers] == [row.row.where for row in p.large_rows["test"] if row.row]
+    assert found[0] == found[1] == found[2]
+
+
+def test_only_the_passage_is_cut(run_config: Callable[..., Raw], data: Path) -> None:
+    """GPT-2 has 32 positions here: paragraphs go, the question and the answer stay."""
+    p = prepare(parse_config(run_config("gpt2", task="multirc"), "test"), data)
+    rows = [*p.large_rows["train"], *p.large_rows["test"]]
+    cut = 0
+    for encoded in rows:
+        assert encoded.row is not None
+        fields = encoded.row.fields
+        ids = [VOCAB.index(word) if word in VOCAB else 2 for word in fields["paragraph"].split()]
+        whole = list(p.large_encoder.text(encoded.row.prompt))
+        rest = whole[len(ids) :]
+        assert list(encoded.prompt)[-len(rest) :] == rest
+        kept = list(encoded.prompt)[: -len(rest)]
+        assert kept == ids[: len(kept)]
+        assert len(encoded.prompt) + 1 <= 32
+        cut += len(kept) < len(ids)
+    assert 0 < cut < len(rows)
+
+
+GENERATE: Raw = {"prompt": "is it : {word}", "generate": "{label}", "max_new_tokens": 3}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Raw:
+    """The `task:` table of a task whose answers are written; two texts are right for even words."""
+    rows = [{"word": r["word"], "label": ["yes", r["word"]] if r["label"] == "even" else "no"} for r in toy_rows(80, 0)]
+    return {**GENERATE, "file": str(write_jsonl(tmp_path / "rows.jsonl", rows))}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_the_users_own_texts_are_written(
+    run_config: Callable[..., Raw], texts: Raw, tmp_path: Path, family: str
+) -> None:
+    """Training teaches to write and to stop: the text alone is an exact match."""
+    task = {**texts, "metrics": ["rouge_l", "exact_match", "token_f1"]}
+    train = {"steps": 60, "batch_size": 16, "learning_rate": 0.03}
+    method = {"name": "lora", "rank": 8}
+    raw = run_config(
+        family, task=task, tune=SHORT, couple=SHORT, ceiling=train, evaluate={"batch_size": 3, "split": "validation"}
+    )
+    raw["method"] = method
+    report = execute(raw, tmp_path / "run", None)
+    values = {row["name"]: row["metrics"] for row in report["rows"]}
+    assert set(report["majority"]) == set(task["metrics"])
+    assert values["large_tuned"]["exact_match"] > values["large_zero_shot"]["exact_match"]
+    lines = (tmp_path / "run" / "evaluate" / "predictions" / "large_tuned.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    answers = [(p["text"].strip(), [text.strip() for text in p["accepted"]]) for p in found]
+    assert values["large_tuned"]["exact_match"] == pytest.approx(sum(t in a for t, a in answers) / len(answers))
+
+
+@pytest.mark.parametrize(("family", "end"), [("gpt2", [1]), ("t5", [1])])
+def test_training_writes_the_first_text_and_an_end_mark(
+    run_config: Callable[..., Raw], texts: Raw, family: str, end: list[int]
+) -> None:
+    p = prepare(parse_config(run_config(family, task=texts), "test"), None)
+    for row in p.rows["train"]:
+        assert row.row is not None
+        labels = [token for token in gold(p.encoder, [row]).labels[0].tolist() if token != IGNORE]
+        assert labels == [VOCAB.index(row.row.accepted[0]), *end]
+        assert len(row.options) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"words": {"a": "b"}}, "task: give either `words` or `generate`"),
+        ({"generate": None}, "task: give either `words` or `generate`"),
+        ({"generate": "{word}"}, "task: `generate` is '{word}'; it must hold the label's field, {label}"),
+        (
+            {"metrics": ["accuracy"]},
+            "task: no metric 'accuracy' for such answers; known: exact_match, rouge_l,",
+        ),
+        ({"metrics": []}, "task.metrics: List should have at least 1 item"),
+        ({"max_new_tokens": 0}, "task.max_new_tokens: Input should be greater than or equal to 1"),
+        ({"label": "gone", "generate": "{gone}"}, "rows.jsonl:1: field 'gone' is missing"),
+    ],
+)
+def test_mistakes_of_written_answers(
+    call: Call, run_config: Callable[..., Raw], texts: Raw, tmp_path: Path, changes: Raw, message: str
+) -> None:
+    task = {key: value for key, value in {**texts, **changes}.items() if value is not None}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_config(task=task)), encoding="utf-8")
+    assert message in mistake(call("run", "c.yaml", "--out", "run"))
+
+
+def test_a_probe_needs_the_same_options_for_every_row(
+    call: Call, run_config: Callable[..., Raw], texts: Raw, tmp_path: Path
+) -> None:
+    raw = run_config(task=texts, evaluate={"probe": True})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    assert "evaluate.probe learns options that are the same for every row" in mistake(call("run", "c.yaml"))
+
+
+def test_a_correlation_is_reported_and_drawn_below_zero(tmp_path: Path) -> None:
+    values = {"small_tuned": -0.2, "large_plugged": 0.1, "large_tuned": 0.4}
+    assert recovered(values, 1000, "matthews") == pytest.approx(0.5)
+    assert recovered(values, 15, "matthews") is None
+    rows = [{"name": name, "metric": "matthews", "value": value, "n": 9} for name, value in values.items()]
+    report = {"rows": rows, "majority": {"matthews": 0.0}, "split": "test", "task": "t", "method": "m", "mode": "f"}
+    draw(report, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_take_answers_in_any_order() -> None:
+    from plugbridge.tasks.metrics import Answer
+
+    rows = [Answer(Row("", ("a b",), 0, {}, ""), -1, text) for text in ("b", "", "c b")]
+    assert metrics_of(("token_f1",), rows) == {"token_f1": token_f1(rows[::-1])}

@@ -1,0 +1,118 @@
+"""Rows of the hub, from a stand-in for `datasets`: the same rows as from the official files."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from test_unfold import MULTIRC, RECORD, WSC
+
+from conftest import write_jsonl
+from plugbridge.config import load_config, parse_config
+from plugbridge.errors import ConfigError, DataError
+from plugbridge.prepare import prepare
+from plugbridge.tasks.hub import flat, hub_rows
+from plugbridge.tasks.rows import load_rows
+from plugbridge.tasks.spec import load_task, task_names
+from plugbridge.tasks.unfold import UNFOLD
+
+Raw = dict[str, Any]
+
+
+class Rows(list[Raw]):
+    """Rows with a fingerprint, as `datasets` has them."""
+
+    _fingerprint = "f00d"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Raw]], list[tuple[str, str, str]]]:
+    """Put rows on a hub; returns what was asked of it."""
+
+    def put(rows: list[Raw]) -> list[tuple[str, str, str]]:
+        asked: list[tuple[str, str, str]] = []
+
+        def load_dataset(path: str, name: str, split: str) -> Rows:
+            asked.append((path, name, split))
+            return Rows(rows)
+
+        module = ModuleType("datasets")
+        module.load_dataset = load_dataset  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "datasets", module)
+        return asked
+
+    return put
+
+
+PAIRS = [{"premise": f"w{i}", "hypothesis": "it is", "label": i % 2, "idx": i} for i in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_the_same_rows_as_from_the_files(hub: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    asked = hub(PAIRS)
+    names = ("entailment", "not_entailment")
+    for file in ("train", "val"):
+        write_jsonl(tmp_path / f"{file}.jsonl", [{**row, "label": names[row["label"]]} for row in PAIRS])
+    found, prints = hub_rows(load_task("rte"), kind, 3)
+    assert asked == [("aps/super_glue", "rte", "train"), ("aps/super_glue", "rte", "validation")]
+    assert prints == {"aps/super_glue/rte:train": "f00d", "aps/super_glue/rte:validation": "f00d"}
+    local = load_rows(load_task("rte"), kind, tmp_path, 3)
+    for split, rows in local.items():
+        assert [(r.prompt, r.options, r.answer) for r in found[split]] == [
+            (r.prompt, r.options, r.answer) for r in rows
+        ]
+    assert found["test"][4].where == "aps/super_glue/rte:validation:4"
+
+
+def test_nested_rows_are_those_of_the_files() -> None:
+    [first, *_] = UNFOLD["multirc"](MULTIRC, "here")
+    theirs = {k: v for k, v in first.items() if not k.endswith("idx")}
+    ids = {"paragraph": 6, "question": 12, "answer": 30}
+    assert flat(load_task("multirc"), {**theirs, "idx": ids}, "here") == {**first, "answer_idx": 30, "label": "1"}
+    [first, *_] = UNFOLD["record"](RECORD, "here")
+    theirs = {
+        "passage": RECORD["passage"]["text"], "query": first["query"], "answers": first["answers"],
+        "entities": ["Costa", "Olimpija", "Costa", "Zouma"], "idx": {"passage": 3, "query": 40},
+    }  # fmt: skip
+    assert flat(load_task("record"), theirs, "here") == {**first, "query_idx": 40}
+    [first] = UNFOLD["wsc"](WSC, "here")
+    theirs = {"text": WSC["text"], **WSC["target"], "idx": 5, "label": 1}
+    assert flat(load_task("wsc"), theirs, "here") == {**first, "label": "true"}
+
+
+def test_labels_are_the_tasks_own() -> None:
+    for name in task_names():
+        task = load_task(name)
+        if task.hub is not None and task.hub.labels and task.causal.words is not None:
+            assert set(task.hub.labels) == set(task.causal.words)
+
+
+def test_mistakes(hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^task 'sst2' is not read from the hub; give --data DIR$"):
+        hub_rows(load_task("sst2"), "causal", 0)
+    hub([{**PAIRS[0], "label": -1}])
+    with pytest.raises(DataError, match=r"^aps/super_glue/rte:train:0: label -1 is not a number below 2$"):
+        hub_rows(load_task("rte"), "causal", 0)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"^--data hub needs the package datasets; pip install 'plugbridge\[hub\]'$"):
+        hub_rows(load_task("rte"), "causal", 0)
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    hub(PAIRS)
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"^cannot read aps/super_glue/rte:train from the hub: no network$"):
+        hub_rows(load_task("rte"), "causal", 0)
+
+
+def test_a_run_may_read_the_hub(hub: Callable[..., Any], run_config: Callable[..., Raw], tmp_path: Path) -> None:
+    hub([{**row, "premise": "is it :", "hypothesis": f"w{i}"} for i, row in enumerate(PAIRS)])
+    task = {"task": "rte", "data": "hub"}
+    path = tmp_path / "c.yaml"
+    path.write_text("small: gpt2\nlarge: gpt2-xl\ntask: rte\ndata: hub\n", encoding="utf-8")
+    assert load_config(path).data == "hub"
+    with pytest.raises(DataError, match=r"^aps/super_glue/rte:train:0: options ' True' and ' False' are the same"):
+        prepare(parse_config(run_config("gpt2", **task), "test"), None)

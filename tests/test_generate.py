@@ -1,0 +1,74 @@
+"""Greedy texts against a plain loop, one unpadded forward pass a token, whatever the batch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import FAMILIES, VOCAB, make_model, make_tokenizer, randomise
+from plugbridge.generate import generate_texts
+from plugbridge.models import layout_for
+from plugbridge.progress import Silent
+from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tuners.module import attach
+from plugbridge.tuners.table import METHODS, MethodSettings
+
+KIND = {"gpt2": "causal", "llama": "causal", "t5": "seq2seq", "t5-gated": "seq2seq"}
+PAD, EOS = 0, 1
+
+
+def rows_of(kind: str) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(3)
+    end = (EOS,) if kind == "seq2seq" else ()
+    lengths = (1, 7, 3, 5, 2, 9, 4)
+    prompts = [torch.randint(3, len(VOCAB), (n,), generator=generator).tolist() for n in lengths]
+    return [Encoded((*prompt, *end), (), 0) for prompt in prompts]
+
+
+@torch.no_grad()
+def naive(model: Any, kind: str, prompt: tuple[int, ...], count: int) -> str:
+    """The likeliest token, again and again, without a cache; without special tokens."""
+    written: list[int] = []
+    while len(written) < count and EOS not in written:
+        if kind == "causal":
+            logits = model(input_ids=torch.tensor([[*prompt, *written]])).logits
+        else:
+            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[PAD, *written]])).logits
+        written.append(int(logits[0, -1].argmax()))
+    return " ".join(VOCAB[token] for token in written if token > 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [None, "lora", "adapter", "prefix"])
+def test_texts_equal_a_plain_loop_whatever_the_batch(family: str, method: str | None) -> None:
+    kind, model = KIND[family], make_model(family)
+    if method is not None:
+        torch.manual_seed(5)
+        model, _ = attach(model, METHODS[method], layout_for(model), MethodSettings(rank=2, alpha=4.0))
+        randomise(model)
+        model.eval()
+    rows, encoder = rows_of(kind), Encoder(make_tokenizer(), kind, None)
+    expected = [naive(model, kind, row.prompt, 6) for row in rows]
+    assert len(set(expected)) > 1
+    for batch_size in (1, 3, 100):
+        assert generate_texts(model, encoder, rows, 6, batch_size, Silent(), "") == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_end_mark_ends_a_text(family: str) -> None:
+    kind, model = KIND[family], make_model(family)
+    rows, encoder = rows_of(kind), Encoder(make_tokenizer(), kind, None)
+    calls = 0
+
+    def end_at_the_third(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = logits.clone()
+        logits[..., :3] = -1e9  # no special token, but for the end mark
+        logits[..., EOS] = -1e9 if calls % 3 else 1e9
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(end_at_the_third)
+    together = generate_texts(model, encoder, rows, 6, 100, Silent(), "")
+    assert calls == 3
+    assert [len(text.split()) for text in together] == [2] * 7

@@ -21,7 +21,7 @@ from plugbridge.report import recovered
 from plugbridge.run import locked
 
 STAGES = ["tune", "score", "prune", "couple", "plug", "evaluate"]
-ROWS = ["small_tuned", "large_zero_shot", "large_plugged"]
+ROWS = ["small_zero_shot", "small_tuned", "large_zero_shot", "large_plugged"]
 Raw = dict[str, Any]
 Call = Callable[..., tuple[int, str, str]]
 

@@ -93,9 +93,9 @@ def test_a_shuffled_bridge_and_a_probe(call: Call, run: Callable[..., Raw], tmp_
     found = run(
         couple={"mode": "feedback", "plug": "fresh"}, prune={"reduction": 2, "shuffle": True}, evaluate={"probe": True}
     )
-    assert [row["name"] for row in found["rows"]] == [*ROWS[:-1], "large_probe", ROWS[-1]]
+    assert [row["name"] for row in found["rows"]] == [ROWS[0], "small_probe", *ROWS[1:-1], "large_probe", ROWS[-1]]
     facts = facts_of(tmp_path / "run", "evaluate")
-    assert set(facts) == {*ROWS, "large_probe", "majority"}
+    assert set(facts) == {*ROWS, "small_probe", "large_probe", "majority"}
     rows = [
         json.loads(line)
         for line in (tmp_path / "run" / "evaluate" / "predictions" / "large_probe.jsonl").read_text().splitlines()
@@ -134,7 +134,7 @@ def test_a_run_that_scores_some_models_reports_these(call: Call, run: Callable[.
         assert call("report", "run")[0] == 0
     before = test_cli.stamps(tmp_path / "run")
     line = mistake(call(*words, "evaluate.models=[large_pluged]"))
-    assert "evaluate.models.0: Input should be 'small_tuned', 'large_zero_shot', 'large_plugged'," in line
+    assert "evaluate.models.0: Input should be 'small_zero_shot', 'small_probe', 'small_tuned'," in line
     line = mistake(call(*words, "evaluate.models=[large_probe]"))
     assert line == "evaluate.models names 'large_probe', which needs evaluate.probe: true"
     assert "evaluate.models: List should have at least 1 item" in mistake(call(*words, "evaluate.models=[]"))

@@ -1,0 +1,149 @@
+"""Making the paper's tables: run what a table needs, and set what came out beside what was printed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plugbridge.bench.paper import Choice, Counts, Pair, Planned, Table, planned, run_configs
+from plugbridge.config import RunConfig, load_config
+from plugbridge.errors import ConfigError, DataError, ModelError, RunError
+from plugbridge.files import write_text
+from plugbridge.models import layout_for, load_model, parameter_count
+from plugbridge.prepare import prepare, resolve
+from plugbridge.progress import Progress
+from plugbridge.report import read_report
+from plugbridge.run import borrow, execute, locked
+from plugbridge.shrink.prune import budgeted_sizes, count_parameters
+from plugbridge.stages.build import build_stages
+
+Announce = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """One cell: the printed value (null in the demonstration), ours (null if it was not run), and how it was made.
+
+    Values are percent, or millions of parameters. `n` counts test rows, `obtained` names the run's directory and
+    the model in it, or says why there is no value.
+    """
+
+    table: str
+    row: str
+    task: str
+    metric: str
+    printed: float | None
+    value: float | None
+    difference: float | None
+    n: int | None
+    obtained: str
+
+
+def run_table(
+    table: Table, choice: Choice, tasks: Sequence[str] | None, data: Path | None, root: Path, progress: Progress,
+    announce: Announce,
+) -> dict[str, str]:  # fmt: skip
+    """Do a table's runs that are not done; `announce(run, what)` is told ``running`` or why one cannot be.
+
+    A task whose files are not there and a model that cannot be loaded leave their runs out: returned are their
+    reasons by run. Everything else is raised. Stages that runs share are done once.
+    """
+    return do_runs(run_configs(table, choice, tasks), _home(root, choice), data, progress, announce)
+
+
+def do_runs(
+    configs: Mapping[str, RunConfig], root: Path, data: Path | None, progress: Progress, announce: Announce
+) -> dict[str, str]:
+    """Do runs by name, each in a folder of its own; returns why some could not be."""
+    reasons: dict[str, str] = {}
+    donors: list[Path] = sorted(p for p in root.parent.glob("*/*") if p.is_dir())
+    for name, config in configs.items():
+        folder = root / name
+        try:
+            prepared = prepare(config, data)
+        except (DataError, ModelError) as error:
+            reasons[name] = str(error)
+            announce(name, str(error))
+            continue
+        announce(name, "running")
+        with locked(folder):
+            write_text(folder / "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
+            stages = build_stages(prepared, folder, progress)
+            borrow(folder, [donor for donor in donors if donor != folder], stages)
+            execute(folder, stages, None, lambda _stage, _what: None)
+        donors.append(folder)
+    return reasons
+
+
+def _home(root: Path, choice: Choice) -> Path:
+    """Where a choice's runs are: apart by what the tables do not name."""
+    return root / f"{_slug(choice.pair.small)}-{_slug(choice.pair.large)}-{choice.mode}-s{choice.seed}"
+
+
+def _slug(source: str) -> str:
+    return "-".join(Path(source).parts[-2:])
+
+
+def collect(
+    name: str, table: Table, choice: Choice, tasks: Sequence[str] | None, root: Path, reasons: Mapping[str, str]
+) -> list[Reproduced]:
+    """The table's cells from finished runs; a cell whose run was not done, or done otherwise, is empty."""
+    configs = run_configs(table, choice, tasks)
+    reports = {run: _report(_home(root, choice) / run, config) for run, config in configs.items()}
+    return [_cell(name, cell, reports.get(cell.run), root, choice, reasons) for cell in planned(table, choice.demo)]
+
+
+def _report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """A run's report, if it is finished with today's settings."""
+    try:
+        return read_report(folder) if resolve(load_config(folder / "config.yaml")) == resolve(config) else None
+    except (RunError, ConfigError):  # none, not finished, or of another version
+        return None
+
+
+def _cell(
+    table: str, cell: Planned, report: dict[str, Any] | None, root: Path, choice: Choice, reasons: Mapping[str, str]
+) -> Reproduced:
+    printed = None if math.isnan(cell.printed) else cell.printed
+    value, n = None, None
+    obtained = reasons.get(cell.run, "not run")
+    if report is not None:
+        row = next(row for row in report["rows"] if row["name"] == cell.row.model)
+        value, n = 100 * float(row["metrics"][cell.metric]), int(row["n"])
+        obtained = f"{_home(root, choice) / cell.run}: {cell.row.model}"
+    return Reproduced(
+        table=table, row=cell.row.label, task=cell.column.task, metric=cell.metric, printed=printed, value=value,
+        difference=None if value is None or printed is None else value - printed, n=n, obtained=obtained,
+    )  # fmt: skip
+
+
+def count_table(counts: Counts, pairs: Mapping[str, Pair], printed: bool) -> list[Reproduced]:
+    """Parameters of small, large and a Bridge of 1/16 of the large one, from the models' names and shapes alone."""
+    cells: list[Reproduced] = []
+    for name, pair in pairs.items():
+        found, obtained = _counted(pair)
+        beside = counts.pairs[name] if printed else (None, None, None)
+        for what, value, said in zip(("small", "large", "Bridge"), found, beside, strict=True):
+            difference = None if value is None or said is None else value - said
+            cells.append(
+                Reproduced("table2", name, what, "million parameters", said, value, difference, None, obtained)
+            )
+    return cells
+
+
+def _counted(pair: Pair) -> tuple[tuple[float | None, ...], str]:
+    try:
+        small, large = (load_model(source, device="meta") for source in (pair.small, pair.large))
+    except ModelError as error:
+        return (None, None, None), str(error)
+    layout = layout_for(large)
+    names = {name for name, _ in large.named_parameters()}
+    whole = parameter_count(large)
+    bridge = count_parameters(layout, names, budgeted_sizes(layout, names, whole // 16))
+    return tuple(count / 1e6 for count in (parameter_count(small), whole, bridge)), f"{pair.small}, {pair.large}"
+
+
+def as_rows(cells: Sequence[Reproduced]) -> list[dict[str, Any]]:
+    """The cells as JSON."""
+    return [asdict(cell) for cell in cells]

@@ -1,0 +1,129 @@
+"""`plugbridge reproduce`: one table or figure of the paper on the models given."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, run_table
+from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper
+from plugbridge.bench.similarity import compare, draw_likeness, mean_by_comparison, similarity_configs
+from plugbridge.bench.tables import latex, markdown
+from plugbridge.errors import ConfigError
+from plugbridge.files import write_json, write_text
+from plugbridge.progress import Progress
+
+MODE_NOTE = (
+    "Plug-in rows are coupled in mode `{mode}`, with a Bridge of 1/16 of the large model's parameters where the row "
+    "says nothing else, seed {seed}. Test rows are the official validation files: SuperGLUE's test labels are not "
+    "public."
+)
+Announce = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for: the table, the user's models (by default the paper's) and how to run them."""
+
+    table: str
+    pair: tuple[str, str] | None
+    demo: bool
+    mode: str
+    tasks: tuple[str, ...] | None
+    seed: int
+    sets: tuple[str, ...]
+    data: Path | None
+    root: Path
+    page: Path
+    summary: bool
+    command: str
+
+
+def reproduce(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str]:
+    """Make it and write it; yields what to print. Raises ConfigError."""
+    if asked.table == "table2":
+        return _counts(asked)
+    if asked.table == "fig1b":
+        return _likeness(asked, progress, announce)
+    return _table(asked, progress, announce)
+
+
+def _choice(asked: Asked, pair: str) -> Choice:
+    """The pair that was asked for, or the paper's of that name. Raises ConfigError for a demonstration elsewhere."""
+    chosen = load_paper().pairs[pair]
+    if asked.pair is not None:
+        chosen = Pair(small=asked.pair[0], large=asked.pair[1])
+    elif asked.demo:
+        folder = Path("pairs") / pair.partition("-")[0]
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--demo needs {folder}, which is not here; run it in a checkout, or give --small, --large"
+            )
+        chosen = Pair(small=str(folder.resolve() / "small"), large=str(folder.resolve() / "large"))
+    return Choice(chosen, asked.mode, asked.seed, asked.sets, asked.demo)
+
+
+def _table(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str]:
+    table = load_paper().tables[asked.table]
+    choice = _choice(asked, table.pair)
+    reasons: dict[str, str] = {}
+    if not asked.summary:
+        reasons = run_table(table, choice, asked.tasks, asked.data, asked.root, progress, announce)
+    cells = collect(asked.table, table, choice, asked.tasks, asked.root, reasons)
+    title = f"Table {asked.table.removeprefix('table')}: {table.title}"
+    note = f"{table.note} {MODE_NOTE.format(mode=asked.mode, seed=asked.seed)} Models: {_models(choice)}."
+    if asked.demo:
+        note = f"The shipped pair and task stand in for the paper's, which have no value to compare with. {note}"
+    write_text(asked.page, markdown(cells, title, note, asked.command))
+    write_text(asked.page.with_suffix(".tex"), latex(cells, title))
+    write_json(asked.page.with_suffix(".json"), as_rows(cells))
+    yield asked.page.read_text(encoding="utf-8")
+    made = sum(cell.value is not None for cell in cells)
+    yield f"{made} of {len(cells)} cells; {asked.page}, .tex and .json beside it"
+
+
+def _models(choice: Choice) -> str:
+    return " and ".join("/".join(Path(source).parts[-2:]) for source in (choice.pair.small, choice.pair.large))
+
+
+def _counts(asked: Asked) -> Iterator[str]:
+    counts = load_paper().counts
+    names = ["gpt2"] if asked.pair is not None else list(counts.pairs)
+    pairs = {name: _choice(asked, name).pair for name in names}
+    own = asked.pair is not None or asked.demo
+    if asked.pair is not None:
+        pairs = {"your pair": pairs["gpt2"]}
+    cells = count_table(counts, pairs, printed=not own)
+    title = f"Table 2: {counts.title}"
+    write_text(asked.page, markdown(cells, title, counts.note, asked.command))
+    write_text(asked.page.with_suffix(".tex"), latex(cells, title))
+    write_json(asked.page.with_suffix(".json"), as_rows(cells))
+    yield asked.page.read_text(encoding="utf-8")
+
+
+def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str]:
+    """Figure 1(b), on RTE with LoRA as in the paper, or on the task asked for."""
+    choice = _choice(asked, "gpt2")
+    task = (asked.tasks or ((DEMO_TASK,) if asked.demo else ("rte",)))[0]
+    configs = similarity_configs(choice, task, "lora")
+    folder = asked.root / "fig1b"
+    if not asked.summary:
+        do_runs(configs, folder, asked.data, progress, announce)
+    fitted, random, other = (folder / name for name in configs)
+    found = compare("lora", fitted, random, other)
+    title = f"What LoRA adds on {task}: {_models(choice)}"
+    for ending in (".png", ".svg"):
+        draw_likeness(found, title, asked.page.with_suffix(ending))
+    means = mean_by_comparison(found)
+    lines = [f"| {name} | {value:+.3f} |" for name, value in means.items()]
+    head = ["# Figure 1(b): how alike the modules are", "", ABOUT, "", "Made by", "", f"    {asked.command}", ""]
+    text = "\n".join([*head, f"| {title} | mean cosine |", "|---|---|", *lines, ""])
+    write_text(asked.page, text)
+    write_json(asked.page.with_suffix(".json"), [asdict(f) for f in found])
+    yield text
+    yield f"{asked.page}, .png, .svg and .json beside it"
+
+
+ABOUT = """Cosine between what the small model's and the large model's own LoRA add to each weight (B A). The small one
+is carried to the large model's width by orthogonal maps fitted to both models' states on 256 training rows, its
+layers spread evenly; a random plug is the control, the large model's LoRA of another seed what likeness to expect at
+most. The paper reports "up to 75 %" and does not say how modules of unequal shape were compared."""

@@ -1,0 +1,65 @@
+"""Reproduced tables as Markdown and LaTeX."""
+
+from collections.abc import Sequence
+
+from plugbridge.bench.cells import Reproduced
+
+
+def markdown(cells: Sequence[Reproduced], title: str, note: str, command: str) -> str:
+    """A page: ours, in brackets the paper's value and the difference; then how each row was made."""
+    columns = _columns(cells)
+    lines = [f"# {title}", "", note, "", "Each cell: ours (the paper's, difference). An empty cell was not run.", ""]
+    lines += ["Made by", "", f"    {command}", ""]
+    lines += ["| | " + " | ".join(_heading(column) for column in columns) + " |", "|---|" + "---|" * len(columns)]
+    for row in _rows(cells):
+        lines.append(f"| {row} | " + " | ".join(_text(cells, row, column, "-") for column in columns) + " |")
+    missing = list(
+        dict.fromkeys(f"- {c.task}: {c.obtained}" for c in cells if c.value is None and "not run" not in c.obtained)
+    )
+    if missing:
+        lines += ["", "Not run:", "", *missing]
+    return "\n".join(lines) + "\n"
+
+
+def latex(cells: Sequence[Reproduced], title: str) -> str:
+    """The same as a LaTeX table (booktabs)."""
+    columns = _columns(cells)
+    head = " & ".join(["", *(_escaped(_heading(column)) for column in columns)])
+    lines = [r"\begin{table}", r"\centering", r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule"]
+    lines += [head + r" \\", r"\midrule"]
+    for row in _rows(cells):
+        lines.append(" & ".join([_escaped(row), *(_text(cells, row, column, "--") for column in columns)]) + r" \\")
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{_escaped(title)}. Ours (paper, difference).}}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _columns(cells: Sequence[Reproduced]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((cell.task, cell.metric) for cell in cells))
+
+
+def _rows(cells: Sequence[Reproduced]) -> list[str]:
+    return list(dict.fromkeys(cell.row for cell in cells))
+
+
+def _heading(column: tuple[str, str]) -> str:
+    return f"{column[0]}, {column[1]}"
+
+
+def _text(cells: Sequence[Reproduced], row: str, column: tuple[str, str], minus: str) -> str:
+    cell = next(c for c in cells if (c.row, c.task, c.metric) == (row, *column))
+    ours = "" if cell.value is None else f"{cell.value:.1f}"
+    if cell.printed is None:
+        return ours
+    if cell.difference is None:
+        return f"({cell.printed:.1f})"
+    sign = "+" if cell.difference >= 0 else minus
+    return f"{ours} ({cell.printed:.1f}, {sign}{abs(cell.difference):.1f})"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")

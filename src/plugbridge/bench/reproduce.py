@@ -87,7 +87,7 @@ def _models(choice: Choice) -> str:
 
 def _counts(asked: Asked) -> Iterator[str]:
     counts = load_paper().counts
-    names = ["gpt2"] if asked.pair is not None else list(counts.pairs)
+    names = ["gpt2"] if asked.pair is not None else ["gpt2", "t5-3b"] if asked.demo else list(counts.pairs)
     pairs = {name: _choice(asked, name).pair for name in names}
     own = asked.pair is not None or asked.demo
     if asked.pair is not None:

@@ -96,7 +96,7 @@ class Window:
 
 def _place(owners: Owners, parameter: nn.Parameter) -> None:
     for module, leaf in owners:
-        module._parameters[leaf] = parameter
+        setattr(module, leaf, parameter)
 
 
 def load_streamed(
@@ -182,6 +182,6 @@ def _fill_buffers(model: PreTrainedModel, device: str) -> None:
     for module in model.modules():
         own = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in own.items():
-            module._buffers[name] = torch.empty_like(buffer, device=device)
+            setattr(module, name, torch.empty_like(buffer, device=device))
         if own:
-            model._init_weights(module)
+            cast(Any, model)._init_weights(module)

@@ -46,8 +46,9 @@ def whole(parameter: Tensor) -> Tensor:
 class Window:
     """The blocks of a model, of which one is in place and one more is read ahead on a thread.
 
-    `reads` counts the blocks read. Which block comes next is learned from which came after the same two before; so
-    passes that go down again, and generation that leaves the encoder out, are read ahead as well.
+    `reads` counts the blocks read. Which block comes next is learned from which came after the same two before, so that
+    a way back down, and generation that leaves the encoder out, are read ahead as well; until then it is the next one
+    in the direction of the last step.
     """
 
     def __init__(self, blocks: list[list[tuple[Absent, Owners]]]) -> None:
@@ -70,7 +71,8 @@ class Window:
         del tensors
         self._next[self._before, self.current] = block
         self._before, self.current = self.current, block
-        following = self._next.get((self._before, block), (block + 1) % len(self.blocks))
+        step = -1 if self._before == block + 1 else 1
+        following = self._next.get((self._before, block), (block + step) % len(self.blocks))
         if following != block:
             self._ahead = (following, self._reader.submit(self._read, following))
 

@@ -134,13 +134,13 @@ def load_streamed(
         place, _ = layout.place_of(path)
         function = model.get_submodule(path)
         function.register_forward_pre_hook(_opener(window, order[cast(str, place.stack), cast(int, place.layer)]))
-    cast(Any, model).window = window
+    cast(Any, model).streaming_window = window
     return model.requires_grad_(False).eval(), layout
 
 
 def window_of(model: nn.Module) -> Window | None:
     """The window of a streamed model; None if the whole model is in memory."""
-    return getattr(model, "window", None)
+    return getattr(model, "streaming_window", None)
 
 
 def _opener(window: Window, block: int) -> Callable[..., None]:

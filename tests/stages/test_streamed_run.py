@@ -1,6 +1,7 @@
 """Whole runs with the large model on disk: the same run as with it in memory, and what is refused."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from safetensors.torch import load_file
 
 from plugbridge import prepare as preparing
 from plugbridge.config import parse_config
-from plugbridge.errors import ConfigError, ModelError
+from plugbridge.errors import ConfigError, ModelError, RunError
 from plugbridge.models import load_model
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
-from plugbridge.run import execute
+from plugbridge.run import execute, facts_of
 from plugbridge.stages.build import build_stages
+from plugbridge.stages.couple import cache_room
 from test_durability import start
 
 Raw = dict[str, Any]
@@ -121,3 +123,25 @@ def test_a_model_that_changes_between_two_stages_is_noticed(run_config: Callable
     with pytest.raises(ModelError, match=r"model\.safetensors has changed while the run was going on"):
         execute(tmp_path / "run", stages, None, announce)
     assert list(said) == ["tune", "score", "prune", "couple"]
+
+
+@pytest.mark.parametrize(("family", "mode"), [("gpt2", "ladder"), ("t5", "ladder"), ("t5", "ladder_delta")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_too_little_disk_for_the_cache_is_said_before_the_run(
+    run_config: Callable[..., Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, mode: str, dtype: str
+) -> None:
+    couple = {"steps": 12, "batch_size": 3, "mode": mode, "cache": "disk"}
+    raw = run_config(family, ceiling=None, tune=TRAIN, couple=couple, dtype=dtype, evaluate={"limit": 4})
+    prepared = prepare(parse_config(raw, "test"), None)
+    need = cache_room(prepared)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 1))
+    with pytest.raises(RunError, match=r"stage 'couple' will write \d+\.\d MB to .* keep no cache on disk"):
+        start(raw, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.undo()
+    start(raw, tmp_path / "run")
+    assert facts_of(tmp_path / "run", "couple")["cache_bytes"] == need
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
+    assert set(start(raw, tmp_path / "run").values()) == {"skipped"}
+    assert cache_room(prepare(parse_config({**raw, "couple": {**couple, "cache": "memory"}}, "test"), None)) == 0

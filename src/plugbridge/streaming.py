@@ -176,7 +176,7 @@ def _reader(
         raise ModelError(
             f"tensor '{stored}' in {entry.shard} has shape {entry.shape}, config.json says {tuple(like.shape)}"
         )
-    return lambda: checkpoint.read(stored).to(device, dtype)
+    return lambda: checkpoint.read(stored, dtype).to(device)
 
 
 def _fill_buffers(model: PreTrainedModel, device: str) -> None:

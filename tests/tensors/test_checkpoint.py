@@ -43,6 +43,7 @@ def test_every_tensor_is_read_as_it_is_stored(shard: Path) -> None:
         found = checkpoint.read(name)
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor), name
+        assert torch.equal(checkpoint.read(name, torch.float64), tensor.double()), name
 
 
 @pytest.mark.parametrize("size", ["5GB", "6KB"])

@@ -188,9 +188,10 @@ def _kept(slots: Slots, passage: Passage) -> Slots:
 
 
 def _shared(value: Any, before: Any) -> Any:
+    """`before` where it equals `value`, also inside of a tuple."""
     if isinstance(value, tuple) and isinstance(before, tuple):
-        pair = zip(cast(Outputs, value), cast(Outputs, before), strict=True)
-        return tuple(_shared(new, old) for new, old in pair)
+        pairs = list(zip(cast(Outputs, value), cast(Outputs, before), strict=False))
+        return tuple(_shared(new, old) for new, old in pairs) if len(pairs) == len(cast(Outputs, value)) else value
     if isinstance(value, Tensor) and isinstance(before, Tensor):
         return before if value.shape == before.shape and torch.equal(value, before) else value
     return value

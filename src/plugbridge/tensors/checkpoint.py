@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -62,8 +63,8 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, on the CPU, in memory of its own.
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU, in a dtype or as it is stored, in memory of its own.
 
         Raises ModelError that names tensor and file: if the file has changed since it was opened, or cannot be read.
         """
@@ -71,18 +72,18 @@ class Checkpoint:
         if entry.dtype not in DTYPES:
             raise ModelError(f"tensor '{name}' in {entry.shard} is of type {entry.dtype}, which cannot be streamed; "
                              "use resident: all")  # fmt: skip
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        tensor, memory = _allocate(entry.shape, DTYPES[entry.dtype])
         try:
             with entry.shard.open("rb") as file:
                 self._check(entry.shard, _stamp(entry.shard), name)
                 file.seek(entry.start)
-                got = _fill(file, tensor)
+                got = _fill(file, memory, entry.nbytes)
             self._check(entry.shard, _stamp(entry.shard), name)
         except OSError as error:
             raise ModelError(f"cannot read tensor '{name}' of {entry.shard}: {error.strerror}; {AGAIN}") from error
         if got != entry.nbytes:
             raise ModelError(f"{entry.shard} ends inside tensor '{name}'; {AGAIN}")
-        return tensor
+        return tensor if dtype in (None, tensor.dtype) else _allocate(entry.shape, dtype)[0].copy_(tensor)
 
     def _check(self, shard: Path, now: Stamp, name: str) -> None:
         if now != self.stamps[shard]:
@@ -123,17 +124,23 @@ def _stamp(path: Path) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def _fill(file: BinaryIO, tensor: Tensor) -> int:
-    """Read a tensor's bytes into it. Returns how many there were."""
-    if tensor.numel() == 0:
-        return 0
-    rest = memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
-    total = 0
-    while rest:
-        got = cast(Any, file).readinto(rest)
-        if not got:
-            break
-        total, rest = total + got, rest[got:]
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap]:
+    """An empty tensor and its bytes, which go back to the system as soon as it is dropped.
+
+    malloc keeps what it is given back when a little of something else lies behind it: pruning by tensors from there
+    took 0.75 of the model.
+    """
+    count = math.prod(shape)
+    memory = mmap(-1, max(1, count) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype, count=max(1, count))[:count].reshape(shape), memory
+
+
+def _fill(file: BinaryIO, memory: mmap, count: int) -> int:
+    """Read so many bytes. Returns how many there were."""
+    with memoryview(memory) as view:
+        total = 0
+        while total < count and (got := cast(Any, file).readinto(view[total:count])):
+            total += got
     return total
 
 

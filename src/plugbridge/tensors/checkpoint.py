@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -127,11 +127,11 @@ def _stamp(path: Path) -> Stamp:
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap]:
     """An empty tensor and its bytes, which go back to the system as soon as it is dropped.
 
-    malloc keeps what it is given back when a little of something else lies behind it: pruning by tensors from there
+    malloc keeps what it is given back when a little of something else lies behind it: pruning with tensors from there
     took 0.75 of the model.
     """
     count = math.prod(shape)
-    memory = mmap(-1, max(1, count) * dtype.itemsize)
+    memory = mmap(-1, max(1, count) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype, count=max(1, count))[:count].reshape(shape), memory
 
 

@@ -133,6 +133,20 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return pair
 
 
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model directory of a family in several shards, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            make_model(family, layers=3, seed=3).save_pretrained(made[family], max_shard_size="6KB")
+        return made[family]
+
+    return folder
+
+
 def toy_rows(count: int, seed: int) -> list[dict[str, str]]:
     """Is the word's number even? Learnable by a tiny model from the word alone."""
     generator = torch.Generator().manual_seed(seed)

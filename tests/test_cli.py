@@ -317,12 +317,12 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
         weights("large", lambda state: state.pop("transformer.h.1.mlp.c_fc.weight")),
         "lacks 1 weights, the first is 'transformer.h.1.mlp.c_fc.weight'; is the checkpoint complete?",
     ),
-    "weights cut": (model_file("small", "model.safetensors", halve), "cannot load the model in"),
-    "weights of large cut": (model_file("large", "model.safetensors", halve), "cannot load the model in"),
+    "weights cut": (model_file("small", "model.safetensors", halve), "model.safetensors is truncated: tensor '"),
+    "weights of large cut": (model_file("large", "model.safetensors", halve), "is truncated: tensor 'transformer."),
     "weights gone": (model_file("large", "model.safetensors", Path.unlink), "cannot load the model in"),
     "weights not safetensors": (
         model_file("small", "model.safetensors", lambda p: p.write_text("hello", encoding="utf-8")),
-        "cannot load the model in",
+        "model.safetensors is truncated: it has 5 bytes and no whole header",
     ),
     "no tokenizer": (
         tokenizer("small", lambda p: [f.unlink() for f in p.glob("tokenizer*")]),

@@ -269,6 +269,13 @@ class RunConfig(_Strict):
     seed: int = Field(default=0, ge=0, description="one seed for data order, initialisation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to run")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the models' weights")
+    resident: Literal["auto", "all", "none"] = Field(
+        default="auto",
+        description="whether the large model is in memory as a whole where it is scored, pruned or only runs forward: "
+        "`all`, or `none`: one block at a time from its safetensors, the next one read ahead; `auto` is all where the "
+        "weights fit in half of the device's free memory. Results are the same. ceiling and baselines.large_finetuned "
+        "train the large model and always load it",
+    )
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you say so"
     )

@@ -25,6 +25,13 @@ class Cost:
     peak_bytes: int = 0
 
 
+def free_memory(device: str) -> int:
+    """Bytes that the device has free."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
 @contextmanager
 def measure(device: str) -> Generator[Cost]:
     """Measure a block of work on a device; the cost is filled in when it ends."""

@@ -17,9 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, family_of, layout_of
+from plugbridge.tensors.checkpoint import Checkpoint, open_checkpoint, read_index
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,37 @@ def load_model(
             f"{source} lacks {len(missing)} weights, the first is '{missing[0]}'; is the checkpoint complete?"
         )
     return cast(PreTrainedModel, (model if quantisation is not None else model.to(device)).eval())
+
+
+def find_checkpoint(source: str) -> Checkpoint | None:
+    """A model's safetensors files, opened and checked; None where its weights are in another format.
+
+    Raises ModelError for a broken, contradictory or incomplete set of files.
+    """
+    whole = _find_file(source, "model.safetensors")
+    if whole is not None:
+        return open_checkpoint([whole])
+    index = _find_file(source, "model.safetensors.index.json")
+    if index is None:
+        return None
+    names = read_index(index)
+    shards = {shard: _find_file(source, shard) for shard in sorted(set(names.values()))}
+    checkpoint = open_checkpoint(path or index.parent / shard for shard, path in shards.items())
+    for name, shard in names.items():
+        if name not in checkpoint.entries or checkpoint.entries[name].shard.name != shard:
+            raise ModelError(f"tensor '{name}' is not in {shard} of {source}, where {index.name} says it is")
+    return checkpoint
+
+
+def _find_file(source: str, name: str) -> Path | None:
+    """A file of a local model directory or of a hub id; None if there is none."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    found = cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
 
 
 def first_line(error: Exception) -> str:

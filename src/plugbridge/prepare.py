@@ -1,5 +1,6 @@
 """Everything a run depends on, read and checked before anything is written."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from plugbridge.config import BaselinesConfig, RunConfig, TaskConfig
-from plugbridge.errors import ConfigError
+from plugbridge.cost import free_memory
+from plugbridge.errors import ConfigError, ModelError
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.files import file_digest, folder_digest
 from plugbridge.models import (
@@ -16,6 +18,7 @@ from plugbridge.models import (
     check_pair,
     check_same_tokenizer,
     check_vocabulary,
+    find_checkpoint,
     layout_for,
     load_config,
     load_model,
@@ -27,14 +30,18 @@ from plugbridge.models import (
 )
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
+from plugbridge.streaming import load_streamed
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.hub import from_hub, hub_rows
 from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.rows import input_files, load_rows
 from plugbridge.tasks.spec import SPLITS, Split, Task, load_task
+from plugbridge.tensors.checkpoint import Checkpoint
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import Method, MethodSettings, find_method
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Prepared:
     device: str
     dtype: torch.dtype
     inputs: dict[str, Any]
+    streamed: Checkpoint | None
+    """The large model's weights on disk; None where it is in memory as a whole."""
 
     def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
         """Load a model and meet it with its family."""
@@ -63,11 +72,24 @@ class Prepared:
         )
         return model, layout_for(model)
 
+    def load_large(self) -> tuple[PreTrainedModel, Layout]:
+        """The large model with full weights, not to be trained: streamed from disk or in memory."""
+        config = self.config
+        if self.streamed is None:
+            return self.load(config.large_path)
+        return load_streamed(
+            config.large_path,
+            self.streamed,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+
     def load_run_only(self) -> tuple[PreTrainedModel, Layout]:
         """The large model for forward passes: quantised where the configuration says so."""
         config = self.config
         if config.load_in is None:
-            return self.load(config.large_path)
+            return self.load_large()
         return load_quantised(
             config.large_path,
             config.load_in,
@@ -101,7 +123,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     check_same_tokenizer(*tokenizers)
     for source, tokenizer, model in zip((config.small, config.large_path), tokenizers, (small, large), strict=True):
         check_vocabulary(source, tokenizer, model)
-    _check_weights(config, device)
+    streamed = _check_weights(config, device)
     reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     encoders = [
         Encoder(tokenizer, kind, _room(positions_of(model), reserved))
@@ -137,6 +159,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
             "large": _model_digest(config.large_path),
             "task": {"spec": task.model_dump(mode="json"), "files": digests},
         },
+        streamed=streamed,
     )
 
 
@@ -160,6 +183,11 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def _check_bridge_use(config: RunConfig) -> None:
+    if config.resident == "none" and config.load_in is not None:
+        raise ConfigError(
+            f"resident is 'none', but large.load_in '{config.load_in}' keeps quantised weights on the device; "
+            "use one of the two"
+        )
     mode, channels = find_mode(config.couple.mode), config.prune.channels
     if mode.reads_alone and channels != "select":
         raise ConfigError(
@@ -199,8 +227,12 @@ def _check_models(config: RunConfig) -> None:
             raise ConfigError(f"evaluate.models names '{name}', which needs {section}")
 
 
-def _check_weights(config: RunConfig, device: str) -> None:
-    """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work."""
+def _check_weights(config: RunConfig, device: str) -> Checkpoint | None:
+    """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work.
+
+    Returns the large model's weights on disk if it shall be streamed.
+    """
+    _, checkpoint = (find_checkpoint(source) for source in (config.small, config.large_path))
     small, large = (
         load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
         for source in (config.small, config.large_path)
@@ -210,6 +242,25 @@ def _check_weights(config: RunConfig, device: str) -> None:
     bridge_sizes(config, large, layout)
     if config.load_in is not None:
         check_load_in(config.large_path, large, layout, config.load_in, device)
+    return checkpoint if _streams(config, checkpoint, parameter_count(large), device) else None
+
+
+def _streams(config: RunConfig, checkpoint: Checkpoint | None, parameters: int, device: str) -> bool:
+    """Whether the large model shall stay on disk. Raises ModelError where it shall and cannot."""
+    need = parameters * pick_dtype(config.dtype).itemsize
+    if config.resident == "all" or (config.resident == "auto" and need <= free_memory(device) / 2):
+        return False
+    if checkpoint is None and config.resident == "none":
+        raise ModelError(
+            f"resident is 'none', but {config.large_path} has no safetensors weights to stream; convert them with "
+            "save_pretrained of transformers, or use resident: all"
+        )
+    if checkpoint is None:
+        log.warning("%s takes half of the free memory or more, but without safetensors weights it is loaded as a whole",
+                    config.large_path)  # fmt: skip
+    else:
+        log.info("%s stays on disk: its weights take %.1f GB", config.large_path, need / 1e9)
+    return checkpoint is not None
 
 
 def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:

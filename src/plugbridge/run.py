@@ -44,6 +44,8 @@ class Stage:
     needs: tuple[str, ...]
     depends: Mapping[str, Any]
     work: Callable[[Path], StageResult]
+    room: int = 0
+    """Bytes of disk that the work fills while it lasts, as far as that is known before."""
 
 
 def stage_digests(stages: Sequence[Stage]) -> dict[str, str]:
@@ -133,13 +135,26 @@ def check_needs(root: Path, stages: Sequence[Stage], only: str | None) -> None:
             )
 
 
+def check_room(root: Path, stages: Sequence[Stage], only: str | None) -> None:
+    """Refuse to begin where a stage that is to run will not have the disk it needs. Raises RunError."""
+    digests = stage_digests(stages)
+    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    for stage in stages:
+        if only in (None, stage.name) and stage.room > free and not is_done(root / stage.name, digests[stage.name]):
+            raise RunError(
+                f"stage '{stage.name}' will write {stage.room / 1e6:.1f} MB to {root}, where {free / 1e6:.1f} MB are "
+                "free; free some disk, choose another --out, or keep no cache on disk"
+            )
+
+
 def execute(root: Path, stages: Sequence[Stage], only: str | None, announce: Callable[[str, str], None]) -> None:
     """Run all stages that are not done, or only one of them. The caller holds the lock.
 
     `announce(stage, what)` is told ``skipped`` or ``running``. Raises RunError when `only` needs a
-    stage that is not done with today's settings.
+    stage that is not done with today's settings, or a stage would run out of disk.
     """
     check_needs(root, stages, only)
+    check_room(root, stages, only)
     digests = stage_digests(stages)
     for stage in stages:
         folder = root / stage.name

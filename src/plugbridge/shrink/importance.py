@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plugbridge.families.spec import Layout, Place, Weight
+from plugbridge.streaming import whole
 from plugbridge.tensors.axes import axis_names, parse, reduce_to
 
 Importance = Literal["fisher", "activation", "magnitude"]
@@ -51,7 +52,7 @@ def magnitude(model: nn.Module, layout: Layout) -> Scores:
     scores: Scores = {}
     table = layout.table()
     for name, parameter in model.named_parameters():
-        add_scores(scores, layout, table[name], parameter.detach().float().square())
+        add_scores(scores, layout, table[name], whole(parameter).float().square())
     return scores
 
 
@@ -82,7 +83,7 @@ def activation(model: nn.Module, layout: Layout, samples: Iterable[Any], forward
             for sample in samples:
                 forward(sample)
     for name, (module, weight) in linear.items():
-        squared = module.get_parameter("weight").detach().float().square()
+        squared = whole(module.get_parameter("weight")).float().square()
         first = layout.family.linear == "in out"
         mean = moments.mean(name)
         values = squared * (mean[:, None] if first else mean[None, :])

@@ -6,7 +6,7 @@ columns together. Scores are sums, so an axis shared by many weights is ranked b
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout, Place, check_constraints, config_changes
 from plugbridge.shrink.importance import Scores, scope_key
+from plugbridge.streaming import whole
 from plugbridge.tensors.axes import Op, Project, Select, axis_names, shape_of, transform
 
 
@@ -115,13 +116,13 @@ def principal_basis(moments: Tensor, size: int) -> Tensor:
 
 
 def prune_state(
-    state: Mapping[str, Tensor],
+    state: Iterable[tuple[str, Tensor]],
     layout: Layout,
     plan: BridgePlan,
     energy: Mapping[str, Tensor],
     scaled: bool,
 ) -> dict[str, Tensor]:
-    """Prune every weight of a state dict.
+    """Prune weights, given by name, one after another.
 
     Each norm's weight is multiplied by the ratio of the kept channels' root mean square to that
     of all channels (`energy`, see `residual_energy`), so that pruning channels that are always
@@ -129,7 +130,7 @@ def prune_state(
     """
     pruned: dict[str, Tensor] = {}
     table = layout.table()
-    for name, tensor in state.items():
+    for name, tensor in state:
         weight = table[name]
         ops = plan.ops(layout, weight.pattern, weight.place)
         pruned[name] = transform(tensor, weight.pattern, ops, layout.sizes, name).clone()
@@ -162,12 +163,13 @@ def bridge_config(config: PreTrainedConfig, layout: Layout, plan: BridgePlan) ->
 def prune_model(
     model: PreTrainedModel, layout: Layout, plan: BridgePlan, energy: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """The Bridge as a model of the same class, in evaluation mode."""
+    """The Bridge as a model of the same class, in evaluation mode. A streamed model is read tensor by tensor."""
     scale = layout.family.logit_scale
     scaled = scale is not None and bool(getattr(model.config, scale.flag, False))
     bridge = type(model)(bridge_config(model.config, layout, plan))
     bridge.generation_config = copy.deepcopy(model.generation_config)
-    state = prune_state(model.state_dict(), layout, plan, energy, scaled)
+    weights = ((name, whole(weight)) for name, weight in model.named_parameters(remove_duplicate=False))
+    state = prune_state(weights, layout, plan, energy, scaled)
     placed: PreTrainedModel = cast(Any, bridge).to(dtype=model.dtype, device=model.device)
     placed.load_state_dict(state)
     return placed.eval()

@@ -65,7 +65,7 @@ def climb(work: Work, size: Literal["small", "large"]) -> dict[str, Any]:
     """Train a side network and its ladder beside a model that only runs forward."""
     p, subject = work.prepared, subject_of(work, size)
     settings: LadderConfig = getattr(p.config.baselines, f"{size}_ladder")
-    model, layout = p.load(subject.source)
+    model, layout = p.load_large() if size == "large" else p.load(subject.source)
     units = measure_units(work, model, layout, subject.encoder, subject.rows["train"])
     plan = plan_bridge(layout, units.scores, reduced_sizes(layout, settings.reduction))
     model.requires_grad_(False)
@@ -124,7 +124,7 @@ def load_finetuned(work: Work, name: str) -> PreTrainedModel:
 def load_ladder(work: Work, name: str, size: Literal["small", "large"]) -> LadderNetwork:
     """A model with its side network."""
     p, folder = work.prepared, work.root / name / "side"
-    model, layout = p.load(subject_of(work, size).source)
+    model, layout = p.load_large() if size == "large" else p.load(subject_of(work, size).source)
     side, _ = p.load(str(folder))
     ladder: Heights = {key: tensor.to(p.device) for key, tensor in load_file(str(folder / LADDER)).items()}
     return LadderNetwork(model, layout, side, side, ladder).eval()

@@ -12,7 +12,7 @@ from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
 from plugbridge.stages.baselines import RATES, climb, finetune
-from plugbridge.stages.couple import couple, uses_large
+from plugbridge.stages.couple import cache_room, couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
 from plugbridge.stages.repair import repair
@@ -46,6 +46,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         needs: tuple[str, ...],
         depends: dict[str, Any],
         work: Callable[[Work], dict[str, Any]],
+        room: int = 0,
     ) -> Stage:
         def measured(folder: Path) -> StageResult:
             gc.collect()
@@ -53,7 +54,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
                 facts = work(Work(prepared, root, folder, progress))
             return StageResult(facts, cost.seconds, cost.peak_bytes)
 
-        return Stage(name, needs, {**common, **depends}, measured)
+        return Stage(name, needs, {**common, **depends}, measured, room)
 
     tune_rate = rate_of_training(config.tune, prepared.method)
     couple_rate = rate_of_training(config.couple, prepared.method)
@@ -82,6 +83,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
                 **(bits if uses_large(config) else {}),
             },
             couple,
+            cache_room(prepared),
         ),
     ]
     coupled: tuple[str, ...] = ("couple",)

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plugbridge.config import RunConfig
-from plugbridge.families.spec import Layout
+from plugbridge.families.spec import Layout, family_of, solve_sizes
 from plugbridge.files import folder_atomically, write_atomically, write_json
-from plugbridge.models import load_model
+from plugbridge.models import load_config, load_model
+from plugbridge.prepare import Prepared
 from plugbridge.stages.work import CHECKPOINT, Work, bridge_folder, layouts, rate_of_training, read_plan, schedule_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.train import batch_indices, fit
@@ -21,6 +22,7 @@ from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.coupling import Coupling, bridge_state, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.down import start_down
+from plugbridge.transfer.ladder import length_in
 from plugbridge.transfer.start import Start, States, fresh_start, record_states, small_start
 from plugbridge.tuners.module import Module, Slot, read, save, unpack
 
@@ -76,7 +78,7 @@ def couple(work: Work) -> dict[str, Any]:
             part: sum(t.numel() for n, t in parameters.items() if n.startswith(f"{part}/"))
             for part in ("module", "plug", "down", "ladder", "bridge")
         },
-        "large_rows": _large_rows(work, mode.runs_large, coupling.cache is not None),
+        "large_rows": _large_rows(p, mode.runs_large, coupling.cache is not None),
         "cache_bytes": coupling.cache.bytes if coupling.cache is not None else 0,
         "layer_map": start.layer_map,
         "loss_first": losses[0] if losses else None,
@@ -90,17 +92,37 @@ def uses_large(config: RunConfig) -> bool:
     return find_mode(settings.mode).runs_large or settings.plug != "random" or settings.layer_map != "uniform"
 
 
-def _large_rows(work: Work, runs_large: bool, cached: bool) -> int:
+def cache_room(prepared: Prepared) -> int:
+    """Bytes of the activations that coupling will write to disk."""
+    config, kind = prepared.config, prepared.large_encoder.kind
+    places = find_mode(config.couple.mode).caches
+    if config.couple.cache != "disk" or places is None:
+        return 0
+    large = load_config(config.large_path, trust_remote_code=config.trust_remote_code)
+    family = family_of(large.model_type)
+    layers = {name: int(getattr(large, stack.layers)) for name, stack in family.stack.items()}
+    layout = Layout(family, solve_sizes(family, large.to_dict()), layers)
+    stacks = [rung.partition(":")[0] for rung in places(layout)]
+    positions = sum(length_in(row, stack, kind) for row in set(_drawn(prepared)) for stack in stacks)
+    return positions * layout.sizes["hidden"] * prepared.dtype.itemsize
+
+
+def _drawn(prepared: Prepared) -> list[Encoded]:
+    """The rows that coupling reads, in order."""
+    settings, rows = prepared.config.couple, prepared.large_rows["train"]
+    return [
+        rows[i]
+        for step in range(settings.steps)
+        for i in batch_indices(len(rows), step, settings.batch_size, prepared.config.seed)
+    ]
+
+
+def _large_rows(prepared: Prepared, runs_large: bool, cached: bool) -> int:
     """Rows that the large model reads while coupling; a cached row is read once."""
-    settings, count = work.prepared.config.couple, len(work.prepared.large_rows["train"])
     if not runs_large:
         return 0
-    drawn = [
-        row
-        for step in range(settings.steps)
-        for row in batch_indices(count, step, settings.batch_size, work.prepared.config.seed)
-    ]
-    return len({work.prepared.large_rows["train"][i] for i in drawn}) if cached else len(drawn)
+    drawn = _drawn(prepared)
+    return len(set(drawn)) if cached else len(drawn)
 
 
 def _start(work: Work, small: Layout, large: Layout) -> Start:

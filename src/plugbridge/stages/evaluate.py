@@ -116,7 +116,7 @@ def candidates(work: Work) -> list[Candidate]:
         found.append(Candidate("bridge_coupled", lambda: _coupled_bridge(work, mode.runs_large), *large))
     if p.config.ceiling is not None:
         tuned = root / "ceiling" / "module"  # of the weights it was tuned with
-        found.append(Candidate("large_tuned", lambda: with_module(work, p.load(p.config.large_path), tuned), *large))
+        found.append(Candidate("large_tuned", lambda: with_module(work, p.load_large(), tuned), *large))
     for size in SIZES:
         subject = subject_of(work, size)
         for name, load in (

@@ -1,7 +1,8 @@
 """Scoring the large model's units and pruning it into the Bridge."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plugbridge.cost import free_memory
 from plugbridge.errors import ModelError
 from plugbridge.evaluate import log_likelihood
 from plugbridge.families.spec import Layout
@@ -24,7 +26,10 @@ from plugbridge.shrink.importance import (
     residual_energy,
 )
 from plugbridge.shrink.prune import plan_bridge, principal_basis, prune_model, shuffle_blocks
+from plugbridge.shrink.stream_fisher import streamed_fisher
+from plugbridge.shrink.sweep import blocks_of, sweep
 from plugbridge.stages.work import BASIS, Work
+from plugbridge.streaming import window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import find_mode
 
@@ -52,20 +57,27 @@ def measure_units(
     moments: SecondMoments | None = None
     with work.progress.bar(f"score ({settings.importance})", total) as advance:
 
-        def counted() -> Any:
+        def counted() -> Iterator[Encoded]:
             for row in rows:
                 yield row
                 advance(1)
 
+        reading = _reading(work, model, layout, rows, likelihood, advance)
+        samples = reading.chunks if reading is not None else counted
+        forward = reading.forward if reading is not None else likelihood
         if settings.importance == "fisher":
             with record_second_moments(model, layout) as moments:
-                scores = fisher(model, layout, counted(), likelihood)
+                scores = (
+                    fisher(model, layout, counted(), likelihood)
+                    if reading is None
+                    else streamed_fisher(model, layout, counted(), likelihood, reading.rows_kept)
+                )
         elif settings.importance == "activation":
-            scores = activation(model, layout, counted(), likelihood)
+            scores = activation(model, layout, samples(), forward)
         else:
             scores = magnitude(model, layout)
         with record_second_moments(model, layout) as activity:
-            energy = residual_energy(model, layout, counted(), likelihood)
+            energy = residual_energy(model, layout, samples(), forward)
     found = {"activity": activity.total("activity"), "error": moments.total("error") if moments else None}
     second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
     for key, values in {**scores, **energy, **second}.items():
@@ -74,10 +86,48 @@ def measure_units(
     return Units(scores, energy, second)
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How a streamed model reads rows: many at a time, so that each block is read once for all of them.
+
+    `rows_kept` is how many rows' states at every block fit in a quarter of the free memory.
+    """
+
+    chunks: Callable[[], Iterator[Sequence[Encoded]]]
+    forward: Callable[[Sequence[Encoded]], None]
+    rows_kept: int
+
+
+def _reading(
+    work: Work,
+    model: PreTrainedModel,
+    layout: Layout,
+    rows: Sequence[Encoded],
+    likelihood: Callable[[Encoded], Tensor],
+    advance: Callable[[int], None],
+) -> _Reading | None:
+    """For a streamed model, how it reads the rows; None for one in memory."""
+    if window_of(model) is None:
+        return None
+    blocks = blocks_of(model, layout)
+    longest = max(len(row.prompt) + max(len(option) for option in row.options) for row in rows)
+    state = longest * layout.sizes["hidden"] * model.dtype.itemsize
+    states = max(1, free_memory(work.prepared.device) // 4 // state)
+
+    def chunks() -> Iterator[Sequence[Encoded]]:
+        for start in range(0, len(rows), states):
+            yield rows[start : start + states]
+            advance(len(rows[start : start + states]))
+
+    return _Reading(
+        chunks, lambda some: sweep(blocks, [partial(likelihood, row) for row in some]), max(1, states // len(blocks))
+    )
+
+
 def score(work: Work) -> dict[str, Any]:
     """Score the large model's units and record its residual energy."""
     p, settings = work.prepared, work.prepared.config.score
-    model, layout = p.load(p.config.large_path)
+    model, layout = p.load_large()
     rows = p.large_rows["train"]
     units = measure_units(work, model, layout, p.large_encoder, rows)
     for name, tensors in (("scores", units.scores), ("energy", units.energy), ("moments", units.moments)):
@@ -93,7 +143,7 @@ def score(work: Work) -> dict[str, Any]:
 def prune(work: Work) -> dict[str, Any]:
     """Prune the large model into the Bridge (Algorithm 1, line 3)."""
     p = work.prepared
-    model, layout = p.load(p.config.large_path)
+    model, layout = p.load_large()
     scores = load_file(str(work.root / "score" / "scores.safetensors"))
     energy = load_file(str(work.root / "score" / "energy.safetensors"))
     whole = parameter_count(model)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plugbridge.errors import ConfigError
+from plugbridge.families.spec import Layout
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.feedback import feedback, identity
-from plugbridge.transfer.ladder import ladder, ladder_delta
+from plugbridge.transfer.ladder import Rungs, ladder, ladder_delta, norm_rungs, rungs_of
 from plugbridge.transfer.standalone import standalone
 from plugbridge.transfer.start import StartKind
 
@@ -22,7 +23,7 @@ class Mode:
     `runs_large`: whether it runs the large model (forward only). `trains_bridge`: whether the Bridge
     can train. `reads_alone`: whether the Bridge reads tokens by itself, which a projected one cannot.
     `reads_tokens`: whether the Bridge's own embeddings and head are used; where they are not, they are dropped
-    and not counted. `caches`: whether the large model's activations may be kept.
+    and not counted. `caches`: where the large model's activations may be kept from.
     `plug` and `layers` are the defaults: what did best on validation rows (docs/results/coupling_choices.md).
     """
 
@@ -33,7 +34,7 @@ class Mode:
     trains_bridge: bool
     reads_alone: bool
     reads_tokens: bool = False
-    caches: bool = False
+    caches: Callable[[Layout], Rungs] | None = None
     plug: StartKind = "fresh"
     layers: float = 1.0
 
@@ -59,7 +60,7 @@ MODES: dict[str, Mode] = {
             trains_bridge=True,
             reads_alone=False,
             reads_tokens=True,
-            caches=True,
+            caches=rungs_of,
         ),
         Mode(
             "ladder_delta",
@@ -69,7 +70,7 @@ MODES: dict[str, Mode] = {
             trains_bridge=False,
             reads_alone=False,
             layers=0.5,
-            caches=True,
+            caches=norm_rungs,
         ),
         Mode(
             "feedback",

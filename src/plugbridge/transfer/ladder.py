@@ -122,20 +122,20 @@ class Backbone:
         new = list(dict.fromkeys(row for row in rows if row not in cache))
         if new:
             batch = gold(self.encoder, new)
-            lengths = {
-                name: [self.length(row, name) for row in new] for name in {r.partition(":")[0] for r in self.rungs}
-            }
+            stacks, kind = {rung.partition(":")[0] for rung in self.rungs}, self.encoder.kind
+            lengths = {stack: [length_in(row, stack, kind) for row in new] for stack in stacks}
             found = self.heights(batch.to(self.model.device))
             for i, row in enumerate(new):
                 cache.add(row, {rung: h[i, : lengths[rung.partition(":")[0]][i]] for rung, h in found.items()})
         return {rung: h.to(self.model.device) for rung, h in cache.get(rows).items()}
 
-    def length(self, row: Encoded, stack: str) -> int:
-        """Positions of a row in a stack, padding not counted."""
-        prompt, target = len(row.prompt), len(row.options[row.answer])
-        if self.encoder.kind == "causal":
-            return prompt + target
-        return prompt if stack == "encoder" else target
+
+def length_in(row: Encoded, stack: str, kind: str) -> int:
+    """Positions of a row with its right option in a stack, padding not counted."""
+    prompt, target = len(row.prompt), len(row.options[row.answer])
+    if kind == "causal":
+        return prompt + target
+    return prompt if stack == "encoder" else target
 
 
 def ladder(coupling: Coupling) -> Loss:

@@ -1,0 +1,189 @@
+"""The large model run from disk: the matrices of one block in place, those of the next one read ahead.
+
+The model is transformers' own and keeps on the device whatever is outside of the blocks, and the blocks'
+vectors (norms, biases: less than a thousandth of a block). The matrices of a block are put in place when one of its
+sublayers is called, by the model itself or alone, and stay until another block's is. What is not in place is an
+`Absent` parameter: of the right shape, dtype and device, with no memory behind it, NaN everywhere, so that a
+result that missed a weight cannot go unseen.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plugbridge.errors import ModelError
+from plugbridge.families.spec import Layout
+from plugbridge.models import layout_for, load_model
+from plugbridge.tensors.checkpoint import Checkpoint
+
+Owners = list[tuple[nn.Module, str]]
+"""Modules that hold one parameter, each with the attribute's name; several where weights are tied."""
+
+
+class Absent(nn.Parameter):
+    """A parameter that is on disk: `read` returns its tensor in the model's dtype and on its device."""
+
+    read: Callable[[], Tensor]
+
+    @staticmethod
+    def of(like: Tensor, device: str, read: Callable[[], Tensor]) -> "Absent":
+        """A stand-in of `like`'s shape and dtype."""
+        nothing = torch.full((), torch.nan, dtype=like.dtype, device=device).expand(like.shape)
+        absent = Absent(nothing, requires_grad=False)
+        absent.read = read
+        return absent
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's values, detached: read from disk if they are there."""
+    return parameter.read() if isinstance(parameter, Absent) else parameter.detach()
+
+
+class Window:
+    """The blocks of a model, of which one is in place and one more is read ahead on a thread.
+
+    `reads` counts the blocks read. Which block comes next is learned from which came after the same two before, so that
+    a way back down, and generation that leaves the encoder out, are read ahead as well; until then it is the next one
+    in the direction of the last step.
+    """
+
+    def __init__(self, blocks: list[list[tuple[Absent, Owners]]]) -> None:
+        self.blocks = blocks
+        self.reads = 0
+        self.current: int | None = None
+        self._before: int | None = None
+        self._next: dict[tuple[int | None, int | None], int] = {}
+        self._ahead: tuple[int, Future[list[Tensor]]] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    def need(self, block: int) -> None:
+        """Put a block's matrices in place. Raises ModelError as `Checkpoint.read` does."""
+        if block == self.current:
+            return
+        tensors = self._taken(block)
+        self.release()
+        for (_, owners), tensor in zip(self.blocks[block], tensors, strict=True):
+            _place(owners, nn.Parameter(tensor, requires_grad=False))
+        del tensors
+        self._next[self._before, self.current] = block
+        self._before, self.current = self.current, block
+        step = -1 if self._before == block + 1 else 1
+        following = self._next.get((self._before, block), (block + step) % len(self.blocks))
+        if following != block:
+            self._ahead = (following, self._reader.submit(self._read, following))
+
+    def release(self) -> None:
+        """Take the block in place away."""
+        for absent, owners in self.blocks[self.current] if self.current is not None else ():
+            _place(owners, absent)
+
+    def _taken(self, block: int) -> list[Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == block:
+            return ahead[1].result()
+        if ahead is not None:
+            ahead[1].exception()  # wait: the thread holds a block until it is done
+            del ahead
+        self.release()
+        return self._read(block)
+
+    def _read(self, block: int) -> list[Tensor]:
+        self.reads += 1
+        return [absent.read() for absent, _ in self.blocks[block]]
+
+
+def _place(owners: Owners, parameter: nn.Parameter) -> None:
+    for module, leaf in owners:
+        setattr(module, leaf, parameter)
+
+
+def load_streamed(
+    source: str,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Layout]:
+    """A frozen model in evaluation mode whose blocks stay on disk, and its layout.
+
+    Raises ModelError as `load_model` does, and for a tensor that is missing or of another shape.
+    """
+    model = load_model(source, dtype=dtype, device="meta", trust_remote_code=trust_remote_code)
+    layout = layout_for(model)
+    _fill_buffers(model, device)
+    order = {place: i for i, place in enumerate(_blocks_of(layout))}
+    blocks: list[list[tuple[Absent, Owners]]] = [[] for _ in order]
+    table = layout.table()
+    for names, parameter in _distinct(model):
+        read = _reader(source, model, checkpoint, names, parameter, device)
+        owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        place = table[names[0]].place
+        if place.stack is None or parameter.dim() < 2:
+            _place(owners, nn.Parameter(read(), requires_grad=False))
+            continue
+        absent = Absent.of(parameter, device, read)
+        _place(owners, absent)
+        blocks[order[place.stack, cast(int, place.layer)]].append((absent, owners))
+    window = Window(blocks)
+    for path, _ in layout.functions():
+        place, _ = layout.place_of(path)
+        function = model.get_submodule(path)
+        function.register_forward_pre_hook(_opener(window, order[cast(str, place.stack), cast(int, place.layer)]))
+    cast(Any, model).streaming_window = window
+    return model.requires_grad_(False).eval(), layout
+
+
+def window_of(model: nn.Module) -> Window | None:
+    """The window of a streamed model; None if the whole model is in memory."""
+    return getattr(model, "streaming_window", None)
+
+
+def _opener(window: Window, block: int) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        window.need(block)
+
+    return hook
+
+
+def _blocks_of(layout: Layout) -> list[tuple[str, int]]:
+    """Stack and layer of every block in the order in which they run."""
+    return [(stack, layer) for stack in layout.family.stack for layer in range(layout.layers[stack])]
+
+
+def _distinct(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
+    """Every parameter once, with all its names."""
+    names: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), ([], parameter))[0].append(name)
+    yield from names.values()
+
+
+def _reader(
+    source: str, model: PreTrainedModel, checkpoint: Checkpoint, names: list[str], like: Tensor, device: str
+) -> Callable[[], Tensor]:
+    """What reads one parameter from disk. A checkpoint of the model without its head lacks the names' first part."""
+    prefix = f"{model.base_model_prefix}."
+    stored = next((n for n in (*names, *(n.removeprefix(prefix) for n in names)) if n in checkpoint.entries), None)
+    if stored is None:
+        raise ModelError(f"{source} lacks weight '{names[0]}'; is the checkpoint complete?")
+    entry, dtype = checkpoint.entries[stored], like.dtype
+    if entry.shape != tuple(like.shape):
+        raise ModelError(
+            f"tensor '{stored}' in {entry.shard} has shape {entry.shape}, config.json says {tuple(like.shape)}"
+        )
+    return lambda: checkpoint.read(stored, dtype).to(device)
+
+
+def _fill_buffers(model: PreTrainedModel, device: str) -> None:
+    """Compute the buffers that no checkpoint holds (Llama's rotary frequencies), by transformers' own code."""
+    for module in model.modules():
+        own = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in own.items():
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if own:
+            cast(Any, model)._init_weights(module)

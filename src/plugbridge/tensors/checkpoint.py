@@ -1,0 +1,180 @@
+"""Safetensors files read one tensor at a time, each file checked to be whole and to stay as it was.
+
+The format is 8 bytes with the header's length, a JSON header with every tensor's dtype, shape and byte
+range, and the bytes. Tensors are read into memory of their own instead of being mapped: a mapped file that
+shrinks kills the process, and pages that are only mapped are not read ahead.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from plugbridge.errors import ModelError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+AGAIN = "download or copy the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells one version of a file from another: its size in bytes, modification time in ns, and inode."""
+
+    size: int
+    modified: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor is: its file, dtype, shape and byte range in the file."""
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one model's safetensors files by name. Opening reads headers only; `read` may be called from
+    several threads."""
+
+    entries: Mapping[str, Entry]
+    stamps: Mapping[Path, Stamp]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU, in a dtype or as it is stored, in memory of its own.
+
+        Raises ModelError that names tensor and file: if the file has changed since it was opened, or cannot be read.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ModelError(f"tensor '{name}' in {entry.shard} is of type {entry.dtype}, which cannot be streamed; "
+                             "use resident: all")  # fmt: skip
+        tensor, memory = _allocate(entry.shape, DTYPES[entry.dtype])
+        try:
+            with entry.shard.open("rb") as file:
+                self._check(entry.shard, _stamp(entry.shard), name)
+                file.seek(entry.start)
+                got = _fill(file, memory, entry.nbytes)
+            self._check(entry.shard, _stamp(entry.shard), name)
+        except OSError as error:
+            raise ModelError(f"cannot read tensor '{name}' of {entry.shard}: {error.strerror}; {AGAIN}") from error
+        if got != entry.nbytes:
+            raise ModelError(f"{entry.shard} ends inside tensor '{name}'; {AGAIN}")
+        return tensor if dtype in (None, tensor.dtype) else _allocate(entry.shape, dtype)[0].copy_(tensor)
+
+    def _check(self, shard: Path, now: Stamp, name: str) -> None:
+        if now != self.stamps[shard]:
+            raise ModelError(
+                f"{shard} has changed while the run was going on, found when reading tensor '{name}'; "
+                "leave the model's files alone and run again"
+            )
+
+
+def open_checkpoint(shards: Iterable[Path]) -> Checkpoint:
+    """Read and check the headers of all files of a model. Raises ModelError that names file and tensor."""
+    entries: dict[str, Entry] = {}
+    stamps: dict[Path, Stamp] = {}
+    for shard in shards:
+        try:
+            stamps[shard] = _stamp(shard)
+            found = _read_header(shard, stamps[shard].size)
+        except OSError as error:
+            raise ModelError(f"cannot read {shard}: {error.strerror}; expected a safetensors file") from error
+        twice = sorted(found.keys() & entries.keys())
+        if twice:
+            raise ModelError(f"tensor '{twice[0]}' is in both {entries[twice[0]].shard} and {shard}; {AGAIN}")
+        entries.update(found)
+    return Checkpoint(entries, stamps)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Shard file name by tensor name, from a ``*.safetensors.index.json``. Raises ModelError."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is no index of a sharded checkpoint; {AGAIN}") from error
+    return cast(dict[str, str], names)
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap]:
+    """An empty tensor and its bytes, which go back to the system as soon as it is dropped.
+
+    malloc keeps what it is given back when a little of something else lies behind it: pruning with tensors from there
+    took 0.75 of the model.
+    """
+    count = math.prod(shape)
+    memory = mmap(-1, max(1, count) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype, count=max(1, count))[:count].reshape(shape), memory
+
+
+def _fill(file: BinaryIO, memory: mmap, count: int) -> int:
+    """Read so many bytes. Returns how many there were."""
+    with memoryview(memory) as view:
+        total = 0
+        while total < count and (got := cast(Any, file).readinto(view[total:count])):
+            total += got
+    return total
+
+
+def _read_header(shard: Path, size: int) -> dict[str, Entry]:
+    with shard.open("rb") as file:
+        first = int.from_bytes(file.read(8), "little")
+        if size < 8 or first > size - 8:
+            raise ModelError(f"{shard} is truncated: it has {size} bytes and no whole header; {AGAIN}")
+        text = file.read(first)
+    try:
+        raw = json.loads(text)
+        raw.pop("__metadata__", None)
+        places = {name: (e["dtype"], tuple(e["shape"]), *map(int, e["data_offsets"])) for name, e in raw.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{shard} is corrupt: its header is no safetensors header; {AGAIN}") from error
+    entries = {
+        name: Entry(shard, dtype, shape, 8 + first + start, 8 + first + stop)
+        for name, (dtype, shape, start, stop) in places.items()
+    }
+    _check_ranges(shard, entries, 8 + first, size)
+    return entries
+
+
+def _check_ranges(shard: Path, entries: Mapping[str, Entry], begin: int, size: int) -> None:
+    """Refuse a file whose tensors do not fill it one after another."""
+    at, last = begin, "its header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+        if entry.start != at or (width is not None and math.prod(entry.shape) * width != entry.nbytes):
+            raise ModelError(f"{shard} is corrupt: the bytes of tensor '{name}' are not where they should be; {AGAIN}")
+        if entry.stop > size:
+            raise ModelError(
+                f"{shard} is truncated: tensor '{name}' ends at byte {entry.stop}, the file at {size}; {AGAIN}"
+            )
+        at, last = entry.stop, f"tensor '{name}'"
+    if at != size:
+        raise ModelError(f"{shard} is corrupt: it has {size - at} bytes after {last}; {AGAIN}")

@@ -1,0 +1,109 @@
+"""Scores from blocks on disk are those of the whole model in memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import FAMILIES, make_model, token_inputs
+from plugbridge.models import layout_for
+from plugbridge.shrink.importance import (
+    fisher,
+    record_second_moments,
+    residual_energy,
+)
+from plugbridge.shrink.stream_fisher import streamed_fisher
+from plugbridge.shrink.sweep import blocks_of, sweep
+from plugbridge.streaming import Absent
+from test_streaming import resident, streamed
+
+
+def samples_of(model, count: int = 3) -> list[dict[str, Tensor]]:
+    """Rows of several lengths."""
+    found = [token_inputs(model, rows=1, length=5 + i, seed=i) for i in range(count)]
+    for sample in found:
+        sample["attention_mask"].fill_(1)
+    return found
+
+
+def likelihood(model) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda sample: torch.log_softmax(model(**sample).logits[0, -1], -1)[4]
+
+
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys() != set()
+    for key, values in wanted.items():
+        scale = float(values.abs().max())
+        assert scale > 0, key
+        assert float((found[key] - values).abs().max()) <= 1e-6 * scale, key
+        assert torch.allclose(found[key], values, rtol=2e-6, atol=1e-9 * scale), key
+
+
+@pytest.mark.parametrize("chunk", [2, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_fisher_is_the_whole_models(sharded: Callable[[str], Path], family: str, chunk: int) -> None:
+    plain, (model, layout, window) = resident(sharded(family)), streamed(sharded(family))
+    with record_second_moments(plain, layout) as moments:
+        wanted = fisher(plain, layout, samples_of(plain), likelihood(plain))
+    with record_second_moments(model, layout) as found_moments:
+        found = streamed_fisher(model, layout, samples_of(model), likelihood(model), chunk)
+    assert_near(found, wanted)
+    error, found_error = moments.total("error"), found_moments.total("error")
+    assert error is not None
+    assert found_error is not None
+    assert torch.allclose(found_error, error, rtol=1e-5, atol=1e-7)
+    chunks, blocks = -(-3 // chunk), sum(layout.layers.values())
+    assert window.reads <= chunks * 2 * blocks + 2
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_float64_it_is_the_same_to_the_last_digits(family: str) -> None:
+    model = make_model(family).double()
+    layout = layout_for(model)
+    wanted = fisher(model, layout, samples_of(model), likelihood(model))
+    found = streamed_fisher(model, layout, samples_of(model), likelihood(model), 2)
+    for key, values in wanted.items():
+        assert torch.allclose(found[key], values, rtol=1e-6), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_block_in_memory_at_a_time(sharded: Callable[[str], Path], family: str) -> None:
+    model, layout, _ = streamed(sharded(family))
+    table = layout.table()
+    seen: list[int] = []
+
+    def count(*_: object) -> None:
+        here = {
+            table[name].place
+            for name, p in model.named_parameters()
+            if p.dim() > 1 and not isinstance(p, Absent) and table[name].place.stack is not None
+        }
+        seen.append(len(here))
+
+    for path, _ in layout.functions():
+        model.get_submodule(path).register_forward_hook(count)
+    streamed_fisher(model, layout, samples_of(model), likelihood(model), 3)
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sweep_is_the_forward_pass_of_every_row(sharded: Callable[[str], Path], family: str) -> None:
+    """The energy, and what linear layers read, each block once for all rows."""
+    plain, (model, layout, window) = resident(sharded(family)), streamed(sharded(family))
+    blocks = blocks_of(model, layout)
+
+    def all_rows(rows: list[dict[str, Tensor]]) -> None:
+        sweep(blocks, [lambda row=row: model(**row) for row in rows])
+
+    with record_second_moments(plain, layout) as wanted_activity:
+        wanted = residual_energy(plain, layout, samples_of(plain), lambda s: plain(**s))
+    with record_second_moments(model, layout) as activity:
+        found = residual_energy(model, layout, [samples_of(model)], all_rows)
+    assert_near(found, wanted)
+    assert activity.sums.keys() == wanted_activity.sums.keys()
+    for key, matrix in wanted_activity.sums.items():
+        assert torch.allclose(activity.sums[key], matrix, rtol=1e-12), key
+    assert window.reads <= sum(layout.layers.values()) + 1

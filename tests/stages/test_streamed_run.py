@@ -1,0 +1,148 @@
+"""Whole runs with the large model on disk: the same run as with it in memory, and what is refused."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plugbridge import prepare as preparing
+from plugbridge.config import parse_config
+from plugbridge.errors import ConfigError, ModelError, RunError
+from plugbridge.models import load_model
+from plugbridge.prepare import prepare
+from plugbridge.progress import Silent
+from plugbridge.run import execute, facts_of
+from plugbridge.stages.build import build_stages
+from plugbridge.stages.couple import cache_room
+from test_durability import start
+
+Raw = dict[str, Any]
+TRAIN = {"steps": 3, "batch_size": 4}
+
+
+def _tensors(root: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a run left, by file and name."""
+    return {
+        f"{path.relative_to(root)}:{name}": tensor
+        for path in sorted(root.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "changes"),
+    [
+        ("gpt2", "lora", {"couple": {**TRAIN, "mode": "feedback"}, "polish": {"evaluations": 2, "rows": 4}}),
+        ("t5", "adapter", {"couple": {**TRAIN, "mode": "feedback"}, "repair": TRAIN}),
+        ("llama", "prefix", {"couple": {**TRAIN, "mode": "ladder", "cache": "disk"}}),
+        ("t5-gated", "lora", {"couple": {**TRAIN, "mode": "ladder_delta"}, "score": {"importance": "activation"}}),
+        ("gpt2", "lora", {"couple": {**TRAIN, "mode": "standalone", "plug": "ridge", "layer_map": "cka"}}),
+        ("gpt2", "adapter", {"ceiling": TRAIN, "baselines": {"large_ladder": TRAIN}}),
+    ],
+)
+def test_a_streamed_run_is_the_resident_run(
+    run_config: Callable[..., Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    family: str, method: str, changes: Raw,
+) -> None:  # fmt: skip
+    defaults = {"tune": TRAIN, "ceiling": None, "evaluate": {"limit": 8, "probe": True}}
+    raw = run_config(family, method, **{**defaults, **changes})
+    start({**raw, "resident": "all"}, tmp_path / "all")
+    loaded: list[str] = []
+
+    def counted(source: str, **options: Any) -> Any:
+        loaded.append(source)
+        return load_model(source, **options)
+
+    monkeypatch.setattr(preparing, "load_model", counted)
+    start({**raw, "resident": "none"}, tmp_path / "none")
+    assert loaded[2:].count(raw["large"]) == (raw["ceiling"] is not None)  # after names and shapes are checked
+    wanted, found = _tensors(tmp_path / "all"), _tensors(tmp_path / "none")
+    assert wanted.keys() == found.keys() != set()
+    for name, tensor in wanted.items():
+        scale = float(tensor.float().abs().max())
+        assert float((found[name].float() - tensor.float()).abs().max()) <= 2e-4 * scale, name
+    again = start({**raw, "resident": "none"}, tmp_path / "all")
+    assert set(again.values()) == {"skipped"}
+
+
+def test_a_large_model_that_fits_is_in_memory_and_one_that_does_not_is_streamed(
+    run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(run_config(), "test")
+    assert prepare(config, None).streamed is None
+    need = sum(p.numel() * 4 for p in load_model(config.large_path).parameters())
+    for free, streams in ((2 * need, False), (2 * need - 1, True)):
+        monkeypatch.setattr(preparing, "free_memory", lambda _device, free=free: free)
+        assert (prepare(config, None).streamed is not None) == streams
+    half = config.model_copy(update={"dtype": "bfloat16"})
+    assert prepare(half, None).streamed is None
+    assert prepare(config.model_copy(update={"resident": "all"}), None).streamed is None
+
+
+def test_weights_that_cannot_be_streamed(
+    run_config: Callable[..., Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = run_config()
+    model = load_model(raw["large"])
+    for file in Path(raw["large"]).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    raw["large"] = str(tmp_path)
+    with pytest.raises(ModelError, match=r"has no safetensors weights to stream; convert them with save_pretrained"):
+        prepare(parse_config({**raw, "resident": "none"}, "test"), None)
+    monkeypatch.setattr(preparing, "free_memory", lambda _device: 0)
+    assert prepare(parse_config(raw, "test"), None).streamed is None
+
+
+def test_quantised_weights_are_not_streamed(run_config: Callable[..., Raw]) -> None:
+    raw = run_config(resident="none")
+    raw["large"] = {"path": raw["large"], "load_in": "8bit"}
+    with pytest.raises(ConfigError, match="'8bit' keeps quantised weights on the device; use one of the two"):
+        prepare(parse_config(raw, "test"), None)
+
+
+def test_a_model_that_changes_between_two_stages_is_noticed(run_config: Callable[..., Raw], tmp_path: Path) -> None:
+    raw = run_config(resident="none", ceiling=None)
+    large = tmp_path / "large"
+    load_model(raw["large"]).save_pretrained(large)
+    for file in Path(raw["large"]).glob("tokenizer*"):
+        (large / file.name).write_bytes(file.read_bytes())
+    stages = build_stages(prepare(parse_config({**raw, "large": str(large)}, "test"), None), tmp_path / "run", Silent())
+    said: dict[str, str] = {}
+
+    def announce(stage: str, what: str) -> None:
+        said[stage] = what
+        if stage == "couple":
+            os.utime(large / "model.safetensors", ns=(0, 0))
+
+    with pytest.raises(ModelError, match=r"model\.safetensors has changed while the run was going on"):
+        execute(tmp_path / "run", stages, None, announce)
+    assert list(said) == ["tune", "score", "prune", "couple"]
+
+
+@pytest.mark.parametrize(("family", "mode"), [("gpt2", "ladder"), ("t5", "ladder"), ("t5", "ladder_delta")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_too_little_disk_for_the_cache_is_said_before_the_run(
+    run_config: Callable[..., Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, mode: str, dtype: str
+) -> None:
+    couple = {"steps": 12, "batch_size": 3, "mode": mode, "cache": "disk"}
+    raw = run_config(family, ceiling=None, tune=TRAIN, couple=couple, dtype=dtype, evaluate={"limit": 4})
+    prepared = prepare(parse_config(raw, "test"), None)
+    need = cache_room(prepared)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 1))
+    with pytest.raises(RunError, match=r"stage 'couple' will write \d+\.\d MB to .* keep no cache on disk"):
+        start(raw, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.undo()
+    start(raw, tmp_path / "run")
+    assert facts_of(tmp_path / "run", "couple")["cache_bytes"] == need
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
+    assert set(start(raw, tmp_path / "run").values()) == {"skipped"}
+    assert cache_room(prepare(parse_config({**raw, "couple": {**couple, "cache": "memory"}}, "test"), None)) == 0

@@ -1,0 +1,68 @@
+"""Coupling and repair with a streamed large model: the same numbers as with the whole model in memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_half_precision import gradient_of
+from test_transfer import ROWS, coupling_of
+from torch import Tensor
+
+from conftest import FAMILIES, METHODS
+from plugbridge.streaming import window_of
+from plugbridge.transfer.couple import MODES
+from plugbridge.transfer.coupling import Coupling
+from plugbridge.transfer.repair import RepairTarget, repair_loss, repaired_parameters
+from test_streaming import LAYERS, resident, streamed
+
+
+def _pair(folder: Path, family: str, method: str) -> list[Coupling]:
+    """The same coupling with the large model in memory and on disk."""
+    plain = resident(folder)
+    return [
+        replace(coupling_of(family, method, large_model=plain), large_model=large, train_bridge=False)
+        for large in (resident(folder), streamed(folder)[0])
+    ]
+
+
+@pytest.mark.parametrize("mode", ["feedback", "identity", "ladder", "ladder_delta"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coupling_takes_the_same_step(sharded: Callable[[str], Path], family: str, method: str, mode: str) -> None:
+    (exact, wanted), (loss, found) = (gradient_of(c, mode) for c in _pair(sharded(family), family, method))
+    assert loss == exact
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+
+
+def test_what_comes_next_is_learned_from_the_first_step(sharded: Callable[[str], Path]) -> None:
+    """Feedback goes up and down again: 2 blocks are shared by consecutive ways, no block is read for nothing."""
+    coupling = _pair(sharded("t5"), "t5", "lora")[1]
+    window = window_of(coupling.large_model)
+    assert window is not None
+    loss = MODES["feedback"].start(coupling)
+    loss(ROWS)
+    loss(ROWS)
+    reads = []
+    for _ in range(3):
+        before = window.reads
+        loss(ROWS)
+        reads.append(window.reads - before)
+    assert reads == [2 * (2 * LAYERS) - 2] * 3
+
+
+@pytest.mark.parametrize("target", ["response", "logits"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_repair_takes_the_same_step(sharded: Callable[[str], Path], family: str, target: RepairTarget) -> None:
+    found: list[dict[str, Tensor]] = []
+    for coupling in _pair(sharded(family), family, "lora"):
+        torch.manual_seed(0)
+        large, bridge = coupling.large_model, coupling.bridge
+        assert large is not None
+        repair_loss(target, large, coupling.large, bridge, coupling.plan, coupling.encoder)(ROWS).backward()
+        parameters = repaired_parameters(bridge, coupling.large, target)
+        found.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() != set()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

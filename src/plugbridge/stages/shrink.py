@@ -15,7 +15,9 @@ from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import parameter_count
 from plugbridge.prepare import bridge_sizes
+from plugbridge.progress import Progress
 from plugbridge.shrink.importance import (
+    Importance,
     SecondMoments,
     activation,
     fisher,
@@ -42,25 +44,36 @@ def measure_units(
     work: Work, model: PreTrainedModel, layout: Layout, encoder: Encoder, rows: Sequence[Encoded]
 ) -> Units:
     """Score a model's units on rows as the configuration says. Raises ModelError where a score is not finite."""
-    p, settings = work.prepared, work.prepared.config.score
-    rows = rows[: settings.samples]
+    settings = work.prepared.config.score
+    return units_of(model, layout, encoder, rows[: settings.samples], settings.importance, work.progress)
+
+
+def units_of(
+    model: PreTrainedModel,
+    layout: Layout,
+    encoder: Encoder,
+    rows: Sequence[Encoded],
+    importance: Importance,
+    progress: Progress,
+) -> Units:
+    """Score a model's units on rows, one at a time. Raises ModelError where a score is not finite."""
 
     def likelihood(row: Encoded) -> Tensor:
-        return log_likelihood(model, gold(encoder, [row]).to(p.device), encoder.kind).sum()
+        return log_likelihood(model, gold(encoder, [row]).to(model.device), encoder.kind).sum()
 
-    total = len(rows) * (1 if settings.importance == "magnitude" else 2)
+    total = len(rows) * (1 if importance == "magnitude" else 2)
     moments: SecondMoments | None = None
-    with work.progress.bar(f"score ({settings.importance})", total) as advance:
+    with progress.bar(f"score ({importance})", total) as advance:
 
         def counted() -> Any:
             for row in rows:
                 yield row
                 advance(1)
 
-        if settings.importance == "fisher":
+        if importance == "fisher":
             with record_second_moments(model, layout) as moments:
                 scores = fisher(model, layout, counted(), likelihood)
-        elif settings.importance == "activation":
+        elif importance == "activation":
             scores = activation(model, layout, counted(), likelihood)
         else:
             scores = magnitude(model, layout)

@@ -104,6 +104,10 @@ class Case:
                 setattr(config, per_layer, getattr(config, per_layer)[: max(layers.values())])
         return replace(self, config=config, trained=dict(trained))
 
+    def shorter(self, batch: int, length: int) -> "Case":
+        """The same with other rows."""
+        return replace(self, batch=batch, length=length)
+
     def build(self) -> tuple[PreTrainedModel, Layout]:
         """The model with random weights, in evaluation mode, and its layout."""
         implementation = "sdpa" if self.kind == "causal" else None  # as models are loaded

@@ -7,19 +7,18 @@ each kind with a layer added, give the true depth's count at every place; the la
 
 import gc
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from plugbridge.memory.alive import Alive, fake_tensors, marked
 from plugbridge.memory.case import Case
-from plugbridge.memory.steps import Step
+from plugbridge.memory.steps import MakeStep, Step
 
-MakeStep = Callable[[Case], Step]
 Kind = tuple[str, bool]
 """A kind of layers: their stack, and whether they hold modules that train."""
-SHALLOW = 2
-"""Layers of each kind in a trace: a first and a last one. What is between them is between them in bytes, too."""
+SHALLOW = {True: 3, False: 2}
+"""Layers of each kind in a trace: a first and a last one, and where modules train one between them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Trace:
 def predict(case: Case, make: MakeStep) -> Trace:
     """A step's counts at the case's own depth, without a tensor of it."""
     true = kinds_of(case)
-    shallow = {kind: min(count, SHALLOW) for kind, count in true.items()}
+    shallow = {kind: min(count, SHALLOW[kind[1]]) for kind, count in true.items()}
     base = trace(at_depth(case, shallow), make)
     found = base
     for kind, count in true.items():
@@ -122,4 +121,5 @@ def places(case: Case, name: str) -> dict[str, str]:
             for sublayer in stack.sublayers:
                 place = f"{name} {stack_name} {'trained' if trains else 'frozen'} {end} {sublayer.function}"
                 found[f"{stack.path.format(layer)}.{sublayer.function}"] = place
+        found[stack.final_norm] = f"{name} {stack_name} end"
     return found

@@ -6,6 +6,7 @@ memory and returns what is then done again and again.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ from plugbridge.progress import Silent
 from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
 from plugbridge.stages.shrink import units_of
 from plugbridge.tasks.encode import gold
-from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
 from plugbridge.transfer.start import fresh_start
 from plugbridge.tuners.module import attach, trainable
 
+MakeStep = Callable[[Case], "Step"]
 Marks = list[tuple[nn.Module, str]]
 
 
@@ -242,3 +244,23 @@ def evaluate(case: Case) -> Step:
             wrapped(**tokens, **last, use_cache=True)
 
     return Step({"evaluate": work}, [(model, "model")], case.batch, held=[wrapped])
+
+
+def couplings() -> dict[str, MakeStep]:
+    """A step of every coupling mode, by the mode's name."""
+    return {name: partial(couple, mode_name=name) for name in MODES}
+
+
+STEPS: dict[str, MakeStep] = {
+    "full fine-tuning": finetune,
+    "tuned": tune,
+    "tuned, checkpointing": tune_checkpointed,
+    "ladder side-tuning": ladder_side_tuning,
+    "score": score,
+    "prune": prune,
+    "repair": repair,
+    **{f"couple, {name}": make for name, make in couplings().items()},
+    "polish": polish,
+    "evaluate": evaluate,
+}
+"""Every step by name. A step is a function of a case; one more is one more row."""

@@ -85,6 +85,8 @@ def record(
         def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             arguments = dict(keywords)
             x = (inputs[0] if inputs else arguments.pop("hidden_states")).detach()
+            if CACHE in arguments:  # that there is one is all that is asked later; its tensors need not stay
+                arguments[CACHE] = None
             visit.arguments = arguments
             visit.low = width.down(x)
             visit.x = x if keep(visit) else torch.empty(0)
@@ -209,6 +211,9 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     layout, narrow = coupling.large, coupling.bridge_layout()
     width = Width(layout, coupling.plan)
     kind = coupling.encoder.kind
+    spared: dict[str, Any] = {"logits_to_keep": 1} if kind == "causal" else {}  # the head runs in `head_gradient`
+    if not coupling.method.stacked:
+        spared["use_cache"] = False
     wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
     attach(coupling.bridge, coupling.method, narrow, coupling.settings)
     for model in (large, coupling.bridge):
@@ -225,7 +230,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         batch = gold(coupling.encoder, rows).to(large.device)
         replaced = {parameter_name(k): t.detach() for k, t in pack(coupling.method, layout, local).items()}
         with torch.no_grad(), record(large, width, needed, lambda visit: bool(_own(coupling, visit, local))) as last:
-            functional_call(wrapped, replaced, (), batch.inputs(kind))
+            functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
         error = error.to(coupling.bridge.dtype)

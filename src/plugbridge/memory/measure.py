@@ -4,7 +4,9 @@ import gc
 import multiprocessing
 import os
 import time
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +20,9 @@ from plugbridge.memory.steps import MakeStep
 REPETITIONS = 3
 """Times that a step is done: the first makes the optimizer's state, the fastest of the others counts."""
 
+GIVEN_BACK = 2**20
+"""Blocks of more bytes go back to the system when they are freed; glibc keeps up to 32 MiB of each otherwise."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -29,9 +34,24 @@ class Measurement:
 
 def measured(case: Case, make: MakeStep, threads: int) -> Measurement:
     """Run a step in a new process; what Python and its libraries take before the model is made does not count."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the process inherits it
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run_here, case, make, threads).result()
+    with _inherited({"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK)}):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(run_here, case, make, threads).result()
+
+
+@contextmanager
+def _inherited(variables: dict[str, str]) -> Generator[None]:
+    """Environment variables that processes started in the block inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run_here(case: Case, make: MakeStep, threads: int) -> Measurement:

@@ -39,8 +39,13 @@ def t5(hidden: int, layers: int, heads: int, head_dim: int, ffn: int, vocabulary
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "small": (
-        Shape("GPT-2-shaped, 8 x 512", gpt2(512, 8, 8, 8192, 128), gpt2(256, 4, 4, 8192, 128), 8, 128),
+        Shape("GPT-2-shaped, 8 x 512", gpt2(512, 8, 8, 8192, 256), gpt2(256, 4, 4, 8192, 256), 8, 128),
         Shape("T5-shaped, 4 + 4 x 512", t5(512, 4, 8, 64, 2048, 8192), t5(256, 2, 4, 64, 1024, 8192), 8, 128),
+    ),
+    "check": (
+        Shape("GPT-2-shaped, 4 x 256", gpt2(256, 4, 4, 8192, 256), gpt2(128, 2, 2, 8192, 256), 8, 128),
+        Shape("GPT-2-shaped, 8 x 512", gpt2(512, 8, 8, 8192, 256), gpt2(256, 4, 4, 8192, 256), 8, 128),
+        Shape("GPT-2-shaped, 12 x 768", gpt2(768, 12, 12, 8192, 256), gpt2(512, 8, 8, 8192, 256), 8, 128),
     ),
     "paper": (
         Shape("GPT2-XL", gpt2(1600, 48, 25), gpt2(768, 12, 12), 8, 512, "Table 6"),

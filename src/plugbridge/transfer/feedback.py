@@ -48,6 +48,11 @@ class Visit:
     inverse: Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    def clear(self) -> None:
+        """Let go of all that the forward pass left."""
+        self.low = self.x = self.inverse = torch.empty(0)
+        self.arguments = {}
+
 
 def visits_of(layout: Layout, stack_name: str) -> list[Visit]:
     """The sublayers of a stack in the order in which they run."""
@@ -244,6 +249,8 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
                     (error,) = torch.autograd.grad(out, h, context[name].to(out.dtype))
                 error = error.to(coupling.bridge.dtype)
                 send_back(coupling, width, narrow, visits, error, local, through, context, through_bridge)
+        for visit in needed:
+            visit.clear()
         gradients = {slot: tensor.grad for slot, tensor in local.items()}
         parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
         surrogate = torch.stack(parts).sum()

@@ -15,10 +15,9 @@ from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rates import Rates, measure_rates
 from plugbridge.memory.rows import Row, baselines, top_layers
 from plugbridge.memory.steps import STEPS
-from plugbridge.models import check_pair, layout_for, load_config, parameter_count, pick_device, pick_dtype
+from plugbridge.models import check_pair, load_config, parameter_count, pick_dtype
 from plugbridge.prepare import bridge_sizes, resolve
 from plugbridge.shrink.prune import count_parameters
-from plugbridge.stages.couple import uses_large
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import MethodSettings, find_method
 
@@ -83,15 +82,17 @@ class Subjects:
     large: Case
     parameters: int
     bridge: int
+    hidden: int
 
 
 def make_plan(config: RunConfig, length: int, memory: int | None, threads: int) -> Plan:
     """Predict every stage of a run and the baselines, for rows of `length` tokens. Raises as `prepare` does."""
     subjects = subjects_of(config, length)
     rates = measure_rates(subjects.large.dtype, "cpu", threads)
-    ours = [_planned(work, predict(work.row.case, work.row.make), rates, memory) for work in works_of(subjects)]
+    works = list(works_of(subjects))
+    ours = [_planned(work, predict(work.row.case, work.row.make), rates, memory) for work in works]
     others = [_planned(work, predict(work.row.case, work.row.make), rates, memory) for work in rivals_of(subjects)]
-    tight = [stage.name for stage in ours if stage.fits is False]
+    tight = {work.row.method: stage.peak_bytes for work, stage in zip(works, ours, strict=True) if stage.fits is False}
     advice = advise(config, length, memory, tight) if memory is not None and tight else None
     return Plan([*ours, *others], rates, subjects.parameters, length, memory, advice)
 
@@ -119,13 +120,14 @@ def subjects_of(config: RunConfig, length: int) -> Subjects:
         replace(base, sizes=sizes, trained=top_layers(base.layers, config.couple.layers)),
         parameter_count(empty),
         count_parameters(layout, names, sizes),
+        layout.sizes["hidden"],
     )
 
 
 def works_of(s: Subjects) -> Iterator[Work]:
     """Our stages in order. Stages that read the full weights do so whatever `load_in` says."""
     config, large = s.config, s.large
-    full, hidden = replace(large, bits=None), layout_for(replace(large, device="meta").build()[0]).sizes["hidden"]
+    full, hidden = replace(large, bits=None), s.hidden
     samples, width = config.score.samples, large.dtype.itemsize
     yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0)
     moments = 8 * hidden * hidden * (2 if config.score.importance == "fisher" else 1)
@@ -163,36 +165,45 @@ def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> Pla
     )  # fmt: skip
 
 
-CHANGES: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
-    ("couple.batch_size: 1", {"couple": {"batch_size": 1}}),
-    ("tune.batch_size: 1", {"tune": {"batch_size": 1}}),
-    ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}),
-    ("score.importance: activation", {"score": {"importance": "activation"}, "prune": {"channels": "auto"}}),
-    ("score.importance: magnitude", {"score": {"importance": "magnitude"}, "prune": {"channels": "auto"}}),
-    ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}),
-    ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}),
+LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
+CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
+    ("couple.batch_size: 1", {"couple": {"batch_size": 1}}, ("couple",)),
+    ("tune.batch_size: 1", {"tune": {"batch_size": 1}}, ("tune",)),
+    ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
+    (
+        "score.importance: activation",
+        {"score": {"importance": "activation"}, "prune": {"channels": "auto"}},
+        ("score",),
+    ),
+    (
+        "score.importance: magnitude",
+        {"score": {"importance": "magnitude"}, "prune": {"channels": "auto"}},
+        ("score",),
+    ),
+    ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
+    ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
 )
-"""Settings that save memory, the mildest first."""
+"""Settings that save memory, the mildest first, with the stages that they concern."""
 
 
-def advise(config: RunConfig, length: int, memory: int, tight: list[str]) -> str | None:
-    """The first settings, each added to those before it that help, with which all our stages fit; None if none do."""
+def advise(config: RunConfig, length: int, memory: int, tight: dict[str, int]) -> str | None:
+    """The first settings, each added to those before it that help, with which all our stages fit; None if none do.
+
+    `tight` are the peaks of the stages that do not fit.
+    """
     chosen: list[str] = []
-    least = {name: peak for name, peak in _peaks(config, length) if name in tight}
-    for text, change in CHANGES:
+    for text, change, concerns in CHANGES:
+        names = [name for name, peak in tight.items() if peak > memory and name.startswith(concerns)]
+        if not names:
+            continue
         tried = changed(config, change)
-        peaks = dict(_peaks(tried, length, set(tight)))
-        if any(peaks[name] < 0.98 * least[name] for name in least):
-            config, least, chosen = tried, peaks, [*chosen, text]
-        if all(peak <= memory for peak in least.values()):
+        works = [work for work in works_of(subjects_of(tried, length)) if work.row.method in names]
+        peaks = {work.row.method: predict(work.row.case, work.row.make).peak for work in works}
+        if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
+            config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]
+        if all(peak <= memory for peak in tight.values()):
             return ", ".join(chosen)
     return None
-
-
-def _peaks(config: RunConfig, length: int, names: set[str] | None = None) -> Iterator[tuple[str, int]]:
-    for work in works_of(subjects_of(config, length)):
-        if names is None or work.row.method in names:
-            yield work.row.method, predict(work.row.case, work.row.make).peak
 
 
 def changed(config: RunConfig, change: dict[str, dict[str, Any]]) -> RunConfig:

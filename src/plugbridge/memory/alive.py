@@ -8,7 +8,7 @@ number asked for is one, and a mask chooses as many positions as the caller says
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,31 +127,34 @@ class _World(FakeTensorMode):
 @contextmanager
 def fake_tensors() -> Generator[None]:
     """Every tensor made in the block is fake."""
-    own = nn.Module._apply
+    base = cast(Any, nn.Module)
+    own = base._apply
     # torch's swaps fake parameters for their converted selves, which it refuses where something refers to them weakly
-    nn.Module._apply = _convert
+    base._apply = _convert
     try:
         with _World():
             yield
     finally:
-        nn.Module._apply = own
+        base._apply = own
 
 
 def _convert(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Put converted parameters and buffers in the place of a module's own; tied ones stay tied."""
     done: dict[int, nn.Parameter] = {}
     for module in self.modules() if recurse else (self,):
-        for name, parameter in module._parameters.items():
+        parameters: dict[str, nn.Parameter | None] = cast(Any, module)._parameters
+        buffers: dict[str, Tensor | None] = cast(Any, module)._buffers
+        for name, parameter in parameters.items():
             if parameter is None:
                 continue
             with torch.no_grad():
                 changed = fn(parameter)
             if changed is not parameter:
                 made = done.setdefault(id(parameter), nn.Parameter(changed, parameter.requires_grad))
-                module._parameters[name] = made
-        for name, buffer in module._buffers.items():
+                parameters[name] = made
+        for name, buffer in buffers.items():
             if buffer is not None:
-                module._buffers[name] = fn(buffer)
+                buffers[name] = fn(buffer)
     return self
 
 
@@ -166,13 +169,19 @@ def marked(alive: Alive, model: nn.Module, paths: dict[str, str]) -> Generator[N
         alive.go_to(f"{alive.place.partition(':')[0]}:{name}")
 
     def before(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs: move(name)
+        def hook(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+            move(name)
+
+        return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
             written = output[0] if isinstance(output, tuple) else output
             if isinstance(written, Tensor) and written.requires_grad:
-                written.register_hook(lambda _gradient: move(f"{name}, backward"))
+                written.register_hook(back)
+
+        def back(_gradient: Tensor) -> None:
+            move(f"{name}, backward")
 
         return hook
 

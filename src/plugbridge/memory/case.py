@@ -18,11 +18,12 @@ from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.axes import axis_names
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
+DEFAULT = MethodSettings(8, 16.0)
 TARGETS = {"causal": 1, "seq2seq": 2}
 """Tokens of a row's answer: a label word, and the end mark of a seq2seq model."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Blank:
     """A tokenizer for rows that are tokens already."""
 
@@ -55,7 +56,7 @@ class Case:
     length: int
     dtype: torch.dtype = torch.float32
     method: Method = METHODS["lora"]
-    settings: MethodSettings = MethodSettings(8, 16.0)
+    settings: MethodSettings = DEFAULT
     trained: Mapping[str, int] = field(default_factory=dict[str, int])
     sizes: Mapping[str, int] | None = None
     reduction: float = 16

@@ -71,10 +71,7 @@ def at_depth(case: Case, kinds: Mapping[Kind, int]) -> Case:
 
 def extended(found: Trace, base: Trace, deeper: Trace, times: int) -> Trace:
     """A trace with `times` the difference of two others added."""
-    peaks = {
-        place: found.peaks[place] + times * (deeper.peaks[place] - base.peaks[place])
-        for place in base.peaks
-    }
+    peaks = {place: found.peaks[place] + times * (deeper.peaks[place] - base.peaks[place]) for place in base.peaks}
     return Trace(
         peaks,
         found.flops + times * (deeper.flops - base.flops),

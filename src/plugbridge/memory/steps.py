@@ -7,6 +7,7 @@ memory and returns what is then done again and again.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def _loss(case: Case, forward: nn.Module) -> Callable[[], Tensor]:
 
 def finetune(case: Case) -> Step:
     """All weights train."""
-    model, layout = case.build()
+    model, _ = case.build()
     model.train()
     return training(case, model.parameters(), _loss(case, model), [(model, "model")], [model])
 
@@ -129,7 +130,8 @@ def bridge_of(
     """A Bridge with random weights, as one read from disk."""
     plan = case.plan(layout)
     with torch.device(case.device):
-        return type(model)(bridge_config(model.config, layout, plan)).to(dtype).eval(), plan
+        bridge: Any = type(model)(bridge_config(model.config, layout, plan))
+    return bridge.to(dtype).eval(), plan
 
 
 def score(case: Case) -> Step:

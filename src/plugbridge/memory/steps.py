@@ -5,7 +5,7 @@ memory and returns what is then done again and again.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,7 @@ from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
-from plugbridge.transfer.start import fresh_start
-from plugbridge.tuners.module import attach, trainable
+from plugbridge.tuners.module import Module, attach, saved_key, trainable, unpack
 
 MakeStep = Callable[[Case], "Step"]
 Marks = list[tuple[nn.Module, str]]
@@ -188,19 +187,16 @@ def repair(case: Case) -> Step:
 def couple(case: Case, mode_name: str) -> Step:
     """Module, plug and Bridge train together, from a fresh module."""
     mode = find_mode(mode_name)
-    spare, layout = case.build()
-    module = fresh_start(case.method, case.settings, layout, spare).module
-    del spare
-    model, _ = run_only(case)
-    bridge, plan = bridge_of(case, model, layout, torch.float32)
+    spare, layout = replace(case, device="meta").build()  # a mode that does not run the large model never makes it
+    bridge, plan = bridge_of(case, spare, layout, torch.float32)
+    module = _fresh_module(case, spare, layout)
+    model = run_only(case)[0] if mode.runs_large else None
     coupling = Coupling(
         method=case.method, settings=case.settings, small=layout, large=layout, plan=plan, bridge=bridge,
         encoder=case.encoder, module=module, plug={}, down={}, train_bridge=mode.trains_bridge and case.train_bridge,
-        large_model=model if mode.runs_large else None,
+        large_model=model,
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
     )  # fmt: skip
-    if not mode.runs_large:
-        del model
     if not mode.reads_tokens:
         drop_vocabulary(bridge, layout)
     silence(coupling)
@@ -213,6 +209,14 @@ def couple(case: Case, mode_name: str) -> Step:
     if coupling.large_model is not None:
         marks.append((coupling.large_model, "model"))
     return training(case, tensors, lambda: loss(rows), marks, [coupling])
+
+
+def _fresh_module(case: Case, empty: PreTrainedModel, layout: Layout) -> Module:
+    """A module of the shapes that a fresh one has; its values do not matter."""
+    wrapped, _ = attach(empty, case.method, layout, case.settings)
+    shapes = {saved_key(name): parameter.shape for name, parameter in trainable(wrapped).items()}
+    state = {name: torch.full(shape, 0.01, device=case.device) for name, shape in shapes.items()}
+    return unpack(case.method, layout, state)
 
 
 def polish(case: Case) -> Step:

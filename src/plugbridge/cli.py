@@ -193,6 +193,53 @@ for _name, _help in {
 
 
 @app.command()
+def plan(
+    config: ConfigArg,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="say what fits in so much, such as 8GB", show_default=False)
+    ] = None,
+    length: Annotated[int, typer.Option("--length", min=4, help="tokens of a row")] = 512,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the rate that is measured")] = 1,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict memory, time, disk and forward passes of every stage from the models' config files; loads nothing."""
+    from plugbridge.memory.sizes import parse_bytes
+
+    loaded = load_config(config, tuple(sets or ()))
+    room = parse_bytes(memory) if memory is not None else None
+    _setup(True)
+    from plugbridge.plan import make_plan
+
+    found = make_plan(loaded, length, room, threads)
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
+        return
+    _print_plan(found)
+
+
+def _print_plan(found: Any) -> None:
+    table = Table(title=f"large model: {found.large_parameters:,} parameters; rows of {found.length} tokens")
+    for column in ("stage", "peak MiB", "hours", "disk MiB", "forward passes", "large rows", "fits"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    for stage in found.stages:
+        fits = {None: "", True: "yes", False: "no"}[stage.fits]
+        table.add_row(
+            stage.name, f"{stage.peak_bytes / 2**20:,.0f}", f"{stage.seconds / 3600:.2f}",
+            f"{stage.disk_bytes / 2**20:,.0f}", f"{stage.passes:,}", f"{stage.large_rows:,}", fits,
+            end_section=stage.ours and not found.stages[found.stages.index(stage) + 1].ours,
+        )  # fmt: skip
+    out.print(table)
+    out.print(
+        f"hours at this machine's rates: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
+        f"{found.rates.moved / 1e9:.1f} GB/s in all else"
+    )
+    if found.memory is not None and not all(stage.fits for stage in found.stages if stage.ours):
+        what = "no setting tried makes it fit" if found.advice is None else f"it fits with {found.advice}"
+        out.print(f"'{found.peak.name}' does not fit in {found.memory / 2**30:.1f} GiB; {what}")
+
+
+@app.command()
 def report(root: RunArg, as_json: JsonOption = False) -> None:
     """Print a finished run as a table (and write report.png) or as one JSON object."""
     from plugbridge.report import draw, read_report
@@ -448,6 +495,56 @@ def reproduce(
     )  # fmt: skip
     for line in make(asked, _progress(quiet), _announcer(quiet)):
         out.print(line)
+
+
+@bench_app.command()
+def memory(
+    shapes: Annotated[str, typer.Option("--shapes", help="small, or paper: GPT2-XL and T5-3B")] = "small",
+    out_dir: OutOption = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]",
+                     show_default=False),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
+                     show_default=False),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="predicted beside measured, at three sizes")] = False,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
+    quiet: QuietOption = False,
+) -> None:  # fmt: skip
+    """Peak memory and time of our stages and of other ways to tune, each measured in a process of its own."""
+    from plugbridge.memory.shapes import find_shapes
+    from plugbridge.memory.sizes import parse_bytes
+
+    found = find_shapes("check" if check else shapes)
+    _setup(quiet)
+    import psutil
+
+    from plugbridge.bench.memory import count_shape, rows_of, write_counts
+    from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
+    from plugbridge.files import write_text
+    from plugbridge.models import pick_device
+
+    device = pick_device("auto")
+    room = parse_bytes(budget) if budget is not None else int(psutil.virtual_memory().available)
+    words = ["--check" if check else f"--shapes {shapes}", *([f"--budget {budget}"] if budget is not None else [])]
+    command = f"plugbridge bench memory {' '.join(words)}"
+    counts = [
+        count
+        for shape in found
+        for count in count_shape(shape, rows_of(shape, device), room, device, threads, command, _progress(quiet))
+    ]
+    target = table if table is not None else (out_dir or Path("runs") / "memory") / "memory.md"
+    write_text(target, memory_page(counts, MEMORY, command))
+    write_counts(counts, target.with_suffix(".json"))
+    draw_memory(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
+    worst = max((abs(c.predicted_bytes / c.peak_bytes - 1) for c in counts if c.measured), default=None)
+    out.print(f"{len(counts)} counts in {target}, and beside it as JSON, PNG and SVG")
+    if worst is not None:
+        out.print(f"predictions are off by at most {100 * worst:.0f} % of what was measured")
 
 
 def _version(show: bool) -> None:

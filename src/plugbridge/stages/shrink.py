@@ -17,7 +17,9 @@ from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import parameter_count
 from plugbridge.prepare import bridge_sizes
+from plugbridge.progress import Progress
 from plugbridge.shrink.importance import (
+    Importance,
     SecondMoments,
     activation,
     fisher,
@@ -47,32 +49,43 @@ def measure_units(
     work: Work, model: PreTrainedModel, layout: Layout, encoder: Encoder, rows: Sequence[Encoded]
 ) -> Units:
     """Score a model's units on rows as the configuration says. Raises ModelError where a score is not finite."""
-    p, settings = work.prepared, work.prepared.config.score
-    rows = rows[: settings.samples]
+    settings = work.prepared.config.score
+    return units_of(model, layout, encoder, rows[: settings.samples], settings.importance, work.progress)
+
+
+def units_of(
+    model: PreTrainedModel,
+    layout: Layout,
+    encoder: Encoder,
+    rows: Sequence[Encoded],
+    importance: Importance,
+    progress: Progress,
+) -> Units:
+    """Score a model's units on rows, one at a time. Raises ModelError where a score is not finite."""
 
     def likelihood(row: Encoded) -> Tensor:
-        return log_likelihood(model, gold(encoder, [row]).to(p.device), encoder.kind).sum()
+        return log_likelihood(model, gold(encoder, [row]).to(model.device), encoder.kind).sum()
 
-    total = len(rows) * (1 if settings.importance == "magnitude" else 2)
+    total = len(rows) * (1 if importance == "magnitude" else 2)
     moments: SecondMoments | None = None
-    with work.progress.bar(f"score ({settings.importance})", total) as advance:
+    with progress.bar(f"score ({importance})", total) as advance:
 
         def counted() -> Iterator[Encoded]:
             for row in rows:
                 yield row
                 advance(1)
 
-        reading = _reading(work, model, layout, rows, likelihood, advance)
+        reading = _reading(model, layout, rows, likelihood, advance)
         samples = reading.chunks if reading is not None else counted
         forward = reading.forward if reading is not None else likelihood
-        if settings.importance == "fisher":
+        if importance == "fisher":
             with record_second_moments(model, layout) as moments:
                 scores = (
                     fisher(model, layout, counted(), likelihood)
                     if reading is None
                     else streamed_fisher(model, layout, counted(), likelihood, reading.rows_kept)
                 )
-        elif settings.importance == "activation":
+        elif importance == "activation":
             scores = activation(model, layout, samples(), forward)
         else:
             scores = magnitude(model, layout)
@@ -99,7 +112,6 @@ class _Reading:
 
 
 def _reading(
-    work: Work,
     model: PreTrainedModel,
     layout: Layout,
     rows: Sequence[Encoded],
@@ -112,7 +124,7 @@ def _reading(
     blocks = blocks_of(model, layout)
     longest = max(len(row.prompt) + max(len(option) for option in row.options) for row in rows)
     state = longest * layout.sizes["hidden"] * model.dtype.itemsize
-    states = max(1, free_memory(work.prepared.device) // 4 // state)
+    states = max(1, free_memory(model.device.type) // 4 // state)
 
     def chunks() -> Iterator[Sequence[Encoded]]:
         for start in range(0, len(rows), states):

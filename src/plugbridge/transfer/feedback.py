@@ -48,6 +48,11 @@ class Visit:
     inverse: Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    def clear(self) -> None:
+        """Let go of all that the forward pass left."""
+        self.low = self.x = self.inverse = torch.empty(0)
+        self.arguments = {}
+
 
 def visits_of(layout: Layout, stack_name: str) -> list[Visit]:
     """The sublayers of a stack in the order in which they run."""
@@ -85,6 +90,8 @@ def record(
         def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             arguments = dict(keywords)
             x = (inputs[0] if inputs else arguments.pop("hidden_states")).detach()
+            if CACHE in arguments:  # that there is one is all that is asked later; its tensors need not stay
+                arguments[CACHE] = None
             visit.arguments = arguments
             visit.low = width.down(x)
             visit.x = x if keep(visit) else torch.empty(0)
@@ -209,6 +216,9 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     layout, narrow = coupling.large, coupling.bridge_layout()
     width = Width(layout, coupling.plan)
     kind = coupling.encoder.kind
+    spared: dict[str, Any] = {"logits_to_keep": 1} if kind == "causal" else {}  # the head runs in `head_gradient`
+    if not coupling.method.stacked:
+        spared["use_cache"] = False
     wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
     attach(coupling.bridge, coupling.method, narrow, coupling.settings)
     for model in (large, coupling.bridge):
@@ -225,7 +235,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         batch = gold(coupling.encoder, rows).to(large.device)
         replaced = {parameter_name(k): t.detach() for k, t in pack(coupling.method, layout, local).items()}
         with torch.no_grad(), record(large, width, needed, lambda visit: bool(_own(coupling, visit, local))) as last:
-            functional_call(wrapped, replaced, (), batch.inputs(kind))
+            functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
         error = error.to(coupling.bridge.dtype)
@@ -239,6 +249,8 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
                     (error,) = torch.autograd.grad(out, h, context[name].to(out.dtype))
                 error = error.to(coupling.bridge.dtype)
                 send_back(coupling, width, narrow, visits, error, local, through, context, through_bridge)
+        for visit in needed:
+            visit.clear()
         gradients = {slot: tensor.grad for slot, tensor in local.items()}
         parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
         surrogate = torch.stack(parts).sum()

@@ -1,0 +1,87 @@
+"""Counts of memory and time as a Markdown page and as a picture, the paper's numbers beside ours."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plugbridge.bench.memory import Count
+from plugbridge.files import write_atomically
+from plugbridge.memory.rows import OURS
+from plugbridge.memory.shapes import PAPER, SHAPES
+
+TABLES = {shape.name: shape.paper for shapes in SHAPES.values() for shape in shapes if shape.paper is not None}
+MEMORY = """
+Peak memory of one training step (or of what else a stage does again and again), the model, gradients and optimizer
+state included, over what Python and its libraries take; seconds are of one repetition. Models have random weights and
+no dropout; a row's answer is one token (two for T5), prompts are full length. Measured rows ran in a process of their
+own, on the CPU with glibc told to give blocks above 1 MiB back (MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up
+to 32 MiB may stay in the process. Predicted rows did not fit, or (QLoRA) are a stand-in with packed weights; their
+seconds come from this machine's rates for matrix products and for all other operations. `x LoRA` is the ratio to LoRA
+without checkpointing in the same run. The paper's numbers were measured on an A100 with other kernels: compare ratios.
+A run's peak is the largest of its stages: with `score (fisher)` that is the large model's gradients.
+"""
+HEAD = "| | stage | MiB | x bf16 weights | x LoRA | seconds | | predicted MiB | paper MiB | x paper's LoRA |"
+
+
+def memory_page(counts: Sequence[Count], about: str, command: str) -> str:
+    """A Markdown page with a table for each model."""
+    lines = ["# Memory and time", "", about.strip(), "", "Made by", "", f"    {command}", ""]
+    for model in dict.fromkeys(count.model for count in counts):
+        same = [count for count in counts if count.model == model]
+        table = TABLES.get(model)
+        beside = f"; the paper's {table} beside it" if table is not None else ""
+        lines += [f"## {model}, batch {same[0].batch} x {same[0].length}{beside}", "", HEAD, "|---" * 10 + "|"]
+        lines += [_line(count, same) for count in same]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(count: Count, same: Sequence[Count]) -> str:
+    lora = next(other for other in same if other.method == "LoRA")
+    paper = paper_bytes(count)
+    kind = "measured" if count.measured else "predicted"
+    beside = "| | |"
+    if paper is not None:
+        beside = f"| {paper:,} | {paper / PAPER[TABLES[count.model]]['LoRA']:.2f} |"
+    return (
+        f"| {count.method} | {count.stage} | {count.peak_bytes / 2**20:,.0f} | {count.ratio_to_large_bf16:.2f} "
+        f"| {count.peak_bytes / lora.peak_bytes:.2f} | {count.seconds:.2f} | {kind} "
+        f"| {count.predicted_bytes / 2**20:,.0f} {beside}"
+    )
+
+
+def paper_bytes(count: Count) -> int | None:
+    """The paper's MiB for the same method on the same model; its plug-in stands beside every mode of ours."""
+    numbers = PAPER.get(TABLES.get(count.model) or "", {})
+    return numbers.get(count.method.partition(",")[0] if count.method.startswith(f"{OURS}:") else count.method)
+
+
+def draw_memory(counts: Sequence[Count], paths: Sequence[Path]) -> None:
+    """Bars of peak memory, a panel for each model; hatched bars are predictions, dots the paper's numbers."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(count.model for count in counts))
+    most = max(sum(count.model == model for count in counts) for model in models)
+    figure = Figure(figsize=(7.4 * len(models), 0.28 * most + 1.4), layout="constrained")
+    for column, model in enumerate(models):
+        same = [count for count in counts if count.model == model]
+        axes = figure.add_subplot(1, len(models), column + 1)
+        names = [f"{count.method}: {count.stage}" if count.method == OURS else count.method for count in same]
+        bars = axes.barh(
+            names, [count.peak_bytes / 2**30 for count in same], edgecolor="white",
+            color=["#c1440e" if count.method.startswith(OURS) else "#3b6ea5" for count in same],
+        )  # fmt: skip
+        for bar, count in zip(bars, same, strict=True):
+            bar.set_hatch("" if count.measured else "//")
+        known = [(name, paper_bytes(count)) for name, count in zip(names, same, strict=True)]
+        dots = [(name, value / 2**10) for name, value in known if value is not None]
+        if dots:
+            axes.plot([x for _, x in dots], [y for y, _ in dots], "o", ms=4, color="#1b1b1b", label="the paper")
+            axes.legend(fontsize=8, frameon=False)
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=8)
+        axes.set_title(f"{model}, batch {same[0].batch} x {same[0].length}", fontsize=10, loc="left")
+        axes.set_xlabel("peak GiB of a step (hatched: predicted)", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for path in paths:
+        with write_atomically(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], dpi=140)

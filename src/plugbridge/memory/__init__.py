@@ -1,0 +1,1 @@
+"""What training steps take: predicted from shapes alone, and measured where they fit."""

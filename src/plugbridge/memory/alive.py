@@ -1,0 +1,193 @@
+"""Counting the tensors that are alive, operation by operation, with real tensors or with fake ones.
+
+A fake tensor (torch's FakeTensorMode) has shape, dtype and device but no data, so that code made for real
+models runs unchanged and costs no memory. What cannot be known without data is answered here: every
+number asked for is one, and a mask chooses as many positions as the caller says.
+"""
+
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors made while the mode is on and not freed since, and work done.
+
+    `now` are the bytes alive, `peaks` the most of them at each `place`, a name that the caller moves as the work
+    goes on. `flops` counts multiplications and additions of matrix products, `moved` the bytes that all other
+    operations read and write. A storage shared by several tensors counts once. `chosen` is the number of
+    positions that a mask of fake values chooses; None for all.
+    """
+
+    def __init__(self, chosen: int | None = None) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.now = 0
+        self.flops = 0
+        self.moved = 0
+        self.peaks: dict[str, int] = {}
+        self.place = ""
+        self.known: set[int] = set()
+
+    def go_to(self, place: str) -> None:
+        """Count at another place from now on."""
+        self.place = place
+        self.peaks[place] = max(self.peaks.get(place, 0), self.now)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes alive at once."""
+        return max(self.peaks.values(), default=0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _one(args[0].dtype)
+        if func is aten.index.Tensor:
+            args = (args[0], _positions(args[1], self.chosen))
+        found = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            self._add(tensor)
+        self._work(func, args, kwargs or {}, found, made)
+        return found
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peaks[self.place] = max(self.peaks.get(self.place, 0), self.now)
+            weakref.finalize(storage, self._drop, key, size).atexit = False
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def _work(self, func: Any, args: Any, kwargs: Any, found: Any, made: list[Tensor]) -> None:
+        packet = func._overloadpacket
+        counter = flop_registry.get(packet, _FLOPS.get(packet))
+        if counter is not None:
+            self.flops += int(counter(*args, **kwargs, out_val=found))
+        elif not func.is_view:
+            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.moved += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made))
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    if dtype == torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1
+
+
+def _positions(indices: list[Tensor | None], chosen: int | None) -> list[Tensor | None]:
+    """Indices without masks of fake values: each as so many positions along its dimensions."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if isinstance(index, FakeTensor) and index.dtype == torch.bool:
+            count = index.numel() if chosen is None else chosen
+            found.extend(index.new_zeros(count, dtype=torch.long) for _ in range(index.dim()))
+        else:
+            found.append(index)
+    return found
+
+
+def _attention(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """Two matrix products of query and key size. query: (…, queries, width), key: (…, keys, width)."""
+    return 4 * query.numel() * key.shape[-2]
+
+
+def _attention_backward(_grad: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """Five such products: the scores anew, and the gradients of them, query, key and value."""
+    return 10 * query.numel() * key.shape[-2]
+
+
+_FLOPS: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""What torch's own table leaves out: attention's CPU kernel."""
+
+
+class _World(FakeTensorMode):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_World":
+        return self  # a copied fake tensor is of the same world
+
+
+@contextmanager
+def fake_tensors() -> Generator[None]:
+    """Every tensor made in the block is fake."""
+    base = cast(Any, nn.Module)
+    own = base._apply
+    # torch's swaps fake parameters for their converted selves, which it refuses where something refers to them weakly
+    base._apply = _convert
+    try:
+        with _World():
+            yield
+    finally:
+        base._apply = own
+
+
+def _convert(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Put converted parameters and buffers in the place of a module's own; tied ones stay tied."""
+    done: dict[int, nn.Parameter] = {}
+    for module in self.modules() if recurse else (self,):
+        parameters: dict[str, nn.Parameter | None] = cast(Any, module)._parameters
+        buffers: dict[str, Tensor | None] = cast(Any, module)._buffers
+        for name, parameter in parameters.items():
+            if parameter is None:
+                continue
+            with torch.no_grad():
+                changed = fn(parameter)
+            if changed is not parameter:
+                made = done.setdefault(id(parameter), nn.Parameter(changed, parameter.requires_grad))
+                parameters[name] = made
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                buffers[name] = fn(buffer)
+    return self
+
+
+@contextmanager
+def marked(alive: Alive, model: nn.Module, paths: dict[str, str]) -> Generator[None]:
+    """Move the count to a named place whenever one of a model's modules is entered, forward or backward.
+
+    `paths` maps module paths to names; what is before the first colon of the present place stays.
+    """
+
+    def move(name: str) -> None:
+        alive.go_to(f"{alive.place.partition(':')[0]}:{name}")
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+            move(name)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+            written = output[0] if isinstance(output, tuple) else output
+            if isinstance(written, Tensor) and written.requires_grad:
+                written.register_hook(back)
+
+        def back(_gradient: Tensor) -> None:
+            move(f"{name}, backward")
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path, name in paths.items():
+            module = model.get_submodule(path)
+            hooks.callback(module.register_forward_pre_hook(before(name)).remove)
+            hooks.callback(module.register_forward_hook(after(name)).remove)
+        yield

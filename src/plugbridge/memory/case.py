@@ -1,0 +1,143 @@
+"""What a training step is about: a model's shape, its rows, a method, a Bridge."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from plugbridge.config import LoadIn
+from plugbridge.families.spec import Family, Layout, family_of
+from plugbridge.models import MODEL_CLASS, layout_for
+from plugbridge.shrink.importance import Importance, scope_key
+from plugbridge.shrink.prune import BridgePlan, reduced_sizes
+from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tensors.axes import axis_names
+from plugbridge.tuners.table import METHODS, Method, MethodSettings
+
+DEFAULT = MethodSettings(8, 16.0)
+TARGETS = {"causal": 1, "seq2seq": 2}
+"""Tokens of a row's answer: a label word, and the end mark of a seq2seq model."""
+
+
+@dataclass
+class Blank:
+    """A tokenizer for rows that are tokens already."""
+
+    pad_token_id: int | None = 0
+    eos_token_id: int | None = 0
+    unk_token_id: int | None = None
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return []
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str | list[str]:
+        return ""
+
+    def save_pretrained(self, save_directory: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything a step's memory depends on; no weights.
+
+    `config` is the shape of the model, `trained` the layers of each stack, from the top, that hold modules which
+    train (all where a stack is not named), `sizes` the Bridge's axis sizes (or `reduction` where there are none).
+    Rows are `length` tokens; batches have `batch` of them. `channels` says whether the Bridge's residual stream is
+    projected or selected, `bits` how weights are held where the model only runs forward.
+    """
+
+    config: PreTrainedConfig
+    batch: int
+    length: int
+    dtype: torch.dtype = torch.float32
+    method: Method = METHODS["lora"]
+    settings: MethodSettings = DEFAULT
+    trained: Mapping[str, int] = field(default_factory=dict[str, int])
+    sizes: Mapping[str, int] | None = None
+    reduction: float = 16
+    channels: str = "select"
+    importance: Importance = "fisher"
+    bits: LoadIn | None = None
+    train_bridge: bool = True
+    device: str = "cpu"
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return family_of(self.config.model_type)
+
+    @property
+    def kind(self) -> str:
+        """``causal`` or ``seq2seq``."""
+        return self.family.kind
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Layers by stack."""
+        return {name: int(getattr(self.config, stack.layers)) for name, stack in self.family.stack.items()}
+
+    @property
+    def encoder(self) -> Encoder:
+        """An encoder for rows that are tokens already."""
+        return Encoder(Blank(), self.kind, None)
+
+    def rows(self, count: int | None = None) -> list[Encoded]:
+        """Full-length rows of random tokens; `batch` of them unless told."""
+        targets, vocabulary = TARGETS[self.kind], int(self.config.vocab_size)
+        prompt = self.length - targets if self.kind == "causal" else self.length
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch if count is None else count, prompt)
+        ids = torch.randint(1, vocabulary, shape, generator=generator).tolist()
+        return [Encoded(tuple(row), ((1,) * targets, (2,) * targets), 0) for row in ids]
+
+    def with_layers(self, layers: Mapping[str, int], trained: Mapping[str, int]) -> "Case":
+        """The same with other depths."""
+        config = copy.deepcopy(self.config)
+        for name, count in layers.items():
+            setattr(config, self.family.stack[name].layers, count)
+        for per_layer in ("layer_types",):  # lists that transformers makes for every layer
+            if getattr(config, per_layer, None) is not None:
+                setattr(config, per_layer, getattr(config, per_layer)[: max(layers.values())])
+        return replace(self, config=config, trained=dict(trained))
+
+    def shorter(self, batch: int, length: int) -> "Case":
+        """The same with other rows."""
+        return replace(self, batch=batch, length=length)
+
+    def build(self) -> tuple[PreTrainedModel, Layout]:
+        """The model with random weights, in evaluation mode, and its layout."""
+        implementation = "sdpa" if self.kind == "causal" else None  # as models are loaded
+        with torch.device(self.device):
+            built: Any = MODEL_CLASS[self.kind].from_config(
+                self.config, dtype=self.dtype, attn_implementation=implementation
+            )
+        model = cast(PreTrainedModel, built).eval()
+        return model, layout_for(model)
+
+    def plan(self, layout: Layout) -> BridgePlan:
+        """A Bridge's plan that keeps the first units; a projection keeps the first directions."""
+        sizes = dict(self.sizes) if self.sizes is not None else reduced_sizes(layout, self.reduction)
+        keep = {key: torch.arange(sizes[key.partition("@")[0]]) for key in scored(layout)}
+        basis: dict[str, Tensor] = {}
+        if self.channels != "select":
+            basis["hidden"] = torch.eye(sizes["hidden"], layout.sizes["hidden"])
+        return BridgePlan(sizes, keep, basis)
+
+
+def scored(layout: Layout) -> dict[str, int]:
+    """Sizes of all axes that are scored, by their keys."""
+    found: dict[str, int] = {}
+    for weight in layout.weights():
+        for axis in axis_names(weight.pattern):
+            key = scope_key(layout, axis, weight.place)
+            if key is not None:
+                found[key] = layout.sizes[axis]
+    return found

@@ -1,0 +1,86 @@
+"""What a step really takes: run in a process of its own, so that steps do not hide behind each other."""
+
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from plugbridge.cost import measure
+from plugbridge.memory.case import Case
+from plugbridge.memory.predict import at_depth, kinds_of
+from plugbridge.memory.steps import MakeStep
+
+REPETITIONS = 3
+"""Times that a step is done: the first makes the optimizer's state, the fastest of the others counts."""
+
+GIVEN_BACK = 2**20
+"""Blocks of more bytes go back to the system when they are freed; glibc keeps up to 32 MiB of each otherwise."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Peak bytes of a step, the model and all that it holds included, and seconds of one repetition."""
+
+    peak_bytes: int
+    seconds: float
+
+
+def measured(case: Case, make: MakeStep, threads: int) -> Measurement:
+    """Run a step in a new process; what Python and its libraries take before the model is made does not count."""
+    with _inherited({"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK)}):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(run_here, case, make, threads).result()
+
+
+@contextmanager
+def _inherited(variables: dict[str, str]) -> Generator[None]:
+    """Environment variables that processes started in the block inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def run_here(case: Case, make: MakeStep, threads: int) -> Measurement:
+    """Run a step in this process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    _warm_up(case, make)
+    before = psutil.Process().memory_info().rss
+    step = make(case)
+    gc.collect()
+    held = psutil.Process().memory_info().rss - before
+    seconds: list[float] = []
+    with measure(case.device) as cost:
+        for _ in range(REPETITIONS if step.trained else 2):
+            begun = time.perf_counter()
+            step.work()
+            _wait(case.device)
+            seconds.append(time.perf_counter() - begun)
+    peak = cost.peak_bytes if case.device.startswith("cuda") else cost.peak_bytes + held
+    return Measurement(peak, min(seconds[1:]))
+
+
+def _warm_up(case: Case, make: MakeStep) -> None:
+    """Do the step on two layers and a few tokens, so that libraries have loaded what they load at first use."""
+    few = at_depth(case, {kind: min(count, 1) for kind, count in kinds_of(case).items()})
+    make(few.shorter(1, 8)).work()
+    gc.collect()
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()

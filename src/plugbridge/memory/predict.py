@@ -1,0 +1,122 @@
+"""What a step takes, from shapes alone: traced with fake tensors at shallow depths, extended to the true depth.
+
+At every place of a step the bytes alive grow linearly with the number of layers of each kind: layers below the
+first module that trains, and layers from there on, stack by stack. So one trace of a shallow model, and one more for
+each kind with a layer added, give the true depth's count at every place; the largest of them is the peak.
+"""
+
+import gc
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from plugbridge.memory.alive import Alive, fake_tensors, marked
+from plugbridge.memory.case import Case
+from plugbridge.memory.steps import MakeStep, Step
+
+Kind = tuple[str, bool]
+"""A kind of layers: their stack, and whether they hold modules that train."""
+SHALLOW = {True: 3, False: 2}
+"""Layers of each kind in a trace: a first and a last one, and where modules train one between them."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Counts of one step: bytes alive at most by place, work done, tensors that train.
+
+    `flops` and `moved` are as `Alive` counts them, of one repetition.
+    """
+
+    peaks: dict[str, float]
+    flops: float
+    moved: float
+    rows: int
+    trained: float
+
+    @property
+    def peak(self) -> int:
+        """The most bytes alive at once."""
+        return round(max(self.peaks.values()))
+
+
+def predict(case: Case, make: MakeStep) -> Trace:
+    """A step's counts at the case's own depth, without a tensor of it."""
+    true = kinds_of(case)
+    shallow = {kind: min(count, SHALLOW[kind[1]]) for kind, count in true.items()}
+    base = trace(at_depth(case, shallow), make)
+    found = base
+    for kind, count in true.items():
+        more = count - shallow[kind]
+        if more > 0:
+            deeper = trace(at_depth(case, {**shallow, kind: shallow[kind] + 1}), make)
+            found = extended(found, base, deeper, more)
+    return found
+
+
+def kinds_of(case: Case) -> dict[Kind, int]:
+    """How many layers a case has of each kind."""
+    found: dict[Kind, int] = {}
+    for stack, count in case.layers.items():
+        found[stack, True] = case.trained.get(stack, count)
+        found[stack, False] = count - found[stack, True]
+    return found
+
+
+def at_depth(case: Case, kinds: Mapping[Kind, int]) -> Case:
+    """A case with so many layers of each kind."""
+    trained = {stack: count for (stack, trains), count in kinds.items() if trains}
+    return case.with_layers({stack: trained[stack] + kinds[stack, False] for stack in trained}, trained)
+
+
+def extended(found: Trace, base: Trace, deeper: Trace, times: int) -> Trace:
+    """A trace with `times` the difference of two others added."""
+    peaks = {place: found.peaks[place] + times * (deeper.peaks[place] - base.peaks[place]) for place in base.peaks}
+    return Trace(
+        peaks,
+        found.flops + times * (deeper.flops - base.flops),
+        found.moved + times * (deeper.moved - base.moved),
+        base.rows,
+        found.trained + times * (deeper.trained - base.trained),
+    )
+
+
+def trace(case: Case, make: MakeStep) -> Trace:
+    """Make a step of fake tensors and do it twice: the first time makes the optimizer's state."""
+    with fake_tensors(), Alive() as alive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step = make(case)
+        gc.collect()
+        return count(alive, case, step)
+
+
+def count(alive: Alive, case: Case, step: Step) -> Trace:
+    """Do a step twice under a count that is on already; the work is the second time's."""
+    alive.peaks.clear()
+    alive.chosen = step.chosen
+    with ExitStack() as hooks:
+        for model, name in step.marks:
+            hooks.enter_context(marked(alive, model, places(case, name)))
+        for _ in range(2 if step.trained else 1):
+            alive.flops = alive.moved = 0
+            for name, phase in step.phases.items():
+                alive.go_to(name)
+                phase()
+    return Trace(dict(alive.peaks), alive.flops, alive.moved, step.rows, step.trained)
+
+
+def places(case: Case, name: str) -> dict[str, str]:
+    """Names of the places where a model's sublayers run: first, middle or last of the layers of their kind."""
+    found: dict[str, str] = {}
+    for stack_name, stack in case.family.stack.items():
+        kinds = kinds_of(case)
+        below, above = kinds[stack_name, False], kinds[stack_name, True]
+        for layer in range(below + above):
+            trains = layer >= below
+            at, of = (layer - below, above) if trains else (layer, below)
+            end = "first" if at == 0 else "last" if at == of - 1 else "middle"
+            for sublayer in stack.sublayers:
+                place = f"{name} {stack_name} {'trained' if trains else 'frozen'} {end} {sublayer.function}"
+                found[f"{stack.path.format(layer)}.{sublayer.function}"] = place
+        found[stack.final_norm] = f"{name} {stack_name} end"
+    return found

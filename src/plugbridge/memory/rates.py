@@ -1,0 +1,47 @@
+"""How fast this machine is at what steps consist of: matrix products, and everything else."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plugbridge.memory.predict import Trace
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Multiplications and additions a second in matrix products, and bytes a second in everything else."""
+
+    flops: float
+    moved: float
+
+    def seconds(self, counts: Trace) -> float:
+        """What one repetition of a step takes."""
+        return counts.flops / self.flops + counts.moved / self.moved
+
+
+def measure_rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
+    """A product of square matrices and a sum of two long vectors, the fastest of a few tries each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    size, length = 1024, 2**23
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    x, y = (torch.randn(length, device=device).to(dtype) for _ in range(2))
+    found = Rates(
+        2 * size**3 / _fastest(lambda: a @ b, device), 3 * length * x.itemsize / _fastest(lambda: x + y, device)
+    )
+    torch.set_num_threads(before)
+    return found
+
+
+def _fastest(work: Callable[[], Tensor], device: str) -> float:
+    seconds: list[float] = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)

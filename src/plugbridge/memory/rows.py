@@ -1,0 +1,75 @@
+"""Which steps stand beside each other: what one could do with a large model, and our stages by mode and method."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from plugbridge.memory.case import Case
+from plugbridge.memory.steps import STEPS, MakeStep
+from plugbridge.transfer.couple import MODES
+from plugbridge.tuners.table import METHODS, Method, MethodSettings
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step to be counted: `method` is what is done with the model, `stage` the part of it.
+
+    `real` says whether the step can be run as it is; a stand-in can only be traced.
+    """
+
+    method: str
+    stage: str
+    case: Case
+    make: MakeStep
+    real: bool = True
+
+
+def baselines(case: Case, methods: tuple[str, ...] = ("lora",)) -> list[Row]:
+    """Ways to tune the large model itself, on the same batch and length."""
+    half = replace(case, dtype=torch.bfloat16)
+    rows = [Row("full fine-tuning", "train", case, STEPS["full fine-tuning"])]
+    rows += [Row(METHODS[name].title, "train", _with(case, METHODS[name]), STEPS["tuned"]) for name in methods]
+    rows += [
+        Row("LoRA, checkpointing", "train", case, STEPS["tuned, checkpointing"]),
+        Row("LoRA, checkpointing, bf16", "train", half, STEPS["tuned, checkpointing"]),
+        Row("QLoRA (4 bit, checkpointing, bf16)", "train", replace(half, bits="4bit"), STEPS["tuned, checkpointing"],
+            real=False),
+        Row("Ladder Side-Tuning", "train", replace(case, reduction=8, sizes=None), STEPS["ladder side-tuning"]),
+    ]  # fmt: skip
+    return rows
+
+
+def _with(case: Case, method: Method) -> Case:
+    return replace(case, method=method, settings=MethodSettings(method.rank, 2.0 * method.rank))
+
+
+def coupled(case: Case, mode_name: str, method: str = "lora") -> Row:
+    """Coupling in one mode, with the mode's own defaults."""
+    mode = MODES[mode_name]
+    chosen = replace(
+        _with(case, METHODS[method]),
+        trained=top_layers(case.layers, mode.layers),
+        channels="select" if mode.reads_alone else "gradient_pca",
+    )
+    row = Row(f"{OURS}: {METHODS[method].title}, {mode_name}", "couple", chosen, STEPS[f"couple, {mode_name}"])
+    return row if case.bits is None else replace(row, real=False)
+
+
+def top_layers(layers: Mapping[str, int], share: float) -> dict[str, int]:
+    """How many layers of each stack hold modules that train."""
+    return {stack: math.ceil(share * count) for stack, count in layers.items()}
+
+
+def common_stages(large: Case, small: Case) -> list[Row]:
+    """Our stages that are the same in every mode."""
+    return [
+        Row(OURS, "tune (small)", small, STEPS["tuned"]),
+        Row(OURS, "score (fisher)", replace(large, importance="fisher"), STEPS["score"]),
+        Row(OURS, "score (activation)", replace(large, importance="activation"), STEPS["score"]),
+        Row(OURS, "prune", replace(large, channels="gradient_pca"), STEPS["prune"]),
+        Row(OURS, "evaluate", large, STEPS["evaluate"]),
+    ]

@@ -1,0 +1,15 @@
+"""Bytes as people write them."""
+
+import re
+
+from plugbridge.errors import ConfigError
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """``8GB``, ``8G`` or ``512MiB`` as bytes, in powers of 1,024 as memory is sold. Raises ConfigError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"'{text}' is no amount of memory; expected one such as 8GB or 512MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])

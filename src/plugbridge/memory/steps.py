@@ -1,0 +1,272 @@
+"""One step of everything a run does, on a model of a given shape: built of the library's own functions.
+
+A step can be run for real or with fake tensors. Each is a function of a `Case` that makes what the stage keeps in
+memory and returns what is then done again and again.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plugbridge.evaluate import mean_loss
+from plugbridge.families.spec import Layout
+from plugbridge.memory.case import TARGETS, Case, scored
+from plugbridge.memory.packed import pack_weights
+from plugbridge.progress import Silent
+from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
+from plugbridge.stages.shrink import units_of
+from plugbridge.tasks.encode import gold
+from plugbridge.transfer.couple import MODES, find_mode
+from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
+from plugbridge.transfer.ladder import LadderNetwork, start_ladder
+from plugbridge.transfer.repair import repair_loss, repaired_parameters
+from plugbridge.tuners.module import Module, attach, saved_key, trainable, unpack
+
+MakeStep = Callable[[Case], "Step"]
+Marks = list[tuple[nn.Module, str]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is ready: `work` is done again and again.
+
+    `phases` are the parts of the work in their order. `marks` are the models whose sublayers are places of their own,
+    `kept` the bytes of tensors that the stage leaves, `trained` the parameters that train. `rows` is how many rows
+    the work reads; `chosen` how many positions a mask in it chooses.
+    """
+
+    phases: dict[str, Callable[[], None]]
+    marks: Marks
+    rows: int
+    trained: int = 0
+    chosen: int | None = None
+    held: list[object] = field(default_factory=list[object])
+
+    def work(self) -> None:
+        """All phases once."""
+        for phase in self.phases.values():
+            phase()
+
+
+def training(
+    case: Case, parameters: Iterable[Tensor], loss: Callable[[], Tensor], marks: Marks, held: list[object]
+) -> Step:
+    """A step of the library's training loop (`train.fit`): loss, backward, clipped, AdamW."""
+    tensors = list(parameters)
+    optimizer = torch.optim.AdamW([{"params": [tensor]} for tensor in tensors], lr=1e-4, foreach=True)
+    kept: list[Tensor] = []
+
+    def forward() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        kept.append(loss())
+
+    def backward() -> None:
+        kept.pop().backward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        optimizer.step()
+
+    phases = {"forward": forward, "backward": backward, "update": update}
+    chosen = case.batch * TARGETS[case.kind]
+    return Step(phases, marks, case.batch, sum(tensor.numel() for tensor in tensors), chosen, held)
+
+
+def _loss(case: Case, forward: nn.Module) -> Callable[[], Tensor]:
+    rows = case.rows()
+    return lambda: mean_loss(forward, gold(case.encoder, rows).to(case.device), case.kind)
+
+
+def finetune(case: Case) -> Step:
+    """All weights train."""
+    model, _ = case.build()
+    model.train()
+    return training(case, model.parameters(), _loss(case, model), [(model, "model")], [model])
+
+
+def tune(case: Case, checkpointing: bool = False) -> Step:
+    """A module trains by backpropagation through the model."""
+    model, layout = case.build()
+    if case.bits is not None:
+        pack_weights(model, layout, case.bits)
+    wrapped, _ = attach(model, case.method, layout, case.settings)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    wrapped.train()
+    tensors = trainable(wrapped).values()
+    return training(case, tensors, _loss(case, wrapped), [(model, "model")], [wrapped])
+
+
+def tune_checkpointed(case: Case) -> Step:
+    """A module trains by backpropagation, activations computed anew in the backward pass."""
+    return tune(case, checkpointing=True)
+
+
+def ladder_side_tuning(case: Case) -> Step:
+    """A side network trains beside the model, which runs forward only."""
+    model, layout = case.build()
+    if case.bits is not None:
+        pack_weights(model, layout, case.bits)
+    model.requires_grad_(False)
+    side, plan = bridge_of(case, model, layout, case.dtype)
+    side.requires_grad_(True).train()
+    ladder = {key: tensor.to(case.device).requires_grad_(True) for key, tensor in start_ladder(layout, plan).items()}
+    network = LadderNetwork(model, layout, side, side, ladder)
+    tensors = [*side.parameters(), *ladder.values()]
+    marks: Marks = [(model, "model"), (side, "side")]
+    return training(case, tensors, _loss(case, network), marks, [network])
+
+
+def bridge_of(
+    case: Case, model: PreTrainedModel, layout: Layout, dtype: torch.dtype
+) -> tuple[PreTrainedModel, BridgePlan]:
+    """A Bridge with random weights, as one read from disk."""
+    plan = case.plan(layout)
+    with torch.device(case.device):
+        bridge: Any = type(model)(bridge_config(model.config, layout, plan))
+    return bridge.to(dtype).eval(), plan
+
+
+def score(case: Case) -> Step:
+    """Units are ranked, a row at a time."""
+    model, layout = case.build()
+    rows = case.rows(1)
+
+    def work() -> None:
+        units_of(model, layout, case.encoder, rows, case.importance, Silent())
+
+    return Step({"score": work}, [(model, "model")], 2, chosen=TARGETS[case.kind], held=[model])
+
+
+def prune(case: Case) -> Step:
+    """The Bridge is made."""
+    model, layout = case.build()
+    sizes = case.plan(layout).sizes
+
+    def work() -> None:
+        scores = {key: torch.ones(size, dtype=torch.double) for key, size in scored(layout).items()}
+        energy = {norm: torch.ones(layout.sizes["hidden"], dtype=torch.double) for norm in layout.norms()}
+        plan = plan_bridge(layout, scores, sizes)
+        if case.channels != "select":
+            hidden = layout.sizes["hidden"]
+            moments = torch.stack([torch.eye(hidden, dtype=torch.double) for _ in range(2)]).sum(0)
+            plan = BridgePlan(plan.sizes, plan.keep, {"hidden": principal_basis(moments, sizes["hidden"])})
+        prune_model(model, layout, plan, energy)
+
+    return Step({"prune": work}, [], 0, held=[model])
+
+
+def run_only(case: Case) -> tuple[PreTrainedModel, Layout]:
+    """The model as it is loaded where it only runs forward."""
+    model, layout = case.build()
+    if case.bits is not None:
+        pack_weights(model, layout, case.bits)
+    return model.requires_grad_(False), layout
+
+
+def repair(case: Case) -> Step:
+    """The Bridge's sublayers learn to answer as the large model's."""
+    model, layout = run_only(case)
+    bridge, plan = bridge_of(case, model, layout, torch.float32)
+    tensors = repaired_parameters(bridge, layout, "response")
+    bridge.requires_grad_(False)
+    for tensor in tensors.values():
+        tensor.requires_grad_(True)
+    loss, rows = repair_loss("response", model, layout, bridge, plan, case.encoder), case.rows()
+    marks: Marks = [(model, "model"), (bridge, "bridge")]
+    step = training(case, tensors.values(), lambda: loss(rows), marks, [model, bridge])
+    return Step(step.phases, step.marks, step.rows, step.trained, None, step.held)
+
+
+def couple(case: Case, mode_name: str) -> Step:
+    """Module, plug and Bridge train together, from a fresh module."""
+    mode = find_mode(mode_name)
+    spare, layout = replace(case, device="meta").build()  # a mode that does not run the large model never makes it
+    bridge, plan = bridge_of(case, spare, layout, torch.float32)
+    module = _fresh_module(case, spare, layout)
+    model = run_only(case)[0] if mode.runs_large else None
+    coupling = Coupling(
+        method=case.method, settings=case.settings, small=layout, large=layout, plan=plan, bridge=bridge,
+        encoder=case.encoder, module=module, plug={}, down={}, train_bridge=mode.trains_bridge and case.train_bridge,
+        large_model=model,
+        first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
+    )  # fmt: skip
+    if not mode.reads_tokens:
+        drop_vocabulary(bridge, layout)
+    silence(coupling)
+    require_gradients(coupling)
+    started = coupling.parameters()
+    loss, rows = mode.start(coupling), case.rows()
+    climbed = {f"ladder/{key}": tensor for key, tensor in coupling.ladder.items()}
+    tensors = [tensor for tensor in {**started, **climbed}.values() if tensor.requires_grad]
+    marks: Marks = [(bridge, "bridge")]
+    if coupling.large_model is not None:
+        marks.append((coupling.large_model, "model"))
+    return training(case, tensors, lambda: loss(rows), marks, [coupling])
+
+
+def _fresh_module(case: Case, empty: PreTrainedModel, layout: Layout) -> Module:
+    """A module of the shapes that a fresh one has; its values do not matter."""
+    wrapped, _ = attach(empty, case.method, layout, case.settings)
+    shapes = {saved_key(name): parameter.shape for name, parameter in trainable(wrapped).items()}
+    state = {name: torch.full(shape, 0.01, device=case.device) for name, shape in shapes.items()}
+    return unpack(case.method, layout, state)
+
+
+def polish(case: Case) -> Step:
+    """A forward pass of the plugged model."""
+    model, layout = run_only(case)
+    wrapped, _ = attach(model, case.method, layout, case.settings)
+    wrapped.eval()
+    loss = _loss(case, wrapped)
+
+    def work() -> None:
+        with torch.no_grad():
+            loss()
+
+    marks: Marks = [(model, "model")]
+    return Step({"polish": work}, marks, case.batch, chosen=case.batch * TARGETS[case.kind], held=[wrapped])
+
+
+def evaluate(case: Case) -> Step:
+    """Prompts are read, and their answers scored."""
+    model, layout = run_only(case)
+    wrapped, _ = attach(model, case.method, layout, case.settings)
+    wrapped.eval()
+    batch = gold(case.encoder, case.rows()).to(case.device)
+    tokens: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if case.kind == "seq2seq":
+        tokens["decoder_input_ids"] = batch.labels[:, :1]
+    last = {"logits_to_keep": 1} if case.kind == "causal" else {}
+
+    def work() -> None:
+        with torch.no_grad():
+            wrapped(**tokens, **last, use_cache=True)
+
+    return Step({"evaluate": work}, [(model, "model")], case.batch, held=[wrapped])
+
+
+def couplings() -> dict[str, MakeStep]:
+    """A step of every coupling mode, by the mode's name."""
+    return {name: partial(couple, mode_name=name) for name in MODES}
+
+
+STEPS: dict[str, MakeStep] = {
+    "full fine-tuning": finetune,
+    "tuned": tune,
+    "tuned, checkpointing": tune_checkpointed,
+    "ladder side-tuning": ladder_side_tuning,
+    "score": score,
+    "prune": prune,
+    "repair": repair,
+    **{f"couple, {name}": make for name, make in couplings().items()},
+    "polish": polish,
+    "evaluate": evaluate,
+}
+"""Every step by name. A step is a function of a case; one more is one more row."""

@@ -1,0 +1,104 @@
+"""A prediction is what a real step counts, tensor by tensor, for every step, family and method."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_model
+from plugbridge.memory.alive import Alive, fake_tensors
+from plugbridge.memory.case import Case
+from plugbridge.memory.predict import count, predict, trace
+from plugbridge.memory.steps import STEPS, Step
+from plugbridge.tuners.table import METHODS, MethodSettings
+
+FAMILIES = ("gpt2", "t5", "llama")
+TRAINED = {"couple, feedback", "couple, ladder_delta"}
+
+
+def case_of(family: str, layers: int = 6, **changes: Any) -> Case:
+    """A tiny model's shape, without dropout, deeper than what is traced."""
+    config = make_model(family, hidden=32, layers=layers, heads=4).config
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return Case(config, 4, 16, settings=MethodSettings(2, 4.0), reduction=2, **changes)
+
+
+def with_top(case: Case, step: str) -> Case:
+    if step not in TRAINED:
+        return case
+    return replace(case, trained=dict.fromkeys(case.layers, 4), channels="gradient_pca")
+
+
+def really_alive(case: Case, make: Any) -> int:
+    """The most bytes alive in a real run of the step."""
+    with Alive() as alive:
+        step = make(case)
+        return count(alive, case, step).peak
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("step", ["full fine-tuning", "tuned", "couple, feedback"])
+def test_a_prediction_is_close_to_what_a_real_step_has_alive(family: str, step: str) -> None:
+    case = with_top(case_of(family), step)
+    assert predict(case, STEPS[step]).peak == pytest.approx(really_alive(case, STEPS[step]), rel=0.15)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_shallow_traces_extend_to_the_true_depth(step: str) -> None:
+    case = with_top(case_of("gpt2", layers=8), step)
+    short, whole = predict(case, STEPS[step]), trace(case, STEPS[step])
+    assert short.peak == pytest.approx(whole.peak, rel=0.02)
+    assert short.flops == pytest.approx(whole.flops)
+    assert short.trained == whole.trained
+
+
+def test_two_stacks_of_different_depth_extend_each_by_its_own_layers() -> None:
+    case = case_of("t5")
+    case = case.with_layers({"encoder": 4, "decoder": 6}, {})
+    assert predict(case, STEPS["tuned"]).peak == pytest.approx(trace(case, STEPS["tuned"]).peak, rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_traced(method: str) -> None:
+    case = replace(case_of("gpt2"), method=METHODS[method])
+    counts = predict(case, STEPS["tuned"])
+    assert 0 < counts.trained < 10_000
+    assert counts.peak > 0
+
+
+def test_packed_weights_take_their_bits() -> None:
+    case = case_of("llama", dtype=torch.bfloat16)
+    whole, packed = (predict(replace(case, bits=bits), STEPS["evaluate"]).peak for bits in (None, "4bit"))
+    assert packed < 0.8 * whole
+    assert predict(replace(case, bits="4bit"), STEPS["tuned, checkpointing"]).peak > 0
+
+
+def test_what_is_freed_is_no_longer_alive_and_what_is_shared_counts_once() -> None:
+    with Alive() as alive:
+        a = torch.zeros(256)
+        b = a.view(16, 16)
+        assert alive.now == 1024
+        del a, b
+        c = torch.zeros(64)
+        assert (alive.now, alive.peak) == (256, 1024)
+        del c
+    assert alive.now == 0
+
+
+def test_products_and_other_work_are_told_apart() -> None:
+    with fake_tensors(), Alive() as alive:
+        a = torch.empty(8, 16) @ torch.empty(16, 4)
+        assert alive.flops == 2 * 8 * 16 * 4
+        before = alive.moved
+        a.add(1.0)
+        assert alive.moved - before == 2 * 8 * 4 * 4
+
+
+def test_a_step_that_runs_for_real_trains() -> None:
+    step = STEPS["couple, feedback"](with_top(case_of("gpt2"), "couple, feedback"))
+    assert isinstance(step, Step)
+    step.work()
+    assert step.trained > 0

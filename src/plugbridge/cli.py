@@ -456,7 +456,7 @@ method; "the Bridge itself" is what coupling trained and then threw away. Second
 """
 
 
-TABLES = ("table1", "table2", "table3", "table4", "table5", "table8", "fig1b")
+TABLES = (*(f"table{number}" for number in range(1, 9)), "fig1a", "fig1b")
 
 
 @app.command()

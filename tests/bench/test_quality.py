@@ -131,7 +131,7 @@ def test_intervals_cover_what_they_should(monkeypatch: pytest.MonkeyPatch) -> No
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process: nothing to start, and what is replaced here is replaced there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda jobs, _context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda jobs, _context, _start: ThreadPoolExecutor(jobs))
 
 
 def _groups(count: int) -> list[Group]:

@@ -5,13 +5,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, run_table
+from plugbridge.bench.memory import count_shape, rows_of, write_counts
+from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
 from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper
 from plugbridge.bench.similarity import compare, draw_likeness, mean_by_comparison, similarity_configs
 from plugbridge.bench.tables import latex, markdown
+from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
 from plugbridge.files import write_json, write_text
+from plugbridge.memory.shapes import Shape, find_shapes
+from plugbridge.models import load_config, pick_device
 from plugbridge.progress import Progress
 
+MEMORY_TABLES = ("table6", "table7", "fig1a")
 MODE_NOTE = (
     "Plug-in rows are coupled in mode `{mode}`, with a Bridge of 1/16 of the large model's parameters where the row "
     "says nothing else, seed {seed}. Test rows are the official validation files: SuperGLUE's test labels are not "
@@ -42,9 +48,27 @@ def reproduce(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
     """Make it and write it; yields what to print. Raises ConfigError."""
     if asked.table == "table2":
         return _counts(asked)
+    if asked.table in MEMORY_TABLES:
+        return _memory(asked, progress)
     if asked.table == "fig1b":
         return _likeness(asked, progress, announce)
     return _table(asked, progress, announce)
+
+
+def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
+    """Tables 6 and 7 and Figure 1(a): measured where it fits in what is free, else predicted and marked so."""
+    place = 1 if asked.table == "table7" else 0
+    shape = find_shapes("small" if asked.demo else "paper")[place]
+    if asked.pair is not None:
+        small, large = (load_config(source) for source in asked.pair)
+        shape = Shape("/".join(Path(asked.pair[1]).parts[-2:]), large, small, shape.batch, shape.length)
+    device = pick_device("auto")
+    counts = count_shape(shape, rows_of(shape, device), free_memory(device), device, 1, asked.command, progress)
+    write_text(asked.page, memory_page(counts, MEMORY, asked.command))
+    write_counts(counts, asked.page.with_suffix(".json"))
+    draw_memory(counts, [asked.page.with_suffix(ending) for ending in (".png", ".svg")])
+    yield asked.page.read_text(encoding="utf-8")
+    yield f"{asked.page}, .png, .svg and .json beside it"
 
 
 def _choice(asked: Asked, pair: str) -> Choice:

@@ -27,7 +27,9 @@ from plugbridge.files import write_json, write_text
 from plugbridge.models import load_model, load_tokenizer, positions_of, quiet_transformers
 from plugbridge.progress import Silent
 from plugbridge.tasks.encode import Encoded, Encoder, collate
-from plugbridge.tasks.spec import PromptForm, Task, load_rows, load_task
+from plugbridge.tasks.form import PromptForm
+from plugbridge.tasks.rows import load_rows
+from plugbridge.tasks.spec import Task, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 KIND = {"gpt2": "causal", "t5": "seq2seq"}

@@ -16,23 +16,19 @@ import pytest
 import torch
 
 from conftest import data_directory
-from plugbridge.config import TaskConfig
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.models import load_model, load_tokenizer, positions_of
 from plugbridge.progress import Silent
 from plugbridge.tasks.encode import Encoder
-from plugbridge.tasks.metrics import METRICS
-from plugbridge.tasks.own import own_task
-from plugbridge.tasks.spec import Row, Task, load_rows, load_task, make_row, task_names
+from plugbridge.tasks.metrics import accuracy, chosen
+from plugbridge.tasks.rows import Row, find_files, make_row, read_flat
+from plugbridge.tasks.spec import Task, load_task
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 PAIRS = Path(__file__).parent.parent / "pairs"
 KIND = {"gpt2": "causal", "t5": "seq2seq"}
 TASKS = ("rte", "cb", "copa", "boolq")
-BOOLQ_LIKE = TaskConfig.model_validate(
-    {"file": "none", "prompt": "{passage}\nQuestion: {question}?\nAnswer:", "words": {"true": " yes", "false": " no"}}
-)
 WHO, DID, WHAT = (
     ("A dog", "The old man", "Rain", "A small bird"),
     ("found", "left", "made"),
@@ -100,24 +96,27 @@ def agree(task: Task, rows: list[Row], scorers: tuple[Any, Encoder, Score]) -> N
     theirs = [[total / n for total, n in zip(*both, strict=True)] for both in zip(sums, counts, strict=True)]
     for mine, other in zip(ours, sums, strict=True):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-4)
-    right = [row.answer for row in rows]
     for mine, other in ((means, theirs), (ours, sums)):
         assert predictions(mine) == predictions(other)
-        assert METRICS["accuracy"](predictions(mine), right) == METRICS["accuracy"](predictions(other), right)
+        shares = [
+            accuracy([chosen(row, i) for row, i in zip(rows, predictions(s), strict=True)]) for s in (mine, other)
+        ]
+        assert shares[0] == shares[1]
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_lm_eval_chooses_the_same(name: str, scorers: tuple[Any, Encoder, Score]) -> None:
-    task = own_task(BOOLQ_LIKE) if name == "boolq" else load_task(name)
+    task = load_task(name)
     form = task.form(scorers[1].kind)
     agree(task, [make_row(task, form, f"row {i}", raw) for i, raw in enumerate(made_up(name))], scorers)
 
 
 @pytest.mark.needs_data
-@pytest.mark.parametrize("name", sorted({*TASKS} & {*task_names()}))
+@pytest.mark.parametrize("name", TASKS)
 def test_lm_eval_chooses_the_same_on_the_official_rows(name: str, scorers: tuple[Any, Encoder, Score]) -> None:
     task, encoder = load_task(name), scorers[1]
-    rows = load_rows(task, encoder.kind, data_directory(), 0)["test"]
+    path = find_files(task, data_directory(), {"test": task.files["test"]})["test"]
+    rows = [make_row(task, task.form(encoder.kind), where, raw) for where, raw in read_flat(task, path)]
     short = [row for row in rows if len(encoder.text(row.prompt)) < 100]  # lm-eval cuts a long prompt elsewhere
     assert short
     agree(task, short[:60], scorers)

@@ -102,7 +102,7 @@ def test_a_run_of_a_task(
     couple = {**SHORT, "mode": "standalone"}
     raw = run_config(family, task=name, tune=SHORT, couple=couple, ceiling=None, evaluate={"batch_size": 5})
     report = execute({**raw, "data": str(data)}, tmp_path / "run", data)
-    assert [list(row["metrics"]) for row in report["rows"]] == [metrics] * 4
+    assert [list(row["metrics"]) for row in report["rows"]] == [metrics] * 5
     assert list(report["majority"]) == metrics
     count = {"multirc": 36, "record": 6, "wsc": 6}[name]
     for row in report["rows"]:

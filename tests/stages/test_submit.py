@@ -131,7 +131,7 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     assert [line["label"] for line in found[:5]] == [names[p["prediction"]] for p in scored[5:]]
     assert call(*submit, "--task", "ax-b", "--model", "small_tuned")[0] == 0
     assert [line["idx"] for line in lines_of(tmp_path / "board" / "AX-b.jsonl")] == [0, 1, 2, 3]
-    assert "the run has no model 'large_tuned'; known: small_tuned, " in mistake(
+    assert "the run has no model 'large_tuned'; known: small_zero_shot, " in mistake(
         call(*submit, "--model", "large_tuned")
     )
     assert "asks otherwise than 'boolq'; run that task" in mistake(call(*submit, "--task", "boolq"))

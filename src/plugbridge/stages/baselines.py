@@ -25,7 +25,7 @@ from plugbridge.train import fit
 from plugbridge.transfer.ladder import Heights, LadderNetwork, start_ladder
 
 RATES = {"finetuned": 3e-4, "ladder": 3e-3}
-"""Peak learning rates by default, chosen on validation rows (docs/results/learning_rates.md)."""
+"""Peak learning rates by default; not yet swept."""
 LADDER = "ladder.safetensors"
 
 

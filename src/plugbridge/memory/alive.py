@@ -2,7 +2,7 @@
 
 A fake tensor (torch's FakeTensorMode) has shape, dtype and device but no data, so that code made for real
 models runs unchanged and costs no memory. What cannot be known without data is answered here: every
-number asked for is one, and a mask chooses as many positions as the caller says.
+number asked for is one, tensors of one shape are equal, and a mask chooses as many positions as the caller says.
 """
 
 import weakref
@@ -52,6 +52,8 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
+        if func is aten.equal.default and isinstance(args[0], FakeTensor):
+            return args[0].shape == args[1].shape
         if func is aten.index.Tensor:
             args = (args[0], _positions(args[1], self.chosen))
         found = func(*args, **(kwargs or {}))
@@ -62,6 +64,8 @@ class Alive(TorchDispatchMode):
         return found
 
     def _add(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":  # which has no bytes
+            return
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key not in self.known:

@@ -105,6 +105,12 @@ class ScoreConfig(_Strict):
         "run it forward only",
     )
     samples: int = Field(default=256, ge=1, description="training rows to score on")
+    keep: Literal["memory", "disk"] = Field(
+        default="memory",
+        description="where scoring a streamed large model keeps its rows' states: `memory`, as many rows at a time as "
+        "take no more than a block's weights, or `disk`, all rows at once, so that each block is read twice for fisher "
+        "and once for what only runs forward, and memory does not grow with depth; results are the same",
+    )
 
 
 class PruneConfig(_Strict):

@@ -64,6 +64,11 @@ class Window:
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None
         self._reader = reader if reader is not None else ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
+    @property
+    def block_bytes(self) -> int:
+        """What the largest block's matrices take in memory."""
+        return max(sum(absent.nbytes for absent, _ in block) for block in self.blocks)
+
     def need(self, block: int) -> None:
         """Put a block's matrices in place. Raises ModelError as `Checkpoint.read` does."""
         if block == self.current:

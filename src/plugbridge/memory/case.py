@@ -65,7 +65,8 @@ class Case:
     train (all where a stack is not named), `sizes` the Bridge's axis sizes (or `reduction` where there are none).
     Rows are `length` tokens; batches have `batch` of them. `channels` says whether the Bridge's residual stream is
     projected or selected, `bits` how weights are held where the model only runs forward. A `streamed` model has one
-    block in memory and one read ahead, from the directory `weights`, or made up where there is none.
+    block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is scored,
+    the states of `at_once` rows are in memory, or none of them (0: they are on disk).
     """
 
     config: PreTrainedConfig
@@ -84,6 +85,7 @@ class Case:
     device: str = "cpu"
     streamed: bool = False
     weights: str | None = None
+    at_once: int = 1
 
     @property
     def family(self) -> Family:

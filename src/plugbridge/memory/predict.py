@@ -9,7 +9,7 @@ import gc
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plugbridge.memory.alive import Alive, fake_tensors, marked
 from plugbridge.memory.case import Case
@@ -41,7 +41,17 @@ class Trace:
 
 
 def predict(case: Case, make: MakeStep) -> Trace:
-    """A step's counts at the case's own depth, without a tensor of it."""
+    """A step's counts at the case's own depth, without a tensor of it.
+
+    What several rows have in memory at once grows linearly with them.
+    """
+    if case.at_once <= 2:
+        return _predict(case, make)
+    one, two = (_predict(replace(case, at_once=rows), make) for rows in (1, 2))
+    return extended(one, one, two, case.at_once - 1)
+
+
+def _predict(case: Case, make: MakeStep) -> Trace:
     true = kinds_of(case)
     shallow = {kind: min(count, SHALLOW[kind[1]]) for kind, count in true.items()}
     base = trace(at_depth(case, shallow), make)

@@ -4,9 +4,11 @@ A step can be run for real or with fake tensors. Each is a function of a `Case` 
 memory and returns what is then done again and again.
 """
 
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from plugbridge.memory.case import TARGETS, Case, scored
 from plugbridge.memory.packed import pack_weights
 from plugbridge.progress import Silent
 from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
+from plugbridge.shrink.shelf import Place, Shelf
 from plugbridge.stages.shrink import units_of
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES, find_mode
@@ -133,15 +136,31 @@ def bridge_of(
     return bridge.to(dtype).eval(), plan
 
 
+class Nowhere(Shelf):
+    """A shelf for traces: what is put away is gone, and comes back as zeros."""
+
+    def _write(self, place: Place, tensor: Tensor) -> None:
+        return None
+
+    def _read(self, place: Place) -> Tensor:
+        return torch.zeros(place.shape, dtype=place.dtype, device=place.device)
+
+
 def score(case: Case) -> Step:
-    """Units are ranked, a row at a time."""
+    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, twice."""
     model, layout = case.build()
-    rows = case.rows(1)
+    rows = case.rows(2 * max(1, case.at_once) if case.streamed else 1)
+    folder = tempfile.TemporaryDirectory()
 
     def work() -> None:
-        units_of(model, layout, case.encoder, rows, case.importance, Silent())
+        shelf = None
+        if case.streamed and case.at_once == 0:
+            shelf = (Nowhere if case.weights is None else Shelf)(Path(folder.name) / "states.bin")
+        at_once = case.at_once if case.streamed else None
+        units_of(model, layout, case.encoder, rows, case.importance, Silent(), shelf, at_once)
 
-    return Step({"score": work}, [(model, "model")], 2, chosen=TARGETS[case.kind], held=[model])
+    marks: Marks = [(model, "model")]
+    return Step({"score": work}, marks, 2 * len(rows), chosen=TARGETS[case.kind], held=[model, folder])
 
 
 def prune(case: Case) -> Step:

@@ -16,7 +16,7 @@ from plugbridge.stages.couple import cache_room, couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
 from plugbridge.stages.repair import repair
-from plugbridge.stages.shrink import prune, score
+from plugbridge.stages.shrink import prune, score, score_room
 from plugbridge.stages.tune import ceiling, tune
 from plugbridge.stages.work import Work, rate_of_training
 from plugbridge.transfer.couple import find_mode
@@ -60,7 +60,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     couple_rate = rate_of_training(config.couple, prepared.method)
     stages = [
         stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
-        stage("score", (), {"large": large, "score": _dump(config.score)}, score),
+        stage("score", (), {"large": large, "score": _dump(config.score)}, score, score_room(prepared)),
         stage(
             "prune",
             ("score",),
@@ -135,4 +135,4 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
 
 def _dump(section: Any) -> dict[str, Any]:
     """A configuration section as JSON, without what does not change the result."""
-    return {k: v for k, v in section.model_dump(mode="json").items() if k != "checkpoint_every"}
+    return {k: v for k, v in section.model_dump(mode="json").items() if k not in ("checkpoint_every", "keep")}

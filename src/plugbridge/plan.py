@@ -110,7 +110,7 @@ def subjects_of(config: RunConfig, length: int) -> Subjects:
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
         train_bridge=config.couple.bridge == "train",
     )  # fmt: skip
-    empty, layout = replace(base, device="meta").build()
+    empty, layout = base.on_meta()
     sizes = bridge_sizes(config, empty, layout)
     names = {name for name, _ in empty.named_parameters()}
     assert config.couple.layers is not None  # resolved

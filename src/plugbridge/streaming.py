@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plugbridge.errors import ModelError
-from plugbridge.families.spec import Layout
+from plugbridge.families.spec import Layout, Place
 from plugbridge.models import layout_for, load_model
 from plugbridge.tensors.checkpoint import Checkpoint
 
@@ -63,11 +63,6 @@ class Window:
         self._next: dict[tuple[int | None, int | None], int] = {}
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None
         self._reader = reader if reader is not None else ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-
-    @property
-    def block_bytes(self) -> int:
-        """What the largest block's matrices take in memory."""
-        return max(sum(absent.nbytes for absent, _ in block) for block in self.blocks)
 
     def need(self, block: int) -> None:
         """Put a block's matrices in place. Raises ModelError as `Checkpoint.read` does."""
@@ -159,6 +154,17 @@ def stream_blocks(model: PreTrainedModel, device: str, reader_of: ReaderOf, read
 def window_of(model: nn.Module) -> Window | None:
     """The window of a streamed model; None if the whole model is in memory."""
     return getattr(model, "streaming_window", None)
+
+
+def block_bytes(model: nn.Module, layout: Layout) -> int:
+    """What the matrices of a model's largest block take in memory."""
+    table = layout.table()
+    found: dict[Place, int] = {}
+    for name, parameter in model.named_parameters():
+        place = table[name].place
+        if place.stack is not None and parameter.dim() >= 2:
+            found[place] = found.get(place, 0) + parameter.nbytes
+    return max(found.values())
 
 
 def _opener(window: Window, block: int) -> Callable[..., None]:

@@ -135,14 +135,22 @@ class Case:
             checkpoint = find_checkpoint(self.weights)
             assert checkpoint is not None
             return load_streamed(self.weights, checkpoint, dtype=self.dtype, device=self.device)
+        if self.streamed:
+            model, _ = self.on_meta()
+            return model, stream_blocks(model, self.device, self._made_up, AtOnce())
+        return self._made(self.device)
+
+    def on_meta(self) -> tuple[PreTrainedModel, Layout]:
+        """The model without weights."""
+        return self._made("meta")
+
+    def _made(self, device: str) -> tuple[PreTrainedModel, Layout]:
         implementation = "sdpa" if self.kind == "causal" else None  # as models are loaded
-        with torch.device("meta" if self.streamed else self.device):
+        with torch.device(device):
             built: Any = MODEL_CLASS[self.kind].from_config(
                 self.config, dtype=self.dtype, attn_implementation=implementation
             )
         model = cast(PreTrainedModel, built).eval()
-        if self.streamed:
-            return model, stream_blocks(model, self.device, self._made_up, AtOnce())
         return model, layout_for(model)
 
     def _made_up(self, _names: list[str], like: Tensor) -> Callable[[], Tensor]:

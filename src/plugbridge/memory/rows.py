@@ -12,6 +12,8 @@ from plugbridge.transfer.couple import MODES
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 OURS = "ours"
+STREAMED = "streamed"
+HALF = "bf16"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,22 @@ def coupled(case: Case, mode_name: str, method: str = "lora") -> Row:
 def top_layers(layers: Mapping[str, int], share: float) -> dict[str, int]:
     """How many layers of each stack hold modules that train."""
     return {stack: math.ceil(share * count) for stack, count in layers.items()}
+
+
+def streamed(large: Case, modes: tuple[str, ...], half: bool) -> list[Row]:
+    """Our stages with the large model on disk, in float32 or in bfloat16 (`half`); Bridge and module are float32."""
+    words = (STREAMED, HALF) if half else (STREAMED,)
+    case = replace(large, streamed=True, dtype=torch.bfloat16 if half else large.dtype)
+    shelved = replace(case, at_once=0)
+    rows = [
+        Row(OURS, "score (fisher), states on disk", replace(shelved, importance="fisher"), STEPS["score"]),
+        Row(OURS, "score (fisher)", replace(case, importance="fisher"), STEPS["score"]),
+        Row(OURS, "score (activation), states on disk", replace(shelved, importance="activation"), STEPS["score"]),
+        Row(OURS, "prune", replace(case, channels="gradient_pca"), STEPS["prune"]),
+        *(coupled(case, mode) for mode in modes if MODES[mode].runs_large),
+        Row(OURS, "evaluate", case, STEPS["evaluate"]),
+    ]
+    return [replace(row, method=", ".join((row.method, *words))) for row in rows]
 
 
 def common_stages(large: Case, small: Case) -> list[Row]:

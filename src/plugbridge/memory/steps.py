@@ -206,7 +206,7 @@ def repair(case: Case) -> Step:
 def couple(case: Case, mode_name: str) -> Step:
     """Module, plug and Bridge train together, from a fresh module."""
     mode = find_mode(mode_name)
-    spare, layout = replace(case, device="meta", streamed=False).build()  # a mode that does not run the large model never makes it
+    spare, layout = case.on_meta()  # a mode that does not run the large model never makes it
     bridge, plan = bridge_of(case, spare, layout, torch.float32)
     module = _fresh_module(case, spare, layout)
     model = run_only(case)[0] if mode.runs_large else None

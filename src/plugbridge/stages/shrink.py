@@ -31,7 +31,7 @@ from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
 from plugbridge.shrink.sweep import Done, blocks_of, sweep
 from plugbridge.stages.work import BASIS, Work
-from plugbridge.streaming import window_of
+from plugbridge.streaming import block_bytes, window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
@@ -56,12 +56,12 @@ def measure_units(
     """Score a model's units on rows as the configuration says. Raises ModelError where a score is not finite."""
     p = work.prepared
     settings, shelf, at_once = p.config.score, None, None
-    chosen, window = rows[: settings.samples], window_of(model)
-    if window is not None and settings.keep == "disk":
+    chosen, streams = rows[: settings.samples], window_of(model) is not None
+    if streams and settings.keep == "disk":
         shelf = Shelf(work.folder / "states.bin")
-    elif window is not None:
+    elif streams:
         longest = max(len(row.prompt) + max(map(len, row.options)) for row in chosen)
-        at_once = min(len(chosen), rows_at_once(layout, longest, model.dtype, window.block_bytes))
+        at_once = min(len(chosen), rows_at_once(layout, longest, model.dtype, block_bytes(model, layout)))
     return units_of(model, layout, encoder, chosen, settings.importance, work.progress, shelf, at_once)
 
 

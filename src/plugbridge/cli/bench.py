@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from plugbridge.cli.options import DataOption, OutOption, QuietOption
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption
 from plugbridge.cli.terminal import out, progress, setup
+from plugbridge.errors import ConfigError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
 
@@ -23,7 +24,7 @@ TableOption = Annotated[
 def quality(
     grid: GridArg,
     full: Annotated[bool, typer.Option("--full", help="also the grid's `full` part")] = False,
-    out_dir: OutOption = None,
+    out_dir: RunsOption = None,
     table: TableOption = None,
     data: DataOption = None,
     jobs: JobsOption = 2,
@@ -41,16 +42,18 @@ def quality(
     loaded = load_grid(grid)
     root = out_dir if out_dir is not None else Path("runs") / grid.stem
     groups = groups_of(loaded, grid.resolve().parent, full)
-    groups = [group for group in groups if only is None or any(word in group.name for word in only)]
+    chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
+    if not chosen:
+        raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
     setup(quiet)
     from plugbridge.bench.present import draw_cells, page
     from plugbridge.bench.quality import cells_of, run_groups, write_cells
     from plugbridge.files import write_text
 
     if not summary:
-        run_groups(groups, data, root, jobs, progress(quiet))
+        run_groups(chosen, data, root, jobs, progress(quiet))
     command = f"plugbridge bench quality {grid}{' --full' if full else ''}"
-    cells = cells_of(loaded, groups, root, command)
+    cells = cells_of(loaded, chosen, root, command)
     target = table if table is not None else root / "quality.md"
     write_text(target, page(cells, "Quality of the transfer", _QUALITY, command))
     write_cells(cells, target.with_suffix(".json"))
@@ -69,7 +72,7 @@ method; "the Bridge itself" is what coupling trained and then threw away. Second
 @bench_app.command()
 def memory(
     shapes: Annotated[str, typer.Option("--shapes", help="small, or paper: GPT2-XL and T5-3B")] = "small",
-    out_dir: OutOption = None,
+    out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
         typer.Option("--table", help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]",

@@ -10,6 +10,10 @@ RunArg = Annotated[Path, typer.Argument(help="a finished run's directory", show_
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="run directory  [default: runs/<config's name>]", show_default=False)
 ]
+RunsOption = Annotated[
+    Path | None, typer.Option("--out", help="directory for the runs and what they give  [default: a folder of runs/]",
+                              show_default=False),
+]  # fmt: skip
 DataOption = Annotated[
     Path | None,
     typer.Option("--data", envvar="PLUGBRIDGE_DATA", help="directory of task files, or `hub`", show_default=False),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plugbridge.cli.options import DataOption, OutOption, QuietOption, SetOption
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
 from plugbridge.cli.terminal import announcer, out, progress, setup
 from plugbridge.errors import ConfigError
 
@@ -22,7 +22,7 @@ def reproduce(
     mode: Annotated[str, typer.Option(help="how to couple; the paper's is standalone")] = "standalone",
     tasks: Annotated[list[str] | None, typer.Option("--task", help="only this task; repeatable")] = None,
     seed: Annotated[int, typer.Option(min=0, help="one seed for every run")] = 0,
-    out_dir: OutOption = None,
+    out_dir: RunsOption = None,
     target: Annotated[
         Path | None, typer.Option("--table", help="Markdown file to write; LaTeX and JSON beside it")
     ] = None,

@@ -5,7 +5,7 @@ Field descriptions are the text of ``plugbridge explain`` and of docs/configurat
 
 from plugbridge.config.fields import fields_help, fields_markdown
 from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, LoadIn, TaskConfig
-from plugbridge.config.load import apply_override, explain, load_config, parse_config, read_yaml, resolve_paths
+from plugbridge.config.load import apply_override, first_fault, load_config, parse_config, read_yaml, resolve_paths
 from plugbridge.config.schema import RunConfig
 from plugbridge.config.stages import (
     BaselinesConfig,
@@ -40,9 +40,9 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "apply_override",
-    "explain",
     "fields_help",
     "fields_markdown",
+    "first_fault",
     "load_config",
     "parse_config",
     "read_yaml",

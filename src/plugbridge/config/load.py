@@ -2,29 +2,26 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from plugbridge.config.fields import tables_of
 from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, TaskConfig
 from plugbridge.config.schema import RunConfig
 from plugbridge.errors import ConfigError
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
+    model: type[BaseModel] = RunConfig
     for part in location:
-        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
-        if field is None:
-            continue
-        options = [field.annotation, *get_args(field.annotation)]
-        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        model = inner[0] if inner else model
+        field = model.model_fields.get(str(part))
+        model = next(iter(tables_of(field)), model) if field is not None else model
     return list(model.model_fields)
 
 
-def explain(error: ValidationError, source: str) -> str:
+def first_fault(error: ValidationError, source: str) -> str:
     """The first problem of a configuration in one line: where, what, and what to write instead."""
     problems = error.errors()
     # `task` and `large` may be a string or a table: for a table the string branch's complaint says nothing
@@ -52,7 +49,7 @@ def parse_config(raw: Any, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(explain(error, source)) from error
+        raise ConfigError(first_fault(error, source)) from error
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -1,10 +1,11 @@
 """Choose each method's default learning rate on validation rows of the embedded task.
 
-For every family and method the small and the large model are tuned at each rate; the accuracy is of
-the validation split, the test rows are never read. Every cell is a stage of a run directory: an
-interrupted sweep goes on where it was.
+For every family and method (or baseline: `finetuned`, `ladder`) the small and the large model are tuned at each
+rate; the accuracy is of the validation split, the test rows are never read. Every cell is a stage of a run
+directory: an interrupted sweep goes on where it was.
 
     python benchmarks/learning_rates.py --out runs/learning_rates --table docs/results/learning_rates.md
+    python benchmarks/learning_rates.py --methods finetuned --rates 1e-4 3e-4 1e-3 3e-3 --out runs/learning_rates
 """
 
 import argparse
@@ -22,6 +23,14 @@ from plugbridge.stages.build import build_stages
 ROOT = Path(__file__).resolve().parent.parent
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STAGES = {"small": "tune", "large": "ceiling"}
+BASELINES = ("finetuned", "ladder")
+
+
+def place(method: str, model: str) -> tuple[str, str, str]:
+    """Of a method on a model: the configuration file's method, the stage, and the section of its settings."""
+    if method in BASELINES:
+        return "lora", f"{model}_{method}", f"baselines.{model}_{method}"
+    return method, STAGES[model], STAGES[model]
 
 
 def cell(config: RunConfig, root: Path, stage: str) -> float:
@@ -35,12 +44,12 @@ def sweep(families: list[str], methods: list[str], rates: list[float], steps: in
     lines: list[str] = []
     for family in families:
         for method in methods:
-            for model, stage in STAGES.items():
+            for model in STAGES:
                 values: list[float] = []
+                name, stage, section = place(method, model)
                 for rate in rates:
-                    section = "tune" if stage == "tune" else "ceiling"
                     overrides = (f"{section}.learning_rate={rate}", f"{section}.steps={steps}")
-                    config = load_config(ROOT / "configs" / f"{family}-{method}.yaml", overrides)
+                    config = load_config(ROOT / "configs" / f"{family}-{name}.yaml", overrides)
                     values.append(cell(config, out / f"{family}-{method}-{model}-{rate:g}", stage))
                     print(family, method, model, f"{rate:g}", f"{values[-1]:.3f}", flush=True)
                 best = max(values)

@@ -22,14 +22,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def token_log_probabilities(logits: Tensor, batch: Batch, kind: str) -> Tensor:
-    """Log-probability of each label token, zero where ignored. Returns (n, label positions)."""
-    labels = batch.labels
-    if kind == "causal":  # the logit before a token predicts it
-        logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
-    return _chosen_log_probabilities(logits, labels)
-
-
 def _chosen_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label under the logits at its place, zero where ignored. Returns (n, labels)."""
     known = labels != IGNORE
@@ -39,8 +31,19 @@ def _chosen_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_likelihood(forward: Forward, batch: Batch, kind: str) -> Tensor:
-    """Summed log-probability of every row's target. Returns (n,); differentiable."""
-    return token_log_probabilities(forward(**batch.inputs(kind)).logits, batch, kind).sum(-1)
+    """Summed log-probability of every row's target. Returns (n,); differentiable.
+
+    A causal model's head runs only where some row of the batch has a target: over prompts it is most of the memory.
+    """
+    labels, inputs = batch.labels, batch.inputs(kind)
+    if kind == "causal":  # the state before a token predicts it
+        at = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1)
+        labels = labels[:, 1 + at]
+        # counted from the end: virtual tokens in front shift nothing
+        logits = forward(**inputs, logits_to_keep=at - batch.labels.shape[1]).logits
+    else:
+        logits = forward(**inputs).logits
+    return _chosen_log_probabilities(logits, labels).sum(-1)
 
 
 def mean_loss(forward: Forward, batch: Batch, kind: str) -> Tensor:

@@ -402,6 +402,13 @@ def test_a_summary_of_nothing_is_an_empty_table(done: Done, tmp_path: Path) -> N
     assert {path.name for path in (tmp_path / "empty").iterdir()} == {f"quality.{k}" for k in ("md", "json", "png")}
 
 
+def test_only_with_no_such_group_names_the_groups(done: Done) -> None:
+    code, _, err = call(done.grid, "--out", str(done.out), "--only", "nothing")
+    assert code == 2
+    assert "no group's name holds that" in err
+    assert "rte-s1" in err
+
+
 def test_only_some_groups_and_a_table_elsewhere(done: Done, tmp_path: Path) -> None:
     words = ("--out", done.out, "--summary", "--table", tmp_path / "docs" / "page.md")
     assert call(done.grid, *words, "--only", "rte-s1", "--only", "nothing")[0] == 0

@@ -1,0 +1,68 @@
+"""The application: its commands in the order of `--help`, and the entry point."""
+
+import logging
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.text import Text
+
+from plugbridge import __version__
+from plugbridge.cli.bench import bench_app
+from plugbridge.cli.describe import explain, families, methods, tasks
+from plugbridge.cli.plan import plan
+from plugbridge.cli.report import report, submit
+from plugbridge.cli.reproduce import reproduce
+from plugbridge.cli.run import run
+from plugbridge.cli.stages import STAGES, stage_command
+from plugbridge.cli.terminal import err, out
+from plugbridge.errors import PlugbridgeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune a language model you can run but not train: tune a small sibling, prune the large "
+    "model into a Bridge, couple them, and plug the result into the large model.",
+    epilog="Start with: plugbridge run config.yaml.  Every key of the file: plugbridge explain",
+)
+app.command()(run)
+for _name, _help in STAGES.items():
+    app.command(_name)(stage_command(_name, _help))
+for _command in (plan, report, submit, families, tasks, methods, explain, reproduce):
+    app.command()(_command)
+app.add_typer(bench_app, name="bench")
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+    del version
+
+
+def _fail(error: PlugbridgeError) -> NoReturn:
+    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split())))
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    # Before torch is imported: OpenMP threads that spin while they wait slow a busy machine down twentyfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # peft imports bitsandbytes wherever it is installed, which then logs of kernels and casts nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        app()
+    except PlugbridgeError as error:
+        _fail(error)

@@ -1,0 +1,119 @@
+"""`plugbridge bench quality` and `bench memory`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption
+from plugbridge.cli.terminal import out, progress, setup
+from plugbridge.errors import ConfigError
+
+bench_app = typer.Typer(no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
+
+GridArg = Annotated[Path, typer.Argument(help="the grid's YAML file, such as configs/quality.yaml", show_default=False)]
+JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="processes at a time, one thread each")]
+TableOption = Annotated[
+    Path | None,
+    typer.Option("--table", help="Markdown file to write, JSON and PNG beside it  [default: <out>/quality.md]",
+                 show_default=False),
+]  # fmt: skip
+
+
+@bench_app.command()
+def quality(
+    grid: GridArg,
+    full: Annotated[bool, typer.Option("--full", help="also the grid's `full` part")] = False,
+    out_dir: RunsOption = None,
+    table: TableOption = None,
+    data: DataOption = None,
+    jobs: JobsOption = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="only groups whose name holds this, such as gpt2-lora; repeatable",
+                     show_default=False),
+    ] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="run nothing: write what is finished")] = False,
+    quiet: QuietOption = False,
+) -> None:  # fmt: skip
+    """Measure the transfer against its controls over a grid of runs; interrupted, it goes on where it was."""
+    from plugbridge.bench.grid import groups_of, load_grid
+
+    loaded = load_grid(grid)
+    root = out_dir if out_dir is not None else Path("runs") / grid.stem
+    groups = groups_of(loaded, grid.resolve().parent, full)
+    chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
+    if not chosen:
+        raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
+    setup(quiet)
+    from plugbridge.bench.present import draw_cells, page
+    from plugbridge.bench.quality import cells_of, run_groups, write_cells
+    from plugbridge.files import write_text
+
+    if not summary:
+        run_groups(chosen, data, root, jobs, progress(quiet))
+    command = f"plugbridge bench quality {grid}{' --full' if full else ''}"
+    cells = cells_of(loaded, chosen, root, command)
+    target = table if table is not None else root / "quality.md"
+    write_text(target, page(cells, "Quality of the transfer", _QUALITY, command))
+    write_cells(cells, target.with_suffix(".json"))
+    draw_cells(cells, target.with_suffix(".png"))
+    out.print(f"{len(cells)} cells in {target}, {target.with_suffix('.json').name}, {target.with_suffix('.png').name}")
+
+
+_QUALITY = """
+Accuracy on test rows and performance gap recovered, PGR = (plugged - small tuned) / (large tuned - small tuned),
+of the mean over seeds; small print: 95 % intervals of a bootstrap over seeds and test rows, the same rows for
+all models and seeds. PGR is left empty where small and large tuned are not clearly apart. Controls stand beside the
+method; "the Bridge itself" is what coupling trained and then threw away. Seconds and MiB are of coupling alone.
+"""
+
+
+@bench_app.command()
+def memory(
+    shapes: Annotated[str, typer.Option("--shapes", help="small, or paper: GPT2-XL and T5-3B")] = "small",
+    out_dir: RunsOption = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]",
+                     show_default=False),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
+                     show_default=False),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="predicted beside measured, at three sizes")] = False,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
+    quiet: QuietOption = False,
+) -> None:  # fmt: skip
+    """Peak memory and time of our stages and of other ways to tune, each measured in a process of its own."""
+    from plugbridge.memory.shapes import find_shapes
+    from plugbridge.memory.sizes import parse_bytes
+
+    found = find_shapes("check" if check else shapes)
+    setup(quiet)
+    import psutil
+
+    from plugbridge.bench.memory import count_shape, rows_of, write_counts
+    from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
+    from plugbridge.files import write_text
+    from plugbridge.models import pick_device
+
+    device = pick_device("auto")
+    room = parse_bytes(budget) if budget is not None else int(psutil.virtual_memory().available)
+    words = ["--check" if check else f"--shapes {shapes}", *([f"--budget {budget}"] if budget is not None else [])]
+    command = f"plugbridge bench memory {' '.join(words)}"
+    counts = [
+        count
+        for shape in found
+        for count in count_shape(shape, rows_of(shape, device), room, device, threads, command, progress(quiet))
+    ]
+    target = table if table is not None else (out_dir or Path("runs") / "memory") / "memory.md"
+    write_text(target, memory_page(counts, MEMORY, command))
+    write_counts(counts, target.with_suffix(".json"))
+    draw_memory(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
+    worst = max((abs(c.predicted_bytes / c.peak_bytes - 1) for c in counts if c.measured), default=None)
+    out.print(f"{len(counts)} counts in {target}, and beside it as JSON, PNG and SVG")
+    if worst is not None:
+        out.print(f"predictions are off by at most {100 * worst:.0f} % of what was measured")

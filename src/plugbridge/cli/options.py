@@ -1,0 +1,26 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigArg = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(help="a finished run's directory", show_default=False)]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="run directory  [default: runs/<config's name>]", show_default=False)
+]
+RunsOption = Annotated[
+    Path | None, typer.Option("--out", help="directory for the runs and what they give  [default: a folder of runs/]",
+                              show_default=False),
+]  # fmt: skip
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="PLUGBRIDGE_DATA", help="directory of task files, or `hub`", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override one key, such as couple.steps=500; repeatable", show_default=False),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars, results only")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -1,0 +1,58 @@
+"""`plugbridge plan`: what a run would take."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from plugbridge.cli.options import ConfigArg, JsonOption, SetOption
+from plugbridge.cli.terminal import out, setup
+from plugbridge.config import load_config
+
+
+def plan(
+    config: ConfigArg,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="say what fits in so much, such as 8GB", show_default=False)
+    ] = None,
+    length: Annotated[int, typer.Option("--length", min=4, help="tokens of a row")] = 512,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the rate that is measured")] = 1,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict memory, time, disk and forward passes of every stage from the models' config files; loads nothing."""
+    from plugbridge.memory.sizes import parse_bytes
+
+    loaded = load_config(config, tuple(sets or ()))
+    room = parse_bytes(memory) if memory is not None else None
+    setup(True)
+    from plugbridge.plan import make_plan
+
+    found = make_plan(loaded, length, room, threads)
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
+        return
+    _print_plan(found)
+
+
+def _print_plan(found: Any) -> None:
+    table = Table(title=f"large model: {found.large_parameters:,} parameters; rows of {found.length} tokens")
+    for column in ("stage", "peak MiB", "hours", "disk MiB", "forward passes", "large rows", "fits"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    for stage in found.stages:
+        fits = {None: "", True: "yes", False: "no"}[stage.fits]
+        table.add_row(
+            stage.name, f"{stage.peak_bytes / 2**20:,.0f}", f"{stage.seconds / 3600:.2f}",
+            f"{stage.disk_bytes / 2**20:,.0f}", f"{stage.passes:,}", f"{stage.large_rows:,}", fits,
+            end_section=stage.ours and not found.stages[found.stages.index(stage) + 1].ours,
+        )  # fmt: skip
+    out.print(table)
+    out.print(
+        f"hours at this machine's rates: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
+        f"{found.rates.moved / 1e9:.1f} GB/s in all else"
+    )
+    if found.memory is not None and not all(stage.fits for stage in found.stages if stage.ours):
+        what = "no setting tried makes it fit" if found.advice is None else f"it fits with {found.advice}"
+        out.print(f"'{found.peak.name}' does not fit in {found.memory / 2**30:.1f} GiB; {what}")

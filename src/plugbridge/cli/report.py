@@ -1,0 +1,101 @@
+"""Commands over a finished run: `plugbridge report` and `plugbridge submit`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg
+from plugbridge.cli.terminal import out, progress, setup
+from plugbridge.config import load_config
+
+
+def report(root: RunArg, as_json: JsonOption = False) -> None:
+    """Print a finished run as a table (and write report.png) or as one JSON object."""
+    from plugbridge.report import draw, read_report
+
+    found = read_report(root)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    draw(found, root / "report.png")
+    print_table(found)
+    out.print(f"picture: {root / 'report.png'}")
+
+
+def submit(
+    root: RunArg,
+    out_dir: Annotated[Path, typer.Option("--out", help="directory of the leaderboard's files", show_default=False)],
+    data: DataOption = None,
+    model: Annotated[str, typer.Option("--model", help="a model of the run's report")] = "large_plugged",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="ax-b or ax-g for a run of rte  [default: the run's task]", show_default=False),
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Answer SuperGLUE's unlabelled test rows with a finished run; write the leaderboard's file."""
+    from plugbridge.report import read_report
+
+    read_report(root)  # refuses what is no finished run
+    config = load_config(root / "config.yaml")
+    setup(quiet)
+    from plugbridge.prepare import prepare
+    from plugbridge.stages.submit import submit as write_answers
+    from plugbridge.tasks.spec import load_task
+
+    prepared = prepare(config, data)
+    chosen = prepared.task if task is None else load_task(task)
+    folder = data if data is not None else (Path(config.data) if config.data else None)
+    path = write_answers(prepared, root, chosen, model, folder, out_dir, progress(quiet))
+    out.print(f"{path}: answers of {model}")
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """A report's rows, and what was recovered."""
+    from plugbridge.report import TITLES
+
+    first = found["rows"][0]
+    table = Table(
+        title=f"{found['task']}, {first['n']} {found['split']} rows; {found['method']}, "
+        f"{found['mode']} coupling, Bridge {100 * found['models']['bridge']['share']:.1f} % of large",
+        title_justify="left",
+    )
+    for column in ("model", first["metric"], "seconds", "MiB", "trainable", "changed"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for row in found["rows"]:
+        counts = row["parameters"]
+        table.add_row(
+            TITLES[row["name"]], f"{row['value']:.3f}", f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}", f"{counts['trainable']:,}", f"{counts['changed']:,}",
+        )  # fmt: skip
+    out.print(table)
+    chance = found["majority"][first["metric"]]
+    pgr = found["pgr"]
+    recovered = "-" if pgr is None else f"{pgr:+.2f}"
+    out.print(
+        "seconds and MiB: what making the model took (its stages together, peak over the stages); "
+        "trainable: parameters that were trained; changed: parameters the checkpoint adds"
+    )
+    out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
+
+
+def print_loading(root: Path, found: dict[str, Any]) -> None:
+    """Where the plugged checkpoint is, and the lines that load it."""
+    kind = "AutoModelForSeq2SeqLM" if "T5" in _architecture(found) else "AutoModelForCausalLM"
+    ours = "import plugbridge  # knows the adapter; " if found["method"] == "adapter" else ""
+    out.print(f"\nplugged checkpoint: {found['checkpoint']}\npicture: {root / 'report.png'}")
+    out.print(
+        f"\nload it:\n  {ours}from transformers import {kind}; from peft import PeftModel\n"
+        f"  model = {kind}.from_pretrained({found['models']['large']['source']!r})\n"
+        f"  model = PeftModel.from_pretrained(model, {found['checkpoint']!r})",
+    )
+
+
+def _architecture(found: dict[str, Any]) -> str:
+    from plugbridge.models import load_config as model_config
+
+    return " ".join(model_config(found["models"]["large"]["source"]).architectures or ())

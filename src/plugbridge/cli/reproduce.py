@@ -1,0 +1,51 @@
+"""`plugbridge reproduce`: a table or figure of the paper."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
+from plugbridge.cli.terminal import announcer, out, progress, setup
+from plugbridge.errors import ConfigError
+
+TABLES = (*(f"table{number}" for number in range(1, 9)), "fig1a", "fig1b")
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help=f"which one: {', '.join(TABLES)}", show_default=False)],
+    small: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
+    large: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="the embedded pair and task: minutes instead of days")] = False,
+    mode: Annotated[str, typer.Option(help="how to couple; the paper's is standalone")] = "standalone",
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="only this task; repeatable")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="one seed for every run")] = 0,
+    out_dir: RunsOption = None,
+    target: Annotated[
+        Path | None, typer.Option("--table", help="Markdown file to write; LaTeX and JSON beside it")
+    ] = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    summary: Annotated[bool, typer.Option("--summary", help="run nothing: write what is finished")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a table or figure of the paper and set its values beside ours; interrupted, it goes on where it was."""
+    if table not in TABLES:
+        raise ConfigError(f"no table '{table}'; known: {', '.join(TABLES)}")
+    if (small is None) != (large is None):
+        raise ConfigError("give both --small and --large, or neither")
+    setup(quiet)
+    from plugbridge.bench.reproduce import Asked
+    from plugbridge.bench.reproduce import reproduce as make
+
+    root = out_dir if out_dir is not None else Path("runs") / "reproduce"
+    page = target if target is not None else root / f"{table}.md"
+    pair = None if small is None or large is None else (small, large)
+    asked = Asked(
+        table, pair, demo, mode, tuple(tasks) if tasks else None, seed, tuple(sets or ()), data, root, page, summary,
+        "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])),
+    )  # fmt: skip
+    for line in make(asked, progress(quiet), announcer(quiet)):
+        out.print(line)

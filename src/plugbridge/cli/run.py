@@ -1,0 +1,80 @@
+"""`plugbridge run`: all stages, and the finished run's table."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from plugbridge import __version__
+from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, SetOption
+from plugbridge.cli.report import print_loading, print_table
+from plugbridge.cli.terminal import announcer, err, progress, setup
+from plugbridge.config import RunConfig, load_config
+
+
+def execute_stages(
+    config_path: Path, root: Path | None, data: Path | None, sets: list[str] | None, quiet: bool, only: str | None
+) -> Path:
+    """Run all stages, or only one; the run's directory."""
+    config = load_config(config_path, tuple(sets or ()))
+    root = root if root is not None else Path("runs") / config_path.stem
+    from plugbridge.run import check_needs, check_root, execute, locked
+
+    check_root(root)
+    setup(quiet)
+    from plugbridge.prepare import prepare
+    from plugbridge.stages.build import build_stages
+
+    stages = build_stages(prepare(config, data), root, progress(quiet))
+    check_needs(root, stages, only)
+    try:
+        with locked(root):
+            if not quiet:
+                err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {config_path} -> {root}"))
+            _describe(root, config)
+            execute(root, stages, only, announcer(quiet))
+    except KeyboardInterrupt:
+        err.print("\ninterrupted; run the same command again to resume")
+        raise typer.Exit(130) from None
+    return root
+
+
+def _describe(root: Path, config: RunConfig) -> None:
+    import platform
+
+    import yaml
+
+    from plugbridge.files import write_json, write_text
+    from plugbridge.report import versions
+
+    write_text(root / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    environment: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
+    write_json(root / "environment.json", environment)
+
+
+def run(
+    config: ConfigArg,
+    out_dir: OutOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Do the whole job: tune, score, prune, couple, plug, evaluate. Finished stages are skipped."""
+    root = execute_stages(config, out_dir, data, sets, quiet, None)
+    _finish(root)
+
+
+def _finish(root: Path) -> None:
+    from plugbridge.report import draw, read_report
+
+    found = read_report(root)
+    draw(found, root / "report.png")
+    print_table(found)
+    print_loading(root, found)

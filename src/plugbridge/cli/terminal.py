@@ -1,0 +1,82 @@
+"""What a command prints with: standard output and error, progress bars, tables."""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from plugbridge.progress import Advance, Progress, Silent
+
+# plain: what users name (paths, labels) may hold rich's own markup or emoji codes
+out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+class Bars:
+    """Progress drawn with rich on standard error."""
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Generator[Advance]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("  {task.description:<34}"), BarColumn(24), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with RichProgress(*columns, console=err, transient=True) as shown:
+            task = shown.add_task(title, total=total, completed=done)
+            yield lambda count: shown.advance(task, count)
+
+
+def progress(quiet: bool) -> Progress:
+    """Bars on a terminal, else nothing."""
+    return Silent() if quiet or not err.is_terminal else Bars()
+
+
+def setup(quiet: bool) -> None:
+    """Log what the library says, or only its warnings; keep other libraries quiet."""
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "httpx2", "urllib3", "matplotlib", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not sys.warnoptions:  # what libraries say to each other's developers; `python -W` shows it
+        warnings.simplefilter("ignore", FutureWarning)
+    from plugbridge.models import quiet_transformers
+
+    quiet_transformers()
+
+
+def announcer(quiet: bool) -> Callable[[str, str], None]:
+    """What prints every stage as it starts or is skipped."""
+
+    def announce(stage: str, what: str) -> None:
+        if not quiet:
+            text = f"  {stage:<9} done before, skipped" if what == "skipped" else f"  {stage}"
+            err.print(text)
+
+    return announce
+
+
+def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    """Rows as a table of some of their columns, or whole as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return
+    table = Table()
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    out.print(table)

@@ -1,0 +1,50 @@
+"""The run's configuration: one strict, documented schema. Unknown keys are refused.
+
+Field descriptions are the text of ``plugbridge explain`` and of docs/configuration.md.
+"""
+
+from plugbridge.config.fields import fields_help, fields_markdown
+from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, LoadIn, TaskConfig
+from plugbridge.config.load import apply_override, first_fault, load_config, parse_config, read_yaml, resolve_paths
+from plugbridge.config.schema import RunConfig
+from plugbridge.config.stages import (
+    BaselinesConfig,
+    CoupleConfig,
+    EvaluateConfig,
+    LadderConfig,
+    MethodConfig,
+    PolishConfig,
+    PruneConfig,
+    RepairConfig,
+    ScoreConfig,
+    ScoredModel,
+    TrainConfig,
+)
+
+__all__ = [
+    "BRANCHES",
+    "SHORTHAND",
+    "BaselinesConfig",
+    "CoupleConfig",
+    "EvaluateConfig",
+    "LadderConfig",
+    "LargeConfig",
+    "LoadIn",
+    "MethodConfig",
+    "PolishConfig",
+    "PruneConfig",
+    "RepairConfig",
+    "RunConfig",
+    "ScoreConfig",
+    "ScoredModel",
+    "TaskConfig",
+    "TrainConfig",
+    "apply_override",
+    "fields_help",
+    "fields_markdown",
+    "first_fault",
+    "load_config",
+    "parse_config",
+    "read_yaml",
+    "resolve_paths",
+]

@@ -1,0 +1,185 @@
+"""The settings of the method and of every stage: one table each."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from plugbridge.config.strict import StrictConfig
+
+
+class MethodConfig(StrictConfig):
+    """The parameter-efficient method."""
+
+    name: str = Field(default="lora", description="a method's name, see `plugbridge methods`")
+    rank: int | None = Field(
+        default=None, ge=1, description="LoRA rank, adapter bottleneck or prefix tokens; the method's default"
+    )
+    alpha: float | None = Field(default=None, gt=0, description="LoRA's alpha; 2 x rank by default")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout inside the module")
+
+
+class TrainConfig(StrictConfig):
+    """One training loop: AdamW, linear warmup, cosine decay."""
+
+    steps: int = Field(default=300, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=32, ge=1, description="rows a step")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="peak learning rate of the module; the method's default"
+    )
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps with rising rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of all gradients together")
+    checkpoint_every: int = Field(default=50, ge=1, description="steps between resumable checkpoints")
+
+
+class ScoreConfig(StrictConfig):
+    """How the large model's units are ranked."""
+
+    importance: Literal["fisher", "activation", "magnitude"] = Field(
+        default="fisher",
+        description="fisher needs the large model's gradients (the paper); activation and magnitude "
+        "run it forward only",
+    )
+    samples: int = Field(default=256, ge=1, description="training rows to score on")
+    keep: Literal["memory", "disk"] = Field(
+        default="memory",
+        description="where scoring a streamed large model keeps its rows' states: `memory`, as many rows at a time as "
+        "take no more than a block's weights, or `disk`, all rows at once, so that each block is read twice for fisher "
+        "and once for what only runs forward, and memory does not grow with depth; results are the same",
+    )
+
+
+class PruneConfig(StrictConfig):
+    """How small the Bridge is: a reduction of every axis, or a budget of parameters."""
+
+    reduction: float | None = Field(
+        default=None, ge=1, description="divide hidden size, heads and MLP width by this (the paper's r)"
+    )
+    budget: float | None = Field(
+        default=None,
+        gt=0,
+        description="share of the large model's parameters (below 1), or their number; counted is what the "
+        "mode uses: in feedback, ladder_delta and identity not the Bridge's embeddings and head, which are dropped",
+    )
+
+    channels: Literal["auto", "select", "pca", "gradient_pca"] = Field(
+        default="auto",
+        description="the Bridge's residual stream: `select` the best-scored channels, or project on the principal "
+        "directions of what sublayers read (`pca`), or of that and the loss gradient (`gradient_pca`, needs "
+        "importance: fisher); `auto` is select where the Bridge reads alone, else gradient_pca, else pca",
+    )
+
+    shuffle: bool = Field(
+        default=False, description="a control: permute the entries of every weight in the Bridge's blocks"
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "PruneConfig":
+        if (self.reduction is None) == (self.budget is None):
+            raise ValueError("give exactly one of `reduction` and `budget`")
+        return self
+
+
+class RepairConfig(TrainConfig):
+    """Fitting the Bridge to the large model before coupling, from the large model's forward passes."""
+
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="peak learning rate of the Bridge's weights; 0.001 by default"
+    )
+    target: Literal["response", "logits"] = Field(
+        default="response",
+        description="`response`: every pruned sublayer answers a push as the large one does (for feedback); "
+        "`logits`: the Bridge predicts the large model's next tokens (for standalone)",
+    )
+
+
+class CoupleConfig(TrainConfig):
+    """How module, plug and Bridge train together."""
+
+    steps: int = Field(default=300, ge=0, description="optimizer steps; 0 plugs the module in as it starts")
+
+    mode: str = Field(
+        default="feedback",
+        description="what the Bridge is for: `feedback`, it carries back the error of the large model's own forward "
+        "pass; `standalone`, it reads tokens by itself (the paper); `ladder` and `ladder_delta`, it reads the large "
+        "model's activations; `identity`, a control without it",
+    )
+    plug: Literal["random", "ridge", "procrustes", "fresh"] | None = Field(
+        default=None,
+        description="how coupling starts: `random`, the small model's module behind a random plug (the paper); "
+        "`ridge`, `procrustes`, behind one fitted to both models' states; `fresh`, nothing of the small "
+        "model. By default random for standalone, else fresh",
+    )
+    layer_map: Literal["uniform", "cka"] = Field(
+        default="uniform",
+        description="which small layer each large layer copies: evenly, or the one whose states are most alike",
+    )
+    align_samples: int = Field(
+        default=256, ge=2, description="training rows whose states plug and layer map are fitted to"
+    )
+    plug_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of plug and down")
+    down: Literal["select", "learned"] = Field(default="select", description="from large width to the Bridge's")
+    layers: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of each stack's layers, from the top, whose modules train and are used; by default 0.75 for "
+        "feedback, 0.5 for ladder_delta, else 1",
+    )
+    cache: Literal["off", "memory", "disk"] = Field(
+        default="off", description="where ladder keeps the large model's activations, so that it reads each row once"
+    )
+    bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
+    bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
+
+
+class PolishConfig(StrictConfig):
+    """Tuning a factor for every place of the plugged module, by forward passes of the large model."""
+
+    evaluations: int = Field(default=100, ge=2, description="losses to measure")
+    rows: int = Field(default=256, ge=1, description="training rows to measure a loss on")
+    batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
+
+
+class LadderConfig(TrainConfig):
+    """Ladder Side-Tuning: a side network pruned from the model, kept at inference."""
+
+    reduction: float = Field(default=8, ge=1, description="divide hidden size, heads and MLP width by this")
+
+
+class BaselinesConfig(StrictConfig):
+    """What else one could do with either model, through the same loop."""
+
+    small_finetuned: TrainConfig | None = Field(
+        default=None, description="train all weights of the small model; settings as `tune`'s, rate 3e-4 by default"
+    )
+    large_finetuned: TrainConfig | None = Field(default=None, description="train all weights of the large model")
+    small_ladder: LadderConfig | None = Field(
+        default=None,
+        description="Ladder Side-Tuning of the small model; settings as `tune`'s and `reduction`, 8 by default; "
+        "rate 3e-3 by default",
+    )
+    large_ladder: LadderConfig | None = Field(default=None, description="Ladder Side-Tuning of the large model")
+
+
+ScoredModel = Literal[
+    "small_zero_shot", "small_probe", "small_tuned", "small_finetuned", "small_ladder",
+    "large_zero_shot", "large_probe", "bridge_coupled", "large_plugged", "large_tuned", "large_finetuned",
+    "large_ladder",
+]  # fmt: skip
+
+
+class EvaluateConfig(StrictConfig):
+    """Scoring on the test split."""
+
+    batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
+    split: Literal["test", "validation"] = Field(default="test", description="validation while you choose settings")
+    limit: int | None = Field(default=None, ge=1, description="score only the first rows")
+    models: list[ScoredModel] | None = Field(
+        default=None, min_length=1, description="score only these models, such as large_plugged"
+    )
+    probe: bool = Field(
+        default=False,
+        description="also a linear probe of either model: logistic regression on its last hidden states, a reference",
+    )

@@ -26,12 +26,13 @@ class Alive(TorchDispatchMode):
     `now` are the bytes alive, `peaks` the most of them at each `place`, a name that the caller moves as the work
     goes on. `flops` counts multiplications and additions of matrix products, `moved` the bytes that all other
     operations read and write. A storage shared by several tensors counts once. `chosen` is the number of
-    positions that a mask of fake values chooses; None for all.
+    positions that a mask of fake values chooses, `columns` that of a mask of one dimension; None for all.
     """
 
     def __init__(self, chosen: int | None = None) -> None:
         super().__init__()
         self.chosen = chosen
+        self.columns: int | None = None
         self.now = 0
         self.flops = 0
         self.moved = 0
@@ -54,6 +55,8 @@ class Alive(TorchDispatchMode):
             return _one(args[0].dtype)
         if func is aten.equal.default and isinstance(args[0], FakeTensor):
             return args[0].shape == args[1].shape
+        if func is aten.nonzero.default and isinstance(args[0], FakeTensor) and args[0].dim() == 1:
+            return args[0].new_zeros(_all_or(self.columns, args[0]), 1, dtype=torch.long)
         if func is aten.index.Tensor:
             args = (args[0], _positions(args[1], self.chosen))
         found = func(*args, **(kwargs or {}))
@@ -94,12 +97,16 @@ def _one(dtype: torch.dtype) -> bool | int | float:
     return 1.0 if dtype.is_floating_point else 1
 
 
+def _all_or(count: int | None, mask: Tensor) -> int:
+    return mask.numel() if count is None else count
+
+
 def _positions(indices: list[Tensor | None], chosen: int | None) -> list[Tensor | None]:
     """Indices without masks of fake values: each as so many positions along its dimensions."""
     found: list[Tensor | None] = []
     for index in indices:
         if isinstance(index, FakeTensor) and index.dtype == torch.bool:
-            count = index.numel() if chosen is None else chosen
+            count = _all_or(chosen, index)
             found.extend(index.new_zeros(count, dtype=torch.long) for _ in range(index.dim()))
         else:
             found.append(index)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from plugbridge.memory.alive import Alive, fake_tensors, marked
-from plugbridge.memory.case import Case
+from plugbridge.memory.case import TARGETS, Case
 from plugbridge.memory.steps import MakeStep, Step
 
 Kind = tuple[str, bool]
@@ -103,7 +103,7 @@ def trace(case: Case, make: MakeStep) -> Trace:
 def count(alive: Alive, case: Case, step: Step) -> Trace:
     """Do a step twice under a count that is on already; the work is the second time's."""
     alive.peaks.clear()
-    alive.chosen = step.chosen
+    alive.chosen, alive.columns = step.chosen, TARGETS[case.kind]
     with ExitStack() as hooks:
         for model, name in step.marks:
             hooks.enter_context(marked(alive, model, places(case, name)))

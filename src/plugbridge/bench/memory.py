@@ -13,7 +13,7 @@ from plugbridge.memory.case import Case
 from plugbridge.memory.measure import measured
 from plugbridge.memory.predict import predict
 from plugbridge.memory.rates import Rates, measure_rates
-from plugbridge.memory.rows import Row, baselines, common_stages, coupled, streamed
+from plugbridge.memory.rows import Row, baselines, common_stages, coupled, small_steps
 from plugbridge.memory.shapes import Shape
 from plugbridge.memory.weights import NAMES, write_weights
 from plugbridge.models import parameter_count
@@ -78,7 +78,8 @@ def rows_of(shape: Shape, device: str) -> list[Row]:
     rows = baselines(large, METHODS) + common_stages(large, replace(large, config=shape.small))
     rows += [coupled(large, mode) for mode in MODES]
     rows += [coupled(large, mode, method) for method in METHODS[:2] for mode in ("feedback", "standalone")]
-    return [*rows, *streamed(large, MODES, half=False), *streamed(large, MODES, half=True)]
+    small = replace(large, config=shape.small)
+    return rows + [row for half in (False, True) for row in small_steps(large, small, MODES, half)]
 
 
 def count_shape(
@@ -148,7 +149,7 @@ def read_counts(path: Path) -> Mapping[Key, Count]:
     if not path.is_file():
         return {}
     try:
-        counts = [Count(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        counts = [Count(**row) for row in list(json.loads(path.read_text(encoding="utf-8")))]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} holds no counts of `bench memory`; move it away or name another --table") from error
     return {key_of(count): count for count in counts}

@@ -1,5 +1,6 @@
 """`plugbridge bench quality` and `bench memory`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -85,9 +86,17 @@ def memory(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="predicted beside measured, at three sizes")] = False,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="run only rows whose `method: stage` holds this, such as 'ours'; predict all others; "
+                     "repeatable", show_default=False),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:  # fmt: skip
-    """Peak memory and time of our stages and of other ways to tune, each measured in a process of its own."""
+    """Peak memory and time of our stages and of other ways to tune, each measured in a process of its own.
+
+    What the table's JSON has as measured is not measured again; remove the file to begin anew.
+    """
     from plugbridge.memory.shapes import find_shapes
     from plugbridge.memory.sizes import parse_bytes
 
@@ -95,7 +104,7 @@ def memory(
     setup(quiet)
     import psutil
 
-    from plugbridge.bench.memory import count_shape, rows_of, write_counts
+    from plugbridge.bench.memory import Machine, count_shape, rows_of
     from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
     from plugbridge.files import write_text
     from plugbridge.models import pick_device
@@ -103,15 +112,19 @@ def memory(
     device = pick_device("auto")
     room = parse_bytes(budget) if budget is not None else int(psutil.virtual_memory().available)
     words = ["--check" if check else f"--shapes {shapes}", *([f"--budget {budget}"] if budget is not None else [])]
+    words += [f"--threads {threads}", *(f"--only {shlex.quote(part)}" for part in only or ())]
     command = f"plugbridge bench memory {' '.join(words)}"
+    folder = out_dir or Path("runs") / "memory"
+    target = table if table is not None else folder / "memory.md"
+    machine = Machine(room, device, threads, folder / "weights", tuple(only or ()))
     counts = [
         count
         for shape in found
-        for count in count_shape(shape, rows_of(shape, device), room, device, threads, command, progress(quiet))
+        for count in count_shape(
+            shape, rows_of(shape, device), machine, target.with_suffix(".json"), command, progress(quiet)
+        )
     ]
-    target = table if table is not None else (out_dir or Path("runs") / "memory") / "memory.md"
     write_text(target, memory_page(counts, MEMORY, command))
-    write_counts(counts, target.with_suffix(".json"))
     draw_memory(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
     worst = max((abs(c.predicted_bytes / c.peak_bytes - 1) for c in counts if c.measured), default=None)
     out.print(f"{len(counts)} counts in {target}, and beside it as JSON, PNG and SVG")

@@ -66,7 +66,8 @@ class Case:
     Rows are `length` tokens; batches have `batch` of them. `channels` says whether the Bridge's residual stream is
     projected or selected, `bits` how weights are held where the model only runs forward. A `streamed` model has one
     block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is scored,
-    the states of `at_once` rows are in memory, or none of them (0: they are on disk).
+    the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through the models
+    `micro_batch` rows at a time, all rows where it is None.
     """
 
     config: PreTrainedConfig
@@ -86,6 +87,7 @@ class Case:
     streamed: bool = False
     weights: str | None = None
     at_once: int = 1
+    micro_batch: int | None = None
 
     @property
     def family(self) -> Family:

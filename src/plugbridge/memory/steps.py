@@ -23,7 +23,8 @@ from plugbridge.progress import Silent
 from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
 from plugbridge.shrink.shelf import Place, Shelf
 from plugbridge.stages.shrink import units_of
-from plugbridge.tasks.encode import gold
+from plugbridge.tasks.encode import Encoded, gold
+from plugbridge.train import shares
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
@@ -57,16 +58,21 @@ class Step:
 
 
 def training(
-    case: Case, parameters: Iterable[Tensor], loss: Callable[[], Tensor], marks: Marks, held: list[object]
+    case: Case,
+    parameters: Iterable[Tensor],
+    loss: Callable[[list[Encoded]], Tensor],
+    marks: Marks,
+    held: list[object],
 ) -> Step:
-    """A step of the library's training loop (`train.fit`): loss, backward, clipped, AdamW."""
+    """A step of the library's training loop (`train.fit`): loss and backward part by part, clipped, AdamW."""
     tensors = list(parameters)
     optimizer = torch.optim.AdamW([{"params": [tensor]} for tensor in tensors], lr=1e-4, foreach=True)
     kept: list[Tensor] = []
 
-    def forward() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        kept.append(loss())
+    def forward(part: list[Encoded], share: float, first: bool) -> None:
+        if first:
+            optimizer.zero_grad(set_to_none=True)
+        kept.append(loss(part) * share)
 
     def backward() -> None:
         kept.pop().backward()
@@ -75,14 +81,18 @@ def training(
         torch.nn.utils.clip_grad_norm_(tensors, 1.0)
         optimizer.step()
 
-    phases = {"forward": forward, "backward": backward, "update": update}
-    chosen = case.batch * TARGETS[case.kind]
+    phases: dict[str, Callable[[], None]] = {}
+    for i, (part, share) in enumerate(shares(case.rows(), case.micro_batch, lambda row: row.targets)):
+        number = f" {i + 1}" if i > 0 else ""
+        phases[f"forward{number}"] = partial(forward, part, share, i == 0)
+        phases[f"backward{number}"] = backward
+    phases["update"] = update
+    chosen = (case.micro_batch or case.batch) * TARGETS[case.kind]
     return Step(phases, marks, case.batch, sum(tensor.numel() for tensor in tensors), chosen, held)
 
 
-def _loss(case: Case, forward: nn.Module) -> Callable[[], Tensor]:
-    rows = case.rows()
-    return lambda: mean_loss(forward, gold(case.encoder, rows).to(case.device), case.kind)
+def _loss(case: Case, forward: nn.Module) -> Callable[[list[Encoded]], Tensor]:
+    return lambda rows: mean_loss(forward, gold(case.encoder, rows).to(case.device), case.kind)
 
 
 def finetune(case: Case) -> Step:
@@ -150,17 +160,16 @@ def score(case: Case) -> Step:
     """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, twice."""
     model, layout = case.build()
     rows = case.rows(2 * max(1, case.at_once) if case.streamed else 1)
-    folder = tempfile.TemporaryDirectory()
+    shelves = Nowhere if case.weights is None else Shelf
 
     def work() -> None:
-        shelf = None
-        if case.streamed and case.at_once == 0:
-            shelf = (Nowhere if case.weights is None else Shelf)(Path(folder.name) / "states.bin")
-        at_once = case.at_once if case.streamed else None
-        units_of(model, layout, case.encoder, rows, case.importance, Silent(), shelf, at_once)
+        with tempfile.TemporaryDirectory() as folder:
+            shelf = shelves(Path(folder) / "states.bin") if case.streamed and case.at_once == 0 else None
+            at_once = case.at_once if case.streamed else None
+            units_of(model, layout, case.encoder, rows, case.importance, Silent(), shelf, at_once)
 
     marks: Marks = [(model, "model")]
-    return Step({"score": work}, marks, 2 * len(rows), chosen=TARGETS[case.kind], held=[model, folder])
+    return Step({"score": work}, marks, 2 * len(rows), chosen=TARGETS[case.kind], held=[model])
 
 
 def prune(case: Case) -> Step:
@@ -197,9 +206,9 @@ def repair(case: Case) -> Step:
     bridge.requires_grad_(False)
     for tensor in tensors.values():
         tensor.requires_grad_(True)
-    loss, rows = repair_loss("response", model, layout, bridge, plan, case.encoder), case.rows()
+    loss = repair_loss("response", model, layout, bridge, plan, case.encoder)
     marks: Marks = [(model, "model"), (bridge, "bridge")]
-    step = training(case, tensors.values(), lambda: loss(rows), marks, [model, bridge])
+    step = training(case, tensors.values(), loss, marks, [model, bridge])
     return Step(step.phases, step.marks, step.rows, step.trained, None, step.held)
 
 
@@ -221,13 +230,13 @@ def couple(case: Case, mode_name: str) -> Step:
     silence(coupling)
     require_gradients(coupling)
     started = coupling.parameters()
-    loss, rows = mode.start(coupling), case.rows()
+    loss = mode.start(coupling)
     climbed = {f"ladder/{key}": tensor for key, tensor in coupling.ladder.items()}
     tensors = [tensor for tensor in {**started, **climbed}.values() if tensor.requires_grad]
     marks: Marks = [(bridge, "bridge")]
     if coupling.large_model is not None:
         marks.append((coupling.large_model, "model"))
-    return training(case, tensors, lambda: loss(rows), marks, [coupling])
+    return training(case, tensors, loss, marks, [coupling])
 
 
 def _fresh_module(case: Case, empty: PreTrainedModel, layout: Layout) -> Module:
@@ -243,11 +252,11 @@ def polish(case: Case) -> Step:
     model, layout = run_only(case)
     wrapped, _ = attach(model, case.method, layout, case.settings)
     wrapped.eval()
-    loss = _loss(case, wrapped)
+    loss, rows = _loss(case, wrapped), case.rows()
 
     def work() -> None:
         with torch.no_grad():
-            loss()
+            loss(rows)
 
     marks: Marks = [(model, "model")]
     return Step({"polish": work}, marks, case.batch, chosen=case.batch * TARGETS[case.kind], held=[wrapped])

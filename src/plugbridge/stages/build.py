@@ -133,6 +133,10 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
     return found
 
 
+UNSEEN = ("checkpoint_every", "keep", "micro_batch")
+"""Keys that change no result, beyond rounding."""
+
+
 def _dump(section: Any) -> dict[str, Any]:
     """A configuration section as JSON, without what does not change the result."""
-    return {k: v for k, v in section.model_dump(mode="json").items() if k not in ("checkpoint_every", "keep")}
+    return {k: v for k, v in section.model_dump(mode="json").items() if k not in UNSEEN}

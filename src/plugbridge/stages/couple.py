@@ -68,6 +68,7 @@ def couple(work: Work) -> dict[str, Any]:
     losses = fit(
         parameters, p.large_rows["train"], loss, schedule_of(settings, p.config.seed, rates),
         work.folder / CHECKPOINT, work.progress, f"couple ({settings.mode})",
+        lambda row: row.targets,
     )  # fmt: skip
     _save_coupled(work, coupling, weights)
     write_json(work.folder / "losses.json", losses)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from plugbridge.config import TrainConfig
+from plugbridge.config import PartsConfig, TrainConfig
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.generate import generate_texts
@@ -48,6 +48,7 @@ def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Sc
         clip=train.clip,
         checkpoint_every=train.checkpoint_every,
         seed=seed,
+        micro_batch=train.micro_batch if isinstance(train, PartsConfig) else None,
     )
 
 

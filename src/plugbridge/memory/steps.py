@@ -40,8 +40,8 @@ class Step:
     """A step that is ready: `work` is done again and again.
 
     `phases` are the parts of the work in their order. `marks` are the models whose sublayers are places of their own,
-    `kept` the bytes of tensors that the stage leaves, `trained` the parameters that train. `rows` is how many rows
-    the work reads; `chosen` how many positions a mask in it chooses.
+    `trained` the parameters that train. `rows` is how many rows the work reads; `chosen` how many positions a mask in it
+    chooses. `begin` makes the optimizer's state, which the first time of a training step would make.
     """
 
     phases: dict[str, Callable[[], None]]
@@ -50,6 +50,7 @@ class Step:
     trained: int = 0
     chosen: int | None = None
     held: list[object] = field(default_factory=list[object])
+    begin: Callable[[], None] = lambda: None
 
     def work(self) -> None:
         """All phases once."""
@@ -81,6 +82,12 @@ def training(
         torch.nn.utils.clip_grad_norm_(tensors, 1.0)
         optimizer.step()
 
+    def begin() -> None:
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     phases: dict[str, Callable[[], None]] = {}
     for i, (part, share) in enumerate(shares(case.rows(), case.micro_batch, lambda row: row.targets)):
         number = f" {i + 1}" if i > 0 else ""
@@ -88,7 +95,7 @@ def training(
         phases[f"backward{number}"] = backward
     phases["update"] = update
     chosen = (case.micro_batch or case.batch) * TARGETS[case.kind]
-    return Step(phases, marks, case.batch, sum(tensor.numel() for tensor in tensors), chosen, held)
+    return Step(phases, marks, case.batch, sum(tensor.numel() for tensor in tensors), chosen, held, begin)
 
 
 def _loss(case: Case, forward: nn.Module) -> Callable[[list[Encoded]], Tensor]:
@@ -157,9 +164,10 @@ class Nowhere(Shelf):
 
 
 def score(case: Case) -> Step:
-    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, twice."""
+    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, and
+    one row more."""
     model, layout = case.build()
-    rows = case.rows(2 * max(1, case.at_once) if case.streamed else 1)
+    rows = case.rows(1 + max(1, case.at_once) if case.streamed else 1)
     shelves = Nowhere if case.weights is None else Shelf
 
     def work() -> None:
@@ -209,7 +217,7 @@ def repair(case: Case) -> Step:
     loss = repair_loss("response", model, layout, bridge, plan, case.encoder)
     marks: Marks = [(model, "model"), (bridge, "bridge")]
     step = training(case, tensors.values(), loss, marks, [model, bridge])
-    return Step(step.phases, step.marks, step.rows, step.trained, None, step.held)
+    return replace(step, chosen=None)
 
 
 def couple(case: Case, mode_name: str) -> Step:

@@ -109,9 +109,7 @@ def fit(
     return losses
 
 
-def shares(
-    rows: list[T], micro_batch: int | None, weight_of: Callable[[T], int]
-) -> Iterator[tuple[list[T], float]]:
+def shares(rows: list[T], micro_batch: int | None, weight_of: Callable[[T], int]) -> Iterator[tuple[list[T], float]]:
     """Rows in parts of at most `micro_batch`, each with its share of the whole weight."""
     size, whole = micro_batch or len(rows), sum(map(weight_of, rows))
     for start in range(0, len(rows), size):

@@ -42,7 +42,11 @@ def _tensors(root: Path) -> dict[str, torch.Tensor]:
         ("gpt2", "lora", {"couple": {**TRAIN, "mode": "feedback"}, "polish": {"evaluations": 2, "rows": 4}}),
         ("t5", "adapter", {"couple": {**TRAIN, "mode": "feedback"}, "repair": TRAIN, "score": DISK}),
         ("llama", "prefix", {"couple": {**TRAIN, "mode": "ladder", "cache": "disk"}}),
-        ("t5-gated", "lora", {"couple": {**TRAIN, "mode": "ladder_delta"}, "score": {"importance": "activation", **DISK}}),
+        (
+            "t5-gated",
+            "lora",
+            {"couple": {**TRAIN, "mode": "ladder_delta"}, "score": {"importance": "activation", **DISK}},
+        ),
         ("gpt2", "lora", {"couple": {**TRAIN, "mode": "standalone", "plug": "ridge", "layer_map": "cka"}}),
         ("gpt2", "adapter", {"ceiling": TRAIN, "baselines": {"large_ladder": TRAIN}}),
     ],

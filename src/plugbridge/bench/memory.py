@@ -55,9 +55,9 @@ Key = tuple[str, int, int, str, str]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where steps run: `room` bytes and `threads` are theirs, `only` names what is run, `weights` is for models on disk.
+    """Where steps run: with `room` bytes and so many threads; `weights` is a directory for models on disk.
 
-    A step is run if it fits and `only` is in its name, ``method: stage``; everything else is predicted.
+    A step is run if it fits and one of `only` is in its name, ``method: stage``; everything else is predicted.
     """
 
     room: int
@@ -88,15 +88,16 @@ def count_shape(
     """Count every row and keep the counts in a JSON file; what was measured there before is not measured again."""
     weights = 2 * weights_of(Case(shape.large, 1, 1))
     rates = {dtype: measure_rates(dtype, machine.device, machine.threads) for dtype in {row.case.dtype for row in rows}}
-    others = {key: count for key, count in read_counts(path).items() if key[:3] != (shape.name, shape.batch, shape.length)}
-    known = {key: count for key, count in read_counts(path).items() if count.measured and key not in others}
+    before, own = read_counts(path), (shape.name, shape.batch, shape.length)
+    others = [count for key, count in before.items() if key[:3] != own]
+    known = {key: count for key, count in before.items() if key[:3] == own and count.measured}
     found: list[Count] = []
     with progress.bar(f"bench memory, {shape.name}", len(rows)) as advance:
         for row in rows:
             count = _predicted(shape, row, rates[row.case.dtype], weights, command)
-            before = known.get(key_of(count))
-            if before is not None:
-                count = replace(before, predicted_bytes=count.predicted_bytes)
+            same = known.get(key_of(count))
+            if same is not None:
+                count = replace(same, predicted_bytes=count.predicted_bytes)
             elif _runs(row, count, machine):
                 log.info("%s, %s: %s, predicted %.0f MiB and %.0f s a repetition", shape.name, row.method, row.stage,
                          count.peak_bytes / 2**20, count.seconds)  # fmt: skip
@@ -107,7 +108,7 @@ def count_shape(
                 )
             found.append(count)
             rest = [count for key, count in known.items() if key not in map(key_of, found)]
-            write_counts([*others.values(), *found, *rest], path)
+            write_counts([*others, *found, *rest], path)
             advance(1)
     return found
 

@@ -88,8 +88,8 @@ def memory(
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", help="run only rows whose `method: stage` holds this, such as 'ours'; predict all others; "
-                     "repeatable", show_default=False),
+        typer.Option("--only", help="run only rows whose `method: stage` holds this, such as ours, and predict all "
+                     "others; repeatable", show_default=False),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:  # fmt: skip

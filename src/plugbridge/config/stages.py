@@ -38,8 +38,8 @@ class PartsConfig(TrainConfig):
     micro_batch: int | None = Field(
         default=None,
         ge=1,
-        description="rows that go through the models at a time; all of a step's rows by default. Fewer need less memory "
-        "and give the same gradient",
+        description="rows that go through the models at a time; all of a step's rows by default. Fewer need less "
+        "memory and give the same gradient",
     )
 
 

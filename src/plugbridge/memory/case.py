@@ -65,9 +65,9 @@ class Case:
     train (all where a stack is not named), `sizes` the Bridge's axis sizes (or `reduction` where there are none).
     Rows are `length` tokens; batches have `batch` of them. `channels` says whether the Bridge's residual stream is
     projected or selected, `bits` how weights are held where the model only runs forward. A `streamed` model has one
-    block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is scored,
-    the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through the models
-    `micro_batch` rows at a time, all rows where it is None.
+    block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is
+    scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
+    the models `micro_batch` rows at a time, all rows where it is None.
     """
 
     config: PreTrainedConfig

@@ -95,7 +95,7 @@ def small_steps(large: Case, small: Case, modes: tuple[str, ...], half: bool) ->
 
 @dataclass(frozen=True)
 class Job:
-    """A whole run of ours: the names of its stages' rows, and the share of the large model's bf16 weights it may take."""
+    """A whole run of ours: its stages' rows, and how much of the large model's bf16 weights it may take."""
 
     name: str
     stages: tuple[tuple[str, str], ...]

@@ -40,8 +40,8 @@ class Step:
     """A step that is ready: `work` is done again and again.
 
     `phases` are the parts of the work in their order. `marks` are the models whose sublayers are places of their own,
-    `trained` the parameters that train. `rows` is how many rows the work reads; `chosen` how many positions a mask in it
-    chooses. `begin` makes the optimizer's state, which the first time of a training step would make.
+    `trained` the parameters that train. `rows` is how many rows the work reads; `chosen` how many positions a mask in
+    it chooses. `begin` makes the optimizer's state, which the first time of a training step would make.
     """
 
     phases: dict[str, Callable[[], None]]
@@ -164,8 +164,7 @@ class Nowhere(Shelf):
 
 
 def score(case: Case) -> Step:
-    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, and
-    one row more."""
+    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, and one more."""
     model, layout = case.build()
     rows = case.rows(1 + max(1, case.at_once) if case.streamed else 1)
     shelves = Nowhere if case.weights is None else Shelf

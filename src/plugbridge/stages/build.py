@@ -1,13 +1,12 @@
 """The stages of a run in order, with what each depends on."""
 
-import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from plugbridge.config import TrainConfig
-from plugbridge.cost import measure
+from plugbridge.cost import measure, settle
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
@@ -24,7 +23,7 @@ from plugbridge.transfer.couple import find_mode
 
 def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
     """All stages of a run, in order, with what each depends on."""
-    config = prepared.config
+    config, baseline = prepared.config, settle()  # libraries and rows are loaded, no model is
     common = {
         "seed": config.seed,
         "device": prepared.device,
@@ -49,10 +48,10 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         room: int = 0,
     ) -> Stage:
         def measured(folder: Path) -> StageResult:
-            gc.collect()
-            with measure(prepared.device) as cost:
-                facts = work(Work(prepared, root, folder, progress))
-            return StageResult(facts, cost.seconds, cost.peak_bytes)
+            settle()
+            with measure(prepared.device, baseline) as cost:
+                facts = work(Work(prepared, root, folder, progress, cost))
+            return StageResult(facts, cost.seconds, cost.peak_bytes, cost.reserved_bytes)
 
         return Stage(name, needs, {**common, **depends}, measured, room)
 

@@ -1,6 +1,6 @@
 """Scoring the large model's units and pruning it into the Bridge."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -150,8 +150,8 @@ def score_room(p: Prepared) -> int:
         lengths = {stack: length_in(row, stack, kind) for stack in layout.layers}
         states = sum((layout.layers[stack] + 6) * length * layout.sizes["hidden"] for stack, length in lengths.items())
         longest = max(lengths.values())
-        scores = 0 if kind == "causal" else 3 * layout.sizes["heads"] * sum(length * longest for length in lengths.values())
-        total += p.dtype.itemsize * (states + scores + longest * longest)
+        biases = 0 if kind == "causal" else 3 * layout.sizes["heads"] * sum(n * longest for n in lengths.values())
+        total += p.dtype.itemsize * (states + biases + longest * longest)
     return total
 
 

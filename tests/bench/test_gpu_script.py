@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent.parent
 KINDS = ("animal", "plant", "person", "artifact", "substance", "food", "body", "act")
 RECORDER = """#!/bin/sh
 echo "$@" >> "$RECORD"
-
 """
 
 

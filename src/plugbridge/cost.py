@@ -34,11 +34,12 @@ def free_memory(device: str) -> int:
 
 @contextmanager
 def measure(device: str) -> Generator[Cost]:
-    """Measure a block of work on a device; the cost is filled in when it ends."""
+    """Measure a block of work on a device, all that it queued there included; the cost is filled in when it ends."""
     cost = Cost()
     cuda = device.startswith("cuda")
     before = psutil.Process().memory_info().rss
     if cuda:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
         _reset_high_water()
@@ -46,6 +47,8 @@ def measure(device: str) -> Generator[Cost]:
     try:
         yield cost
     finally:
+        if cuda:
+            torch.cuda.synchronize()
         cost.seconds = time.perf_counter() - start
         if cuda:
             cost.peak_bytes = int(torch.cuda.max_memory_allocated())

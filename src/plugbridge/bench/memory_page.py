@@ -36,7 +36,8 @@ def memory_page(counts: Sequence[Count], about: str, command: str) -> str:
 
 
 def _line(count: Count, same: Sequence[Count]) -> str:
-    lora = next(other for other in same if other.method == "LoRA")
+    lora = next((other for other in same if other.method == "LoRA"), None)  # not counted yet
+    ratio = "" if lora is None else f"{count.peak_bytes / lora.peak_bytes:.2f}"
     paper = paper_bytes(count)
     kind = "measured" if count.measured else "predicted"
     beside = "| | |"
@@ -44,7 +45,7 @@ def _line(count: Count, same: Sequence[Count]) -> str:
         beside = f"| {paper:,} | {paper / PAPER[TABLES[count.model]]['LoRA']:.2f} |"
     return (
         f"| {count.method} | {count.stage} | {count.peak_bytes / 2**20:,.0f} | {count.ratio_to_large_bf16:.2f} "
-        f"| {count.peak_bytes / lora.peak_bytes:.2f} | {count.seconds:.2f} | {kind} "
+        f"| {ratio} | {count.seconds:.2f} | {kind} "
         f"| {count.predicted_bytes / 2**20:,.0f} {beside}"
     )
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from plugbridge.cli.options import DataOption, QuietOption, RunsOption
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
 from plugbridge.cli.terminal import out, progress, setup
 from plugbridge.errors import ConfigError
 
@@ -33,6 +33,7 @@ def quality(
         typer.Option("--only", help="only groups whose name holds this, such as gpt2-lora; repeatable",
                      show_default=False),
     ] = None,
+    sets: SetOption = None,
     summary: Annotated[bool, typer.Option("--summary", help="run nothing: write what is finished")] = False,
     quiet: QuietOption = False,
 ) -> None:  # fmt: skip
@@ -41,7 +42,7 @@ def quality(
 
     loaded = load_grid(grid)
     root = out_dir if out_dir is not None else Path("runs") / grid.stem
-    groups = groups_of(loaded, grid.resolve().parent, full)
+    groups = groups_of(loaded, grid.resolve().parent, full, sets or ())
     chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
     if not chosen:
         raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
@@ -52,7 +53,8 @@ def quality(
 
     if not summary:
         run_groups(chosen, data, root, jobs, progress(quiet))
-    command = f"plugbridge bench quality {grid}{' --full' if full else ''}"
+    words = [str(grid), *(["--full"] if full else []), *(f"--set {text}" for text in sets or ())]
+    command = f"plugbridge bench quality {' '.join(words)}"
     cells = cells_of(loaded, chosen, root, command)
     target = table if table is not None else root / "quality.md"
     write_text(target, page(cells, "Quality of the transfer", _QUALITY, command))
@@ -71,7 +73,7 @@ method; "the Bridge itself" is what coupling trained and then threw away. Second
 
 @bench_app.command()
 def memory(
-    shapes: Annotated[str, typer.Option("--shapes", help="small, or paper: GPT2-XL and T5-3B")] = "small",
+    shapes: Annotated[str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b")] = "small",
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
@@ -84,6 +86,10 @@ def memory(
                      show_default=False),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="predicted beside measured, at three sizes")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0, help="begin no row after so many; the same command goes on from there"),
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
     quiet: QuietOption = False,
 ) -> None:  # fmt: skip
@@ -93,27 +99,31 @@ def memory(
 
     found = find_shapes("check" if check else shapes)
     setup(quiet)
-    import psutil
-
     from plugbridge.bench.memory import count_shape, rows_of, write_counts
     from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
+    from plugbridge.bench.memory_resume import count_resumably
+    from plugbridge.cost import free_memory
     from plugbridge.files import write_text
     from plugbridge.models import pick_device
 
     device = pick_device("auto")
-    room = parse_bytes(budget) if budget is not None else int(psutil.virtual_memory().available)
+    room = parse_bytes(budget) if budget is not None else free_memory(device)
     words = ["--check" if check else f"--shapes {shapes}", *([f"--budget {budget}"] if budget is not None else [])]
     command = f"plugbridge bench memory {' '.join(words)}"
-    counts = [
-        count
-        for shape in found
-        for count in count_shape(shape, rows_of(shape, device), room, device, threads, command, progress(quiet))
-    ]
     target = table if table is not None else (out_dir or Path("runs") / "memory") / "memory.md"
+    shown, left = progress(quiet), 0
+    if minutes is None:
+        counts = [c for s in found for c in count_shape(s, rows_of(s, device), room, device, threads, command, shown)]
+    else:
+        counts, left = count_resumably(
+            found, target.with_suffix(".json"), room, device, threads, command, minutes, shown
+        )
     write_text(target, memory_page(counts, MEMORY, command))
     write_counts(counts, target.with_suffix(".json"))
     draw_memory(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
     worst = max((abs(c.predicted_bytes / c.peak_bytes - 1) for c in counts if c.measured), default=None)
     out.print(f"{len(counts)} counts in {target}, and beside it as JSON, PNG and SVG")
+    if left > 0:
+        out.print(f"{left} are left; run the same command again")
     if worst is not None:
         out.print(f"predictions are off by at most {100 * worst:.0f} % of what was measured")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plugbridge.families.spec import Layout, Weight
-from plugbridge.shrink.importance import LogLikelihood, Scores, add_scores
+from plugbridge.shrink.importance import LogLikelihood, Scores, add_scores, on_cpu
 from plugbridge.shrink.sweep import (
     Block,
     Call,
@@ -94,7 +94,7 @@ def streamed_fisher(
         rows = [Row(*pair) for pair in zip(calls, sweep_keeping(model, blocks, calls), strict=True)]
         _add_rows(model, layout, blocks, outside, rows, scores)
         count += len(some)
-    return {key: value / count for key, value in scores.items()}
+    return on_cpu({key: value / count for key, value in scores.items()})
 
 
 def _add_rows(

@@ -135,7 +135,7 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     assert (code, err) == (0, "")
     assert set(found) == {
         "task", "split", "method", "mode", "rows", "majority", "pgr", "stages", "models", "checkpoint", "versions",
-        "seed",
+        "seed", "peak",
     }  # fmt: skip
     assert [row["name"] for row in found["rows"]] == ROWS
     for row in found["rows"]:
@@ -145,7 +145,9 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
         assert set(row["parameters"]) == {"trainable", "changed", "rank"}
         assert (row["metric"], row["n"]) == ("accuracy", 8)
     assert [stage["name"] for stage in found["stages"]] == STAGES
-    assert all(set(stage) == {"name", "seconds", "peak_bytes"} for stage in found["stages"])
+    assert all(set(stage) == {"name", "seconds", "peak_bytes", "reserved_bytes"} for stage in found["stages"])
+    own = {stage["name"]: stage["peak_bytes"] for stage in found["stages"] if stage["name"] != "ceiling"}
+    assert found["peak"] == {"stage": max(own, key=own.__getitem__), "bytes": max(own.values()), "memory": "resident"}
     assert set(found["models"]) == {"small", "large", "bridge"}
     assert (found["task"], found["method"], found["seed"], found["pgr"]) == ("own", "lora", 0, None)
     assert {"plugbridge", "torch", "transformers", "peft"} <= set(found["versions"])

@@ -61,7 +61,7 @@ def start(raw: dict[str, Any], root: Path, only: str | None = None, progress: An
 
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        costs = ("seconds", "peak_bytes", "outputs")
+        costs = ("seconds", "peak_bytes", "reserved_bytes", "outputs")
         return {key: timeless(inner) for key, inner in value.items() if key not in costs}
     return value
 

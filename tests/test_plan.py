@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from plugbridge.config import parse_config
-from plugbridge.plan import make_plan
+from plugbridge.memory.predict import predict
+from plugbridge.plan import advise, changed, make_plan, rivals_of, subjects_of, works_of
 
 Raw = dict[str, Any]
 
@@ -41,11 +42,36 @@ def test_it_reads_configuration_files_only(run_config: Callable[..., Raw], tmp_p
 
 
 def test_advice_names_settings_that_fit(run_config: Callable[..., Raw]) -> None:
-    config = parse_config(run_config(couple={"steps": 4, "batch_size": 64}), "x")
-    plan = make_plan(config, 8, None, 1)
-    peaks = {stage.name: stage.peak_bytes for stage in plan.stages if stage.ours}
-    assert plan.peak.name == "couple (feedback)"
-    others = max(peak for name, peak in peaks.items() if name != "couple (feedback)")
-    assert make_plan(config, 8, others, 1).advice == "couple.batch_size: 1"
-    assert make_plan(config, 8, 1000, 1).advice is None
-    assert replace(plan, stages=plan.stages[:1]).peak.name == "tune (small)"
+    config = parse_config(run_config(couple={"steps": 4, "batch_size": 64}, resident="all"), "x")
+    rows = {work.row.method: work.row for work in works_of(subjects_of(config, 8, None))}
+    whole, half = (
+        predict(replace(rows["couple (feedback)"].case, batch=batch), rows["couple (feedback)"].make).peak
+        for batch in (64, 32)
+    )
+    assert advise(config, 8, half, {"couple (feedback)": whole}) == "couple.micro_batch: 1"
+    assert advise(config, 8, 1000, {"prune": 1 << 20}) is None
+
+
+def test_stages_follow_resident_and_the_memory_given(run_config: Callable[..., Raw]) -> None:
+    config = parse_config(run_config(), "x")
+    need = 4 * subjects_of(config, 8, None).parameters
+    for resident, memory, streams in (
+        ("all", 1, False), ("none", 1 << 40, True), ("auto", 2 * need, False), ("auto", 2 * need - 1, True),
+    ):  # fmt: skip
+        subjects = subjects_of(config.model_copy(update={"resident": resident}), 8, memory)
+        streamed = {work.row.method: work.row.case.streamed for work in works_of(subjects)}
+        assert streamed == {
+            "tune (small)": False, "score": streams, "prune": streams, "couple (feedback)": streams,
+            "evaluate (a batch)": streams,
+        }  # fmt: skip
+        assert not any(work.row.case.streamed for work in rivals_of(subjects))
+
+
+def test_a_streamed_model_is_the_first_advice(run_config: Callable[..., Raw]) -> None:
+    config = parse_config(run_config(resident="all"), "x")
+    (prune,) = (work for work in works_of(subjects_of(config, 8, None)) if work.row.method == "prune")
+    peak = predict(prune.row.case, prune.row.make).peak
+    assert advise(config, 8, peak - 1, {"prune": peak}) == "resident: none"
+    quantised = changed(config, {"large": {"load_in": "4bit"}})
+    assert changed(quantised, {"": {"resident": "none"}}).load_in == "4bit"
+    assert advise(quantised, 8, peak - 1, {"prune": peak}) == "dtype: bfloat16"

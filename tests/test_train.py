@@ -157,3 +157,27 @@ def test_a_bad_loss_changes_nothing(tmp_path: Path, bad: Callable[[dict[str, Ten
         train(p, tmp_path, loss)
     assert all(torch.equal(tensor, before[name]) for name, tensor in p.items())
     assert calls == 3
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 9])
+def test_a_step_in_parts_is_the_whole_step(tmp_path: Path, size: int) -> None:
+    found: list[tuple[list[float], dict[str, Tensor]]] = []
+    for micro_batch in (None, size):
+        p = parameters()
+
+        def loss(rows: list[float], p: dict[str, Tensor] = p) -> Tensor:
+            weights = torch.tensor([weight_of(row) for row in rows])
+            x = torch.tensor(rows)
+            return ((x[:, None] * p["wide/a"] + p["b"].sum(0)).square().mean(1) * weights).sum() / weights.sum()
+
+        folder = tmp_path / str(micro_batch)
+        schedule = replace(SCHEDULE, micro_batch=micro_batch)
+        found.append((fit(p, ROWS, loss, schedule, folder / "checkpoint.pt", Silent(), "toy", weight_of), p))
+    (losses, wanted), (in_parts, p) = found
+    assert in_parts == pytest.approx(losses, rel=1e-5)
+    assert all(torch.allclose(p[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+def weight_of(row: float) -> int:
+    """A row's weight in its batch."""
+    return 1 + int(row > 0)

@@ -1,10 +1,12 @@
 """What a piece of work took: seconds and peak memory."""
 
+import ctypes
+import gc
 import resource
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +16,32 @@ import torch
 
 @dataclass
 class Cost:
-    """Wall-clock seconds, and peak bytes over the resident memory the work started with.
+    """Wall-clock seconds, and the most memory over `baseline`.
 
-    On CUDA, `peak_bytes` is the device's `max_memory_allocated`. On Linux the kernel's high-water
-    mark is reset first, so stages do not hide behind each other; elsewhere the process's lifetime
-    maximum is what there is, an upper bound.
+    On CUDA that is the device's `max_memory_allocated`, and `reserved_bytes` its `max_memory_reserved`. Elsewhere it is
+    resident memory. On Linux the kernel's high-water mark is reset first, so stages do not hide behind each other;
+    where it cannot be, the process's lifetime maximum is what there is, an upper bound.
     """
 
     seconds: float = 0.0
     peak_bytes: int = 0
+    reserved_bytes: int = 0
+    baseline: int = 0
+
+    def note(self, cuda: bool) -> None:
+        """Take in the peak since the last reset."""
+        if cuda:
+            self.reserved_bytes = max(self.reserved_bytes, int(torch.cuda.max_memory_reserved()))
+        highest = int(torch.cuda.max_memory_allocated()) if cuda else _high_water() - self.baseline
+        self.peak_bytes = max(self.peak_bytes, highest)
+
+
+def settle() -> int:
+    """Give back to the system what nobody uses any more; returns the resident bytes that stay."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
 
 
 def free_memory(device: str) -> int:
@@ -33,11 +52,17 @@ def free_memory(device: str) -> int:
 
 
 @contextmanager
-def measure(device: str) -> Generator[Cost]:
-    """Measure a block of work on a device, all that it queued there included; the cost is filled in when it ends."""
-    cost = Cost()
+def measure(device: str, baseline: int | None = None, within: Cost | None = None) -> Generator[Cost]:
+    """Measure a block of work on a device, all that it queued there included; the cost is filled in when it ends.
+
+    Memory is counted over `baseline`, by default what the process holds now. Given a baseline from before anything was
+    loaded, what earlier work left behind counts. `within` is a measurement that goes on around this one.
+    """
     cuda = device.startswith("cuda")
-    before = psutil.Process().memory_info().rss
+    resident = psutil.Process().memory_info().rss if baseline is None else baseline
+    cost = Cost(baseline=0 if cuda else resident)
+    if within is not None:
+        within.note(cuda)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -50,10 +75,9 @@ def measure(device: str) -> Generator[Cost]:
         if cuda:
             torch.cuda.synchronize()
         cost.seconds = time.perf_counter() - start
-        if cuda:
-            cost.peak_bytes = int(torch.cuda.max_memory_allocated())
-        else:
-            cost.peak_bytes = max(0, _high_water() - before)
+        for measured in (cost, within):
+            if measured is not None:
+                measured.note(cuda)
 
 
 def _reset_high_water() -> None:

@@ -9,15 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from plugbridge.config import RunConfig
+from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rates import Rates, measure_rates
 from plugbridge.memory.rows import Row, baselines, top_layers
 from plugbridge.memory.steps import STEPS
-from plugbridge.models import check_pair, load_config, parameter_count, pick_dtype
-from plugbridge.prepare import bridge_sizes, resolve
+from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype
+from plugbridge.prepare import bridge_sizes, resolve, wants_streaming
 from plugbridge.shrink.prune import count_parameters
+from plugbridge.stages.shrink import rows_at_once
+from plugbridge.streaming import block_bytes
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import MethodSettings, find_method
 
@@ -75,11 +78,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Subjects:
-    """A configuration met with the shapes of its models."""
+    """A configuration met with the shapes of its models; `at_once` is of a streamed model that is scored."""
 
     config: RunConfig
     small: Case
     large: Case
+    at_once: int
     parameters: int
     bridge: int
     hidden: int
@@ -87,18 +91,30 @@ class Subjects:
 
 def make_plan(config: RunConfig, length: int, memory: int | None, threads: int) -> Plan:
     """Predict every stage of a run and the baselines, for rows of `length` tokens. Raises as `prepare` does."""
-    subjects = subjects_of(config, length)
+    subjects = subjects_of(config, length, memory)
     rates = measure_rates(subjects.large.dtype, "cpu", threads)
     works = list(works_of(subjects))
-    ours = [_planned(work, predict(work.row.case, work.row.make), rates, memory) for work in works]
-    others = [_planned(work, predict(work.row.case, work.row.make), rates, memory) for work in rivals_of(subjects)]
+    known: dict[Any, Trace] = {}
+    ours = [_planned(work, _predict(work.row, known), rates, memory) for work in works]
+    others = [_planned(work, _predict(work.row, known), rates, memory) for work in rivals_of(subjects)]
     tight = {work.row.method: stage.peak_bytes for work, stage in zip(works, ours, strict=True) if stage.fits is False}
     advice = advise(config, length, memory, tight) if memory is not None and tight else None
     return Plan([*ours, *others], rates, subjects.parameters, length, memory, advice)
 
 
-def subjects_of(config: RunConfig, length: int) -> Subjects:
-    """Read both models' configuration files and size the Bridge. Raises ConfigError or ModelError."""
+def _predict(row: Row, known: dict[Any, Trace]) -> Trace:
+    """A row's prediction; equal cases are traced once."""
+    key = (id(row.make), repr(row.case))
+    if key not in known:
+        known[key] = predict(row.case, row.make)
+    return known[key]
+
+
+def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
+    """Read both models' configuration files and size the Bridge. Raises ConfigError or ModelError.
+
+    Whether the large model is streamed is as the run would decide, with `memory` free, or what is free here.
+    """
     config, method = resolve(config), find_method(config.method.name)
     remote = config.trust_remote_code
     small, large = (load_config(path, trust_remote_code=remote) for path in (config.small, config.large_path))
@@ -110,14 +126,22 @@ def subjects_of(config: RunConfig, length: int) -> Subjects:
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
         train_bridge=config.couple.bridge == "train",
     )  # fmt: skip
-    empty, layout = replace(base, device="meta").build()
+    empty, layout = base.on_meta()
     sizes = bridge_sizes(config, empty, layout)
     names = {name for name, _ in empty.named_parameters()}
     assert config.couple.layers is not None  # resolved
+    free = memory if memory is not None else free_memory(pick_device(config.device))
+    at_once = rows_at_once(layout, length, base.dtype, block_bytes(empty, layout))
+    large_case = replace(
+        base, sizes=sizes, trained=top_layers(base.layers, config.couple.layers),
+        streamed=wants_streaming(config, parameter_count(empty), free),
+        micro_batch=config.couple.micro_batch,
+    )  # fmt: skip
     return Subjects(
         config,
-        replace(base, config=small, batch=config.tune.batch_size, bits=None),
-        replace(base, sizes=sizes, trained=top_layers(base.layers, config.couple.layers)),
+        replace(base, config=small, batch=config.tune.batch_size, bits=None, micro_batch=config.tune.micro_batch),
+        large_case,
+        0 if config.score.keep == "disk" else min(at_once, config.score.samples),
         parameter_count(empty),
         count_parameters(layout, names, sizes),
         layout.sizes["hidden"],
@@ -126,21 +150,25 @@ def subjects_of(config: RunConfig, length: int) -> Subjects:
 
 def works_of(s: Subjects) -> Iterator[Work]:
     """Our stages in order. Stages that read the full weights do so whatever `load_in` says."""
-    config, large = s.config, s.large
-    full, hidden = replace(large, bits=None), s.hidden
+    config, hidden = s.config, s.hidden
+    full = replace(s.large, bits=None, trained={})
+    coupled = s.large if s.large.bits is None else replace(s.large, streamed=False)
+    large = replace(coupled, trained={})  # all layers are alike where none is left out
     samples, width = config.score.samples, large.dtype.itemsize
     yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0)
     moments = 8 * hidden * hidden * (2 if config.score.importance == "fisher" else 1)
-    yield Work(Row("score", "", full, STEPS["score"]), samples, moments, 2 * samples, 2 * samples)
+    scored = replace(full, at_once=s.at_once) if full.streamed else full
+    reads = 1 + max(1, scored.at_once) if full.streamed else 1  # rows of one repetition
+    yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, moments, 2 * samples, 2 * samples)
     yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:
-        case, steps = replace(large, batch=config.repair.batch_size), config.repair.steps
+        case, steps = replace(large, batch=config.repair.batch_size, micro_batch=None), config.repair.steps
         row = Row("repair", "", case, STEPS["repair"])
         yield Work(row, steps, s.bridge * 4, steps, steps * case.batch)
     steps = config.couple.steps
     runs = steps if find_mode(config.couple.mode).runs_large else 0
-    row = Row(f"couple ({config.couple.mode})", "", large, STEPS[f"couple, {config.couple.mode}"])
-    yield Work(row, steps, 0, runs, runs * large.batch)
+    row = Row(f"couple ({config.couple.mode})", "", coupled, STEPS[f"couple, {config.couple.mode}"])
+    yield Work(row, steps, 0, runs, runs * coupled.batch)
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
@@ -151,7 +179,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
 
 def rivals_of(s: Subjects) -> Iterator[Work]:
     """Other ways to tune the large model, with as many steps on batches of the same size."""
-    case, steps = replace(s.large, bits=None, trained={}), s.config.couple.steps
+    case, steps = replace(s.large, bits=None, trained={}, streamed=False, micro_batch=None), s.config.couple.steps
     for row in baselines(case):
         yield Work(row, steps, 0, steps, steps * case.batch)
 
@@ -167,8 +195,10 @@ def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> Pla
 
 LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
 CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
-    ("couple.batch_size: 1", {"couple": {"batch_size": 1}}, ("couple",)),
-    ("tune.batch_size: 1", {"tune": {"batch_size": 1}}, ("tune",)),
+    ("resident: none", {"": {"resident": "none"}}, LARGE),
+    ("score.keep: disk", {"score": {"keep": "disk"}}, ("score",)),
+    ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
+    ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune",)),
     ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
     (
         "score.importance: activation",
@@ -183,7 +213,7 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
     ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
 )
-"""Settings that save memory, the mildest first, with the stages that they concern."""
+"""Settings that save memory, those first that change no result, with the stages that they concern."""
 
 
 def advise(config: RunConfig, length: int, memory: int, tight: dict[str, int]) -> str | None:
@@ -194,10 +224,10 @@ def advise(config: RunConfig, length: int, memory: int, tight: dict[str, int]) -
     chosen: list[str] = []
     for text, change, concerns in CHANGES:
         names = [name for name, peak in tight.items() if peak > memory and name.startswith(concerns)]
-        if not names:
-            continue
         tried = changed(config, change)
-        works = [work for work in works_of(subjects_of(tried, length)) if work.row.method in names]
+        if not names or (tried.resident == "none" and tried.load_in is not None):  # quantised weights do not stream
+            continue
+        works = [work for work in works_of(subjects_of(tried, length, memory)) if work.row.method in names]
         peaks = {work.row.method: predict(work.row.case, work.row.make).peak for work in works}
         if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
             config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]

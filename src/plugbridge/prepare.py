@@ -247,8 +247,7 @@ def _check_weights(config: RunConfig, device: str) -> Checkpoint | None:
 
 def _streams(config: RunConfig, checkpoint: Checkpoint | None, parameters: int, device: str) -> bool:
     """Whether the large model shall stay on disk. Raises ModelError where it shall and cannot."""
-    need = parameters * pick_dtype(config.dtype).itemsize
-    if config.resident == "all" or (config.resident == "auto" and need <= free_memory(device) / 2):
+    if not wants_streaming(config, parameters, free_memory(device)):
         return False
     if checkpoint is None and config.resident == "none":
         raise ModelError(
@@ -259,8 +258,15 @@ def _streams(config: RunConfig, checkpoint: Checkpoint | None, parameters: int, 
         log.warning("%s takes half of the free memory or more, but without safetensors weights it is loaded as a whole",
                     config.large_path)  # fmt: skip
     else:
-        log.info("%s stays on disk: its weights take %.1f GB", config.large_path, need / 1e9)
+        size = parameters * pick_dtype(config.dtype).itemsize
+        log.info("%s stays on disk: its weights take %.1f GB", config.large_path, size / 1e9)
     return checkpoint is not None
+
+
+def wants_streaming(config: RunConfig, parameters: int, free: int) -> bool:
+    """Whether a large model of so many parameters shall stay on disk where the device has `free` bytes free."""
+    need = parameters * pick_dtype(config.dtype).itemsize
+    return config.resident == "none" or (config.resident == "auto" and need > free / 2)
 
 
 def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> dict[str, int]:

@@ -58,10 +58,10 @@ def read_report(root: Path) -> dict[str, Any]:
     """One JSON object for a finished run.
 
     `rows`: name, metric, value, n, seconds and peak_bytes of making the model (training stages),
-    evaluate_seconds, parameters {trainable, changed, rank}. Also `pgr` (performance gap recovered:
-    (plugged - small) / (ceiling - small), null without a ceiling or a gap beyond chance), `stages`,
-    `models`, `versions`, `seed`. What was done is read from the stages' markers, not from the run's
-    config, which may be newer. Raises RunError if the run is not finished.
+    evaluate_seconds, parameters {trainable, changed, rank}. `peak` {stage, bytes, memory} is the whole job's.
+    Also `pgr` (performance gap recovered: (plugged - small) / (ceiling - small), null without a ceiling or a
+    gap beyond chance), `stages`, `models`, `versions`, `seed`. What was done is read from the stages' markers, not
+    from the run's config, which may be newer. Raises RunError if the run is not finished.
     """
     if not (root / "config.yaml").is_file():
         raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
@@ -121,8 +121,15 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "majority": _ordered(markers, facts["majority"]),
         "pgr": recovered(values, rows[0]["n"], rows[0]["metric"]),
         "stages": [
-            {"name": name, "seconds": m["seconds"], "peak_bytes": m["peak_bytes"]} for name, m in markers.stages.items()
+            {
+                "name": name,
+                "seconds": m["seconds"],
+                "peak_bytes": m["peak_bytes"],
+                "reserved_bytes": m.get("reserved_bytes", 0),  # absent from older runs
+            }
+            for name, m in markers.stages.items()
         ],
+        "peak": _peak(markers),
         "models": {
             "small": {
                 "source": markers.facts("tune")["source"],
@@ -143,6 +150,14 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "versions": versions(),
         "seed": markers.depends("evaluate")["seed"],
     }
+
+
+def _peak(markers: _Markers) -> dict[str, Any]:
+    """The stage of the method that took the most memory, importance and evaluation included; references are not."""
+    own = {name: m["peak_bytes"] for name, m in markers.stages.items() if name in (*TRANSFER, "evaluate")}
+    stage = max(own, key=lambda name: own[name])
+    kind = "device" if str(markers.depends(stage)["device"]).startswith("cuda") else "resident"
+    return {"stage": stage, "bytes": own[stage], "memory": kind}
 
 
 def _counts(markers: _Markers) -> dict[str, dict[str, int]]:

@@ -34,6 +34,7 @@ class StageResult:
     facts: dict[str, Any]
     seconds: float
     peak_bytes: int
+    reserved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str]
             "outputs": outputs,
             "seconds": result.seconds,
             "peak_bytes": result.peak_bytes,
+            "reserved_bytes": result.reserved_bytes,
             "facts": result.facts,
         },
     )

@@ -8,7 +8,8 @@ result that missed a weight cannot go unseen.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plugbridge.errors import ModelError
-from plugbridge.families.spec import Layout
+from plugbridge.families.spec import Layout, Place
 from plugbridge.models import layout_for, load_model
 from plugbridge.tensors.checkpoint import Checkpoint
 
 Owners = list[tuple[nn.Module, str]]
 """Modules that hold one parameter, each with the attribute's name; several where weights are tied."""
+ReaderOf = Callable[[list[str], nn.Parameter], Callable[[], Tensor]]
+"""For a parameter's names and the parameter: what reads it in the model's dtype and on its device."""
 
 
 class Absent(nn.Parameter):
@@ -40,25 +43,26 @@ class Absent(nn.Parameter):
 
 def whole(parameter: Tensor) -> Tensor:
     """A parameter's values, detached: read from disk if they are there."""
-    return parameter.read() if isinstance(parameter, Absent) else parameter.detach()
+    read: Callable[[], Tensor] | None = getattr(parameter, "read", None)  # a fake stand-in is no Absent
+    return parameter.detach() if read is None else read()
 
 
 class Window:
-    """The blocks of a model, of which one is in place and one more is read ahead on a thread.
+    """The blocks of a model, of which one is in place and one more is read ahead by `reader`, on a thread unless told.
 
     `reads` counts the blocks read. Which block comes next is learned from which came after the same two before, so that
     a way back down, and generation that leaves the encoder out, are read ahead as well; until then it is the next one
     in the direction of the last step.
     """
 
-    def __init__(self, blocks: list[list[tuple[Absent, Owners]]]) -> None:
+    def __init__(self, blocks: list[list[tuple[Absent, Owners]]], reader: Executor | None = None) -> None:
         self.blocks = blocks
         self.reads = 0
         self.current: int | None = None
         self._before: int | None = None
         self._next: dict[tuple[int | None, int | None], int] = {}
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._reader = reader if reader is not None else ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def need(self, block: int) -> None:
         """Put a block's matrices in place. Raises ModelError as `Checkpoint.read` does."""
@@ -114,13 +118,21 @@ def load_streamed(
     Raises ModelError as `load_model` does, and for a tensor that is missing or of another shape.
     """
     model = load_model(source, dtype=dtype, device="meta", trust_remote_code=trust_remote_code)
+    return model, stream_blocks(model, device, partial(_reader, source, model, checkpoint, device))
+
+
+def stream_blocks(model: PreTrainedModel, device: str, reader_of: ReaderOf, reader: Executor | None = None) -> Layout:
+    """Put what is outside of the blocks of a model on `meta` in place, and the blocks when they are needed.
+
+    Returns the model's layout. `reader` runs what reads ahead.
+    """
     layout = layout_for(model)
     _fill_buffers(model, device)
     order = {place: i for i, place in enumerate(_blocks_of(layout))}
     blocks: list[list[tuple[Absent, Owners]]] = [[] for _ in order]
     table = layout.table()
     for names, parameter in _distinct(model):
-        read = _reader(source, model, checkpoint, names, parameter, device)
+        read = reader_of(names, parameter)
         owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         place = table[names[0]].place
         if place.stack is None or parameter.dim() < 2:
@@ -129,18 +141,30 @@ def load_streamed(
         absent = Absent.of(parameter, device, read)
         _place(owners, absent)
         blocks[order[place.stack, cast(int, place.layer)]].append((absent, owners))
-    window = Window(blocks)
+    window = Window(blocks, reader)
     for path, _ in layout.functions():
         place, _ = layout.place_of(path)
         function = model.get_submodule(path)
         function.register_forward_pre_hook(_opener(window, order[cast(str, place.stack), cast(int, place.layer)]))
     cast(Any, model).streaming_window = window
-    return model.requires_grad_(False).eval(), layout
+    model.requires_grad_(False).eval()
+    return layout
 
 
 def window_of(model: nn.Module) -> Window | None:
     """The window of a streamed model; None if the whole model is in memory."""
     return getattr(model, "streaming_window", None)
+
+
+def block_bytes(model: nn.Module, layout: Layout) -> int:
+    """What the matrices of a model's largest block take in memory."""
+    table = layout.table()
+    found: dict[Place, int] = {}
+    for name, parameter in model.named_parameters():
+        place = table[name].place
+        if place.stack is not None and parameter.dim() >= 2:
+            found[place] = found.get(place, 0) + parameter.nbytes
+    return max(found.values())
 
 
 def _opener(window: Window, block: int) -> Callable[..., None]:
@@ -164,7 +188,7 @@ def _distinct(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
 
 
 def _reader(
-    source: str, model: PreTrainedModel, checkpoint: Checkpoint, names: list[str], like: Tensor, device: str
+    source: str, model: PreTrainedModel, checkpoint: Checkpoint, device: str, names: list[str], like: Tensor
 ) -> Callable[[], Tensor]:
     """What reads one parameter from disk. A checkpoint of the model without its head lacks the names' first part."""
     prefix = f"{model.base_model_prefix}."

@@ -6,7 +6,7 @@ resumed does the same steps as one that was not.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Numbers of one training. `learning_rates` maps a name prefix to a rate, ``""`` to the default."""
+    """Numbers of one training. `learning_rates` maps a name prefix to a rate, ``""`` to the default.
+
+    A step's rows go through the models `micro_batch` at a time, all at once where it is None.
+    """
 
     steps: int
     batch_size: int
@@ -35,6 +38,7 @@ class Schedule:
     clip: float
     checkpoint_every: int
     seed: int
+    micro_batch: int | None = None
 
 
 def rate_factor(step: int, schedule: Schedule) -> float:
@@ -69,9 +73,11 @@ def fit(
     checkpoint: Path,
     progress: Progress,
     title: str,
+    weight_of: Callable[[T], int] = lambda _row: 1,
 ) -> list[float]:
     """Train named tensors in place; returns the loss of every step.
 
+    The loss of rows is the mean over what `weight_of` counts in them: a step in parts weighs them by it.
     Resumes from `checkpoint` when it is there, and leaves it to the caller to remove.
     Raises TrainingDiverged at the first loss or gradient that is not finite; nothing is updated by it.
     """
@@ -83,11 +89,14 @@ def fit(
         for step in range(len(losses), schedule.steps):
             torch.manual_seed(schedule.seed * 1_000_003 + step)
             chosen = batch_indices(len(rows), step, schedule.batch_size, schedule.seed)
-            loss = loss_of([rows[i] for i in chosen])
-            value = float(loss.detach())
-            _require_finite("loss", value, title, step, schedule, base)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            value = 0.0
+            for part, share in shares([rows[i] for i in chosen], schedule.micro_batch, weight_of):
+                loss = loss_of(part) * share
+                value += float(loss.detach())
+                _require_finite("loss", value, title, step, schedule, base)
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+                del loss
             norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip))
             _require_finite("gradient's norm", norm, title, step, schedule, base)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -98,6 +107,14 @@ def fit(
             if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
                 _checkpoint(checkpoint, parameters, optimizer, losses)
     return losses
+
+
+def shares(rows: list[T], micro_batch: int | None, weight_of: Callable[[T], int]) -> Iterator[tuple[list[T], float]]:
+    """Rows in parts of at most `micro_batch`, each with its share of the whole weight."""
+    size, whole = micro_batch or len(rows), sum(map(weight_of, rows))
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        yield part, sum(map(weight_of, part)) / whole
 
 
 def _require_finite(what: str, value: float, title: str, step: int, schedule: Schedule, rates: list[float]) -> None:

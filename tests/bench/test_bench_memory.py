@@ -1,40 +1,130 @@
 """Memory of steps side by side: predicted where there is no room, measured where there is, with the paper's beside."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from plugbridge.bench import reproduce
-from plugbridge.bench.memory import Count, count_shape, rows_of, write_counts
+from plugbridge.bench import memory, reproduce
+from plugbridge.bench.memory import Count, Machine, count_shape, read_counts, rows_of, write_counts
 from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page, paper_bytes
+from plugbridge.errors import ConfigError
+from plugbridge.memory.case import Case
+from plugbridge.memory.measure import Measurement
+from plugbridge.memory.rows import QLORA, Row, jobs
 from plugbridge.memory.shapes import PAPER, Shape, gpt2, t5
+from plugbridge.memory.weights import write_weights
+from plugbridge.models import load_model
 from plugbridge.progress import Silent
 
 TINY = Shape("GPT2-XL", gpt2(16, 3, 2, 64, 32), gpt2(8, 2, 2, 64, 32), 2, 16, "Table 6")
 
 
-def _counts(room: int, *methods: str) -> list[Count]:
+def _counts(folder: Path, room: int, *methods: str, **changes: Any) -> list[Count]:
     rows = [row for row in rows_of(TINY, "cpu") if row.method in methods]
-    return count_shape(TINY, rows, room, "cpu", 1, "a command", Silent())
+    machine = Machine(room, "cpu", 1, folder / "weights", **changes)
+    return count_shape(TINY, rows, machine, folder / "counts.json", "a command", Silent())
 
 
-def test_without_room_everything_is_predicted_and_says_so() -> None:
-    counts = {count.method: count for count in _counts(0, "LoRA", "full fine-tuning", "ours: LoRA, feedback")}
+def test_without_room_everything_is_predicted_and_says_so(tmp_path: Path) -> None:
+    counts = {count.method: count for count in _counts(tmp_path, 0, "LoRA", "full fine-tuning", "ours: LoRA, feedback")}
     assert not any(count.measured for count in counts.values())
     assert all(count.peak_bytes == count.predicted_bytes > 0 for count in counts.values())
     assert counts["full fine-tuning"].peak_bytes > counts["LoRA"].peak_bytes > counts["ours: LoRA, feedback"].peak_bytes
 
 
-def test_with_room_a_step_runs_in_a_process_of_its_own() -> None:
-    (count,) = _counts(1 << 40, "LoRA")
+def test_with_room_a_step_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    (row,) = [row for row in rows_of(TINY, "cpu") if (row.method, row.stage) == ("ours, streamed", "score (fisher)")]
+    machine = Machine(1 << 40, "cpu", 1, tmp_path / "weights")
+    (count,) = count_shape(TINY, [row], machine, tmp_path / "counts.json", "a command", Silent())
     assert count.measured
     assert count.seconds > 0
     assert count.peak_bytes > 0
+    assert [folder.name for folder in (tmp_path / "weights").iterdir()] == ["gpt2-xl-f32"]
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Case] = []
+
+    def measured(case: Case, _make: object, _threads: int) -> Measurement:
+        asked.append(case)
+        return Measurement(123, 4.0)
+
+    monkeypatch.setattr(memory, "measured", measured)
+    first = _counts(tmp_path, 1 << 40, "LoRA", "Adapter", only=("LoRA: train",))
+    assert [(count.method, count.measured) for count in first] == [("Adapter", False), ("LoRA", True)]
+    assert [count.peak_bytes for count in first if count.measured] == [123]
+    assert _counts(tmp_path, 1 << 40, "LoRA", "Adapter", only=("LoRA",))[1].peak_bytes == 123
+    assert len(asked) == 1
+    _counts(tmp_path, 0, "Adapter")
+    assert {key[3]: count.measured for key, count in read_counts(tmp_path / "counts.json").items()} == {
+        "LoRA": True, "Adapter": False,
+    }  # fmt: skip
+
+
+def test_with_a_time_to_end_a_call_counts_a_row_at_least_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def predicted(shape: Shape, row: Row, *_: object) -> Count:
+        asked.append(row.method)
+        return Count(shape.name, shape.batch, shape.length, row.method, row.stage, 2, 2, 0.1, False, 1.0, "a command")
+
+    monkeypatch.setattr(memory, "_predicted", predicted)
+    rows, path = rows_of(TINY, "cpu"), tmp_path / "counts.json"
+
+    def call(seconds: float, command: str = "a command") -> list[Count]:
+        machine = Machine(0, "cpu", 1, tmp_path / "weights", until=time.monotonic() + seconds)
+        return count_shape(TINY, rows, machine, path, command, Silent())
+
+    (first,) = call(0)
+    assert list(read_counts(path).values()) == [first]
+    assert f"| {first.method} |" in memory_page([first], MEMORY, "a command")  # LoRA, the measure, is not there yet
+    assert [(count.method, count.stage) for count in call(3600)] == [(row.method, row.stage) for row in rows]
+    assert len(asked) == len(rows)
+    assert len(call(0, "another command")) == 1
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "counts.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match=r"counts\.json holds no counts"):
+        _counts(tmp_path, 0, "LoRA")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_on_disk_are_a_model_and_are_written_once(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    config = gpt2(16, 2, 2, 64, 32) if kind == "gpt2" else t5(16, 2, 2, 8, 32, 64)
+    case = Case(config, 1, 8, dtype=dtype)
+    folder = write_weights(case, tmp_path / "model")
+    model = load_model(str(folder), dtype=dtype)
+    assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == {
+        name: (p.shape, p.dtype) for name, p in case.on_meta()[0].named_parameters()
+    }
+    assert all(0.01 < float(p.detach().float().std()) < 0.03 for p in model.parameters() if p.numel() > 100)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    write_weights(case, folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_whole_runs_stand_below_with_their_targets() -> None:
+    names = {stage for job in jobs() for stage in job.stages} | {("LoRA", "train"), (QLORA, "train")}
+    rows = {(row.method, row.stage) for row in rows_of(TINY, "cpu")}
+    assert names <= rows
+    counts = [Count("GPT2-XL", 8, 512, *name, 2**20, 2**20, 1.0, False, 0.4, "a command") for name in sorted(names)]
+    page = memory_page(counts, MEMORY, "a command")
+    lines = [line for line in page.splitlines() if line.startswith(("| standalone, ", "| feedback, "))]
+    assert len(lines) == len(jobs())
+    assert all("0.40 (target 0.35: missed)" in line for line in lines if "standalone" in line)
+    assert all("0.40 (target 0.5: kept) | 1.00 (target 0.1: missed) |" in line for line in lines if "feedback" in line)
 
 
 def test_a_page_has_every_step_and_the_papers_number(tmp_path: Path) -> None:
-    counts = _counts(0, "LoRA", "Adapter", "Ladder Side-Tuning")
+    counts = _counts(tmp_path, 0, "LoRA", "Adapter", "Ladder Side-Tuning")
     page = memory_page(counts, MEMORY, "a command")
     for count in counts:
         printed = PAPER["Table 6"][count.method]

@@ -140,9 +140,9 @@ def test_second_moments_of_what_sublayers_read_and_of_the_error_at_what_they_wri
     for kind, x in (("activity", seen["x"]), ("error", seen["y"].grad)):
         flat = x.reshape(-1, 16).double()
         assert torch.allclose(moments.sums[kind, block], flat.T @ flat, rtol=1e-5, atol=1e-12), kind
+        counted = [m for (k, _), m in moments.sums.items() if k == kind and m.trace() > 0]
         total = moments.total(kind)
         assert total is not None
-        counted = [m for (k, _), m in moments.sums.items() if k == kind and m.trace() > 0]
         assert torch.allclose(total.trace(), torch.tensor(float(len(counted))).double())
     with record_second_moments(model, layout) as forward_only, torch.no_grad():
         model(**sample)

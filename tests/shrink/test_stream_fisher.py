@@ -14,6 +14,7 @@ from plugbridge.shrink.importance import (
     record_second_moments,
     residual_energy,
 )
+from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
 from plugbridge.shrink.sweep import blocks_of, sweep
 from plugbridge.streaming import Absent
@@ -41,15 +42,23 @@ def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.allclose(found[key], values, rtol=2e-6, atol=1e-9 * scale), key
 
 
-@pytest.mark.parametrize("chunk", [2, 5])
+@pytest.mark.parametrize(("chunk", "keep"), [(2, "memory"), (5, "memory"), (2, "disk"), (5, "disk")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_fisher_is_the_whole_models(sharded: Callable[[str], Path], family: str, chunk: int) -> None:
+def test_streamed_fisher_is_the_whole_models(
+    sharded: Callable[[str], Path], tmp_path: Path, family: str, chunk: int, keep: str
+) -> None:
     plain, (model, layout, window) = resident(sharded(family)), streamed(sharded(family))
+    shelf = Shelf(tmp_path / "states") if keep == "disk" else None
     with record_second_moments(plain, layout) as moments:
         wanted = fisher(plain, layout, samples_of(plain), likelihood(plain))
     with record_second_moments(model, layout) as found_moments:
-        found = streamed_fisher(model, layout, samples_of(model), likelihood(model), chunk)
+        done = (lambda block: found_moments.finish(block.path)) if chunk == 5 else (lambda _block: None)
+        found = streamed_fisher(model, layout, samples_of(model), likelihood(model), chunk, shelf, done)
     assert_near(found, wanted)
+    if shelf is not None:
+        memory = streamed_fisher(model, layout, samples_of(model), likelihood(model), chunk)
+        assert all(torch.equal(found[key], memory[key]) for key in memory)
+        window.reads //= 2
     error, found_error = moments.total("error"), found_moments.total("error")
     assert error is not None
     assert found_error is not None

@@ -19,10 +19,12 @@ from plugbridge.progress import Silent
 from plugbridge.run import execute, facts_of
 from plugbridge.stages.build import build_stages
 from plugbridge.stages.couple import cache_room
+from plugbridge.stages.shrink import score_room
 from test_durability import start
 
 Raw = dict[str, Any]
 TRAIN = {"steps": 3, "batch_size": 4}
+DISK = {"samples": 6, "keep": "disk"}
 
 
 def _tensors(root: Path) -> dict[str, torch.Tensor]:
@@ -38,9 +40,13 @@ def _tensors(root: Path) -> dict[str, torch.Tensor]:
     ("family", "method", "changes"),
     [
         ("gpt2", "lora", {"couple": {**TRAIN, "mode": "feedback"}, "polish": {"evaluations": 2, "rows": 4}}),
-        ("t5", "adapter", {"couple": {**TRAIN, "mode": "feedback"}, "repair": TRAIN}),
+        ("t5", "adapter", {"couple": {**TRAIN, "mode": "feedback"}, "repair": TRAIN, "score": DISK}),
         ("llama", "prefix", {"couple": {**TRAIN, "mode": "ladder", "cache": "disk"}}),
-        ("t5-gated", "lora", {"couple": {**TRAIN, "mode": "ladder_delta"}, "score": {"importance": "activation"}}),
+        (
+            "t5-gated",
+            "lora",
+            {"couple": {**TRAIN, "mode": "ladder_delta"}, "score": {"importance": "activation", **DISK}},
+        ),
         ("gpt2", "lora", {"couple": {**TRAIN, "mode": "standalone", "plug": "ridge", "layer_map": "cka"}}),
         ("gpt2", "adapter", {"ceiling": TRAIN, "baselines": {"large_ladder": TRAIN}}),
     ],
@@ -146,3 +152,23 @@ def test_too_little_disk_for_the_cache_is_said_before_the_run(
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
     assert set(start(raw, tmp_path / "run").values()) == {"skipped"}
     assert cache_room(prepare(parse_config({**raw, "couple": {**couple, "cache": "memory"}}, "test"), None)) == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_too_little_disk_for_the_kept_states_is_said_before_the_run(
+    run_config: Callable[..., Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str
+) -> None:
+    couple = {**TRAIN, "mode": "standalone"}
+    raw = run_config(family, ceiling=None, tune=TRAIN, couple=couple, dtype=dtype, score=DISK, resident="none")
+    prepared = prepare(parse_config(raw, "test"), None)
+    need = score_room(prepared)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 1))
+    with pytest.raises(RunError, match=r"stage 'score' will write \d+\.\d MB to .* keep no cache on disk"):
+        start(raw, tmp_path / "run")
+    monkeypatch.undo()
+    stage = next(s for s in build_stages(prepared, tmp_path / "run", Silent()) if s.name == "score")
+    execute(tmp_path / "run", [stage], None, lambda _stage, _what: None)
+    assert 0.5 * need < facts_of(tmp_path / "run", "score")["kept_bytes"] <= need
+    assert score_room(prepare(parse_config({**raw, "resident": "all"}, "test"), None)) == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from plugbridge.bench.memory import Count
 from plugbridge.files import write_atomically
-from plugbridge.memory.rows import OURS
+from plugbridge.memory.rows import LORA, OURS, QLORA, jobs
 from plugbridge.memory.shapes import PAPER, SHAPES
 
 TABLES = {shape.name: shape.paper for shapes in SHAPES.values() for shape in shapes if shape.paper is not None}
@@ -21,6 +21,14 @@ A run's peak is the largest of its stages: with `score (fisher)` that is the lar
 """
 HEAD = "| | stage | MiB | x bf16 weights | x LoRA | seconds | | predicted MiB | paper MiB | x paper's LoRA |"
 
+JOBS = [
+    "Whole runs of ours with little memory (`resident: none`, `score.keep: disk`, `micro_batch: 1`), all stages, "
+    "importance included:",
+    "",
+    "| run | stage of the peak | MiB | x bf16 weights | x LoRA | x QLoRA | |",
+    "|---|---|---|---|---|---|---|",
+]
+
 
 def memory_page(counts: Sequence[Count], about: str, command: str) -> str:
     """A Markdown page with a table for each model."""
@@ -31,12 +39,12 @@ def memory_page(counts: Sequence[Count], about: str, command: str) -> str:
         beside = f"; the paper's {table} beside it" if table is not None else ""
         lines += [f"## {model}, batch {same[0].batch} x {same[0].length}{beside}", "", HEAD, "|---" * 10 + "|"]
         lines += [_line(count, same) for count in same]
-        lines.append("")
+        lines += ["", *_jobs(same), ""]
     return "\n".join(lines)
 
 
 def _line(count: Count, same: Sequence[Count]) -> str:
-    lora = next((other for other in same if other.method == "LoRA"), None)  # not counted yet
+    lora = next((other for other in same if other.method == LORA), None)  # not counted yet
     ratio = "" if lora is None else f"{count.peak_bytes / lora.peak_bytes:.2f}"
     paper = paper_bytes(count)
     kind = "measured" if count.measured else "predicted"
@@ -48,6 +56,24 @@ def _line(count: Count, same: Sequence[Count]) -> str:
         f"| {ratio} | {count.seconds:.2f} | {kind} "
         f"| {count.predicted_bytes / 2**20:,.0f} {beside}"
     )
+
+
+def _jobs(same: Sequence[Count]) -> list[str]:
+    """Whole runs of ours: the largest of their stages, and whether it keeps to the targets."""
+    peaks = {(count.method, count.stage): count for count in same}
+    rivals = [next((count for count in same if count.method == name), None) for name in (LORA, QLORA)]
+    lines: list[str] = []
+    for job in jobs():
+        stages = [peaks[stage] for stage in job.stages if stage in peaks]
+        if len(stages) < len(job.stages):
+            continue
+        top = max(stages, key=lambda count: count.peak_bytes)
+        ratios = [(top.ratio_to_large_bf16, job.limit)]
+        ratios += [(top.peak_bytes / r.peak_bytes, most) for r, most in zip(rivals, (0.1, 0.5), strict=True) if r]
+        cells = [f"{ratio:.2f} (target {most:g}: {'kept' if ratio <= most else 'missed'})" for ratio, most in ratios]
+        how = "measured" if all(count.measured for count in stages) else "predicted in part"
+        lines.append(f"| {job.name} | {top.stage} | {top.peak_bytes / 2**20:,.0f} | {' | '.join(cells)} | {how} |")
+    return [*JOBS, *lines] if lines else []
 
 
 def paper_bytes(count: Count) -> int | None:

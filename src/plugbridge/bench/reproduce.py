@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, run_table
-from plugbridge.bench.memory import count_shape, rows_of, write_counts
+from plugbridge.bench.memory import Machine, count_shape, rows_of
 from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
 from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper
 from plugbridge.bench.similarity import compare, draw_likeness, mean_by_comparison, similarity_configs
@@ -63,9 +63,10 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
         small, large = (load_config(source) for source in asked.pair)
         shape = Shape("/".join(Path(asked.pair[1]).parts[-2:]), large, small, shape.batch, shape.length)
     device = pick_device("auto")
-    counts = count_shape(shape, rows_of(shape, device), free_memory(device), device, 1, asked.command, progress)
+    machine = Machine(free_memory(device), device, 1, asked.root / "weights")
+    path = asked.page.with_suffix(".json")
+    counts = count_shape(shape, rows_of(shape, device), machine, path, asked.command, progress)
     write_text(asked.page, memory_page(counts, MEMORY, asked.command))
-    write_counts(counts, asked.page.with_suffix(".json"))
     draw_memory(counts, [asked.page.with_suffix(ending) for ending in (".png", ".svg")])
     yield asked.page.read_text(encoding="utf-8")
     yield f"{asked.page}, .png, .svg and .json beside it"

@@ -1,5 +1,7 @@
 """`plugbridge bench quality` and `bench memory`."""
 
+import shlex
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -91,17 +93,24 @@ def memory(
         typer.Option("--minutes", min=0, help="begin no row after so many; the same command goes on from there"),
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="run only rows whose `method: stage` holds this, such as ours, and predict all "
+                     "others; repeatable", show_default=False),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:  # fmt: skip
-    """Peak memory and time of our stages and of other ways to tune, each measured in a process of its own."""
+    """Peak memory and time of our stages and of other ways to tune, each measured in a process of its own.
+
+    What the table's JSON has as measured is not measured again; remove the file to begin anew.
+    """
     from plugbridge.memory.shapes import find_shapes
     from plugbridge.memory.sizes import parse_bytes
 
     found = find_shapes("check" if check else shapes)
     setup(quiet)
-    from plugbridge.bench.memory import count_shape, rows_of, write_counts
+    from plugbridge.bench.memory import Machine, count_shape, rows_of
     from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
-    from plugbridge.bench.memory_resume import count_resumably
     from plugbridge.cost import free_memory
     from plugbridge.files import write_text
     from plugbridge.models import pick_device
@@ -109,17 +118,20 @@ def memory(
     device = pick_device("auto")
     room = parse_bytes(budget) if budget is not None else free_memory(device)
     words = ["--check" if check else f"--shapes {shapes}", *([f"--budget {budget}"] if budget is not None else [])]
+    words += [f"--threads {threads}", *(f"--only {shlex.quote(part)}" for part in only or ())]
     command = f"plugbridge bench memory {' '.join(words)}"
-    target = table if table is not None else (out_dir or Path("runs") / "memory") / "memory.md"
-    shown, left = progress(quiet), 0
-    if minutes is None:
-        counts = [c for s in found for c in count_shape(s, rows_of(s, device), room, device, threads, command, shown)]
-    else:
-        counts, left = count_resumably(
-            found, target.with_suffix(".json"), room, device, threads, command, minutes, shown
-        )
+    folder = out_dir or Path("runs") / "memory"
+    target = table if table is not None else folder / "memory.md"
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    machine = Machine(room, device, threads, folder / "weights", tuple(only or ()), until)
+    rows = [(shape, rows_of(shape, device)) for shape in found]
+    counts = [
+        count
+        for shape, some in rows
+        for count in count_shape(shape, some, machine, target.with_suffix(".json"), command, progress(quiet))
+    ]
+    left = sum(len(some) for _, some in rows) - len(counts)
     write_text(target, memory_page(counts, MEMORY, command))
-    write_counts(counts, target.with_suffix(".json"))
     draw_memory(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
     worst = max((abs(c.predicted_bytes / c.peak_bytes - 1) for c in counts if c.measured), default=None)
     out.print(f"{len(counts)} counts in {target}, and beside it as JSON, PNG and SVG")

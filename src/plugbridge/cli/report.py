@@ -80,6 +80,9 @@ def print_table(found: dict[str, Any]) -> None:
         "seconds and MiB: what making the model took (its stages together, peak over the stages); "
         "trainable: parameters that were trained; changed: parameters the checkpoint adds"
     )
+    peak = found["peak"]
+    held = {"device": "allocated on the device", "resident": "resident, over the process without a model"}
+    out.print(f"peak of the whole job: {peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})")
     out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 

@@ -10,11 +10,11 @@ from plugbridge.config.stages import (
     CoupleConfig,
     EvaluateConfig,
     MethodConfig,
+    PartsConfig,
     PolishConfig,
     PruneConfig,
     RepairConfig,
     ScoreConfig,
-    TrainConfig,
 )
 from plugbridge.config.strict import StrictConfig
 
@@ -29,7 +29,7 @@ class RunConfig(StrictConfig):
         default=None, description="directory of task files, or `hub`; --data and PLUGBRIDGE_DATA override"
     )
     method: MethodConfig = Field(default_factory=MethodConfig)
-    tune: TrainConfig = Field(default_factory=TrainConfig)
+    tune: PartsConfig = Field(default_factory=PartsConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
     prune: PruneConfig = Field(default_factory=lambda: PruneConfig(reduction=4))
     repair: RepairConfig | None = Field(default=None, description="fit the Bridge to the large model before coupling")
@@ -38,7 +38,7 @@ class RunConfig(StrictConfig):
         default=None, description="tune a factor for every place of the plugged module, forward only"
     )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    ceiling: TrainConfig | None = Field(
+    ceiling: PartsConfig | None = Field(
         default=None, description="also tune the large model itself, with gradients, as the ceiling"
     )
     baselines: BaselinesConfig = Field(default_factory=BaselinesConfig)

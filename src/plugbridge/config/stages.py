@@ -32,6 +32,17 @@ class TrainConfig(StrictConfig):
     checkpoint_every: int = Field(default=50, ge=1, description="steps between resumable checkpoints")
 
 
+class PartsConfig(TrainConfig):
+    """A training whose steps may go through the models in parts."""
+
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows that go through the models at a time; all of a step's rows by default. Fewer need less "
+        "memory and give the same gradient",
+    )
+
+
 class ScoreConfig(StrictConfig):
     """How the large model's units are ranked."""
 
@@ -41,6 +52,12 @@ class ScoreConfig(StrictConfig):
         "run it forward only",
     )
     samples: int = Field(default=256, ge=1, description="training rows to score on")
+    keep: Literal["memory", "disk"] = Field(
+        default="memory",
+        description="where scoring a streamed large model keeps its rows' states: `memory`, as many rows at a time as "
+        "take no more than a block's weights, or `disk`, all rows at once, so that each block is read twice for fisher "
+        "and once for what only runs forward, and memory does not grow with depth; results are the same",
+    )
 
 
 class PruneConfig(StrictConfig):
@@ -88,7 +105,7 @@ class RepairConfig(TrainConfig):
     )
 
 
-class CoupleConfig(TrainConfig):
+class CoupleConfig(PartsConfig):
     """How module, plug and Bridge train together."""
 
     steps: int = Field(default=300, ge=0, description="optimizer steps; 0 plugs the module in as it starts")
@@ -136,7 +153,7 @@ class PolishConfig(StrictConfig):
     batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
 
 
-class LadderConfig(TrainConfig):
+class LadderConfig(PartsConfig):
     """Ladder Side-Tuning: a side network pruned from the model, kept at inference."""
 
     reduction: float = Field(default=8, ge=1, description="divide hidden size, heads and MLP width by this")
@@ -145,10 +162,10 @@ class LadderConfig(TrainConfig):
 class BaselinesConfig(StrictConfig):
     """What else one could do with either model, through the same loop."""
 
-    small_finetuned: TrainConfig | None = Field(
+    small_finetuned: PartsConfig | None = Field(
         default=None, description="train all weights of the small model; settings as `tune`'s, rate 3e-4 by default"
     )
-    large_finetuned: TrainConfig | None = Field(default=None, description="train all weights of the large model")
+    large_finetuned: PartsConfig | None = Field(default=None, description="train all weights of the large model")
     small_ladder: LadderConfig | None = Field(
         default=None,
         description="Ladder Side-Tuning of the small model; settings as `tune`'s and `reduction`, 8 by default; "

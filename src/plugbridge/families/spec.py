@@ -282,16 +282,21 @@ class Layout:
         return (dims[0], dims[1]) if self.family.linear == "in out" else (dims[1], dims[0])
 
 
+def layout_of_config(config: Mapping[str, Any]) -> Layout:
+    """What a configuration alone tells: family, layers, and the axis sizes it gives."""
+    family = family_of(str(config.get("model_type")))
+    layers = {name: int(config[stack.layers]) for name, stack in family.stack.items()}
+    return Layout(family, solve_sizes(family, config), layers)
+
+
 def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     """Meet a model: find its family, solve its axis sizes, check every weight's name and shape.
 
     `config` is the Hugging Face configuration as a dict, `shapes` the state dict's shapes by name.
     Raises ModelError for an unknown family, an unexpected or missing weight, or a wrong shape.
     """
-    family = family_of(str(config.get("model_type")))
-    sizes = solve_sizes(family, config)
-    layers = {name: int(config[stack.layers]) for name, stack in family.stack.items()}
-    layout = Layout(family, sizes, layers)
+    layout = layout_of_config(config)
+    family, sizes = layout.family, layout.sizes
     table = layout.table()
     for name in shapes:
         if name not in table:

@@ -1,8 +1,11 @@
 """What a training step is about: a model's shape, its rows, a method, a Bridge."""
 
 import copy
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,9 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.config import LoadIn
 from plugbridge.families.spec import Family, Layout, family_of
-from plugbridge.models import MODEL_CLASS, layout_for
+from plugbridge.models import MODEL_CLASS, find_checkpoint, layout_for
 from plugbridge.shrink.importance import Importance, scope_key
 from plugbridge.shrink.prune import BridgePlan, reduced_sizes
+from plugbridge.streaming import load_streamed, stream_blocks
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.axes import axis_names
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
@@ -44,6 +48,15 @@ class Blank:
         return None
 
 
+class AtOnce(Executor):
+    """Runs what it is given on the caller's thread, where a trace counts it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
 @dataclass(frozen=True)
 class Case:
     """Everything a step's memory depends on; no weights.
@@ -51,7 +64,10 @@ class Case:
     `config` is the shape of the model, `trained` the layers of each stack, from the top, that hold modules which
     train (all where a stack is not named), `sizes` the Bridge's axis sizes (or `reduction` where there are none).
     Rows are `length` tokens; batches have `batch` of them. `channels` says whether the Bridge's residual stream is
-    projected or selected, `bits` how weights are held where the model only runs forward.
+    projected or selected, `bits` how weights are held where the model only runs forward. A `streamed` model has one
+    block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is
+    scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
+    the models `micro_batch` rows at a time, all rows where it is None.
     """
 
     config: PreTrainedConfig
@@ -68,6 +84,10 @@ class Case:
     bits: LoadIn | None = None
     train_bridge: bool = True
     device: str = "cpu"
+    streamed: bool = False
+    weights: str | None = None
+    at_once: int = 1
+    micro_batch: int | None = None
 
     @property
     def family(self) -> Family:
@@ -93,9 +113,8 @@ class Case:
         """Full-length rows of random tokens; `batch` of them unless told."""
         targets, vocabulary = TARGETS[self.kind], int(self.config.vocab_size)
         prompt = self.length - targets if self.kind == "causal" else self.length
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.batch if count is None else count, prompt)
-        ids = torch.randint(1, vocabulary, shape, generator=generator).tolist()
+        chosen = random.Random(0)  # not torch's: this runs where tensors are fake, too
+        ids = [chosen.choices(range(1, vocabulary), k=prompt) for _ in range(self.batch if count is None else count)]
         return [Encoded(tuple(row), ((1,) * targets, (2,) * targets), 0) for row in ids]
 
     def with_layers(self, layers: Mapping[str, int], trained: Mapping[str, int]) -> "Case":
@@ -114,13 +133,30 @@ class Case:
 
     def build(self) -> tuple[PreTrainedModel, Layout]:
         """The model with random weights, in evaluation mode, and its layout."""
+        if self.streamed and self.weights is not None:
+            checkpoint = find_checkpoint(self.weights)
+            assert checkpoint is not None
+            return load_streamed(self.weights, checkpoint, dtype=self.dtype, device=self.device)
+        if self.streamed:
+            model, _ = self.on_meta()
+            return model, stream_blocks(model, self.device, self._made_up, AtOnce())
+        return self._made(self.device)
+
+    def on_meta(self) -> tuple[PreTrainedModel, Layout]:
+        """The model without weights."""
+        return self._made("meta")
+
+    def _made(self, device: str) -> tuple[PreTrainedModel, Layout]:
         implementation = "sdpa" if self.kind == "causal" else None  # as models are loaded
-        with torch.device(self.device):
+        with torch.device(device):
             built: Any = MODEL_CLASS[self.kind].from_config(
                 self.config, dtype=self.dtype, attn_implementation=implementation
             )
         model = cast(PreTrainedModel, built).eval()
         return model, layout_for(model)
+
+    def _made_up(self, _names: list[str], like: Tensor) -> Callable[[], Tensor]:
+        return partial(torch.zeros, like.shape, dtype=like.dtype, device=self.device)
 
     def plan(self, layout: Layout) -> BridgePlan:
         """A Bridge's plan that keeps the first units; a projection keeps the first directions."""

@@ -9,10 +9,10 @@ import gc
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plugbridge.memory.alive import Alive, fake_tensors, marked
-from plugbridge.memory.case import Case
+from plugbridge.memory.case import TARGETS, Case
 from plugbridge.memory.steps import MakeStep, Step
 
 Kind = tuple[str, bool]
@@ -41,7 +41,31 @@ class Trace:
 
 
 def predict(case: Case, make: MakeStep) -> Trace:
-    """A step's counts at the case's own depth, without a tensor of it."""
+    """A step's counts at the case's own depth, without a tensor of it.
+
+    What several rows have in memory at once grows linearly with them; further parts of a batch only add work.
+    """
+    gc.freeze()  # what is there already need not be looked through for every trace
+    try:
+        if case.at_once > 2:
+            one, two = (_predict(replace(case, at_once=rows), make) for rows in (1, 2))
+            return extended(one, one, two, case.at_once - 1)
+        part = case.micro_batch or case.batch
+        if case.batch > 2 * part:
+            one, two = (_predict(replace(case, batch=parts * part), make) for parts in (1, 2))
+            return _with_more_work(one, two, case.batch / part - 2)
+        return _predict(case, make)
+    finally:
+        gc.unfreeze()
+
+
+def _with_more_work(one: Trace, two: Trace, times: float) -> Trace:
+    """The second trace with `times` the work that it does more than the first."""
+    flops, moved = (b + times * (b - a) for a, b in ((one.flops, two.flops), (one.moved, two.moved)))
+    return replace(two, flops=flops, moved=moved)
+
+
+def _predict(case: Case, make: MakeStep) -> Trace:
     true = kinds_of(case)
     shallow = {kind: min(count, SHALLOW[kind[1]]) for kind, count in true.items()}
     base = trace(at_depth(case, shallow), make)
@@ -82,7 +106,7 @@ def extended(found: Trace, base: Trace, deeper: Trace, times: int) -> Trace:
 
 
 def trace(case: Case, make: MakeStep) -> Trace:
-    """Make a step of fake tensors and do it twice: the first time makes the optimizer's state."""
+    """Make a step of fake tensors and do it."""
     with fake_tensors(), Alive() as alive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step = make(case)
@@ -91,17 +115,17 @@ def trace(case: Case, make: MakeStep) -> Trace:
 
 
 def count(alive: Alive, case: Case, step: Step) -> Trace:
-    """Do a step twice under a count that is on already; the work is the second time's."""
+    """Do a step under a count that is on already."""
+    step.begin()
     alive.peaks.clear()
-    alive.chosen = step.chosen
+    alive.flops = alive.moved = 0
+    alive.chosen, alive.columns = step.chosen, TARGETS[case.kind]
     with ExitStack() as hooks:
         for model, name in step.marks:
             hooks.enter_context(marked(alive, model, places(case, name)))
-        for _ in range(2 if step.trained else 1):
-            alive.flops = alive.moved = 0
-            for name, phase in step.phases.items():
-                alive.go_to(name)
-                phase()
+        for name, phase in step.phases.items():
+            alive.go_to(name)
+            phase()
     return Trace(dict(alive.peaks), alive.flops, alive.moved, step.rows, step.trained)
 
 

@@ -12,6 +12,10 @@ from plugbridge.transfer.couple import MODES
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 OURS = "ours"
+STREAMED = "streamed"
+HALF = "bf16"
+PARTS = "row by row"
+LORA, QLORA = "LoRA", "QLoRA (4 bit, checkpointing, bf16)"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def baselines(case: Case, methods: tuple[str, ...] = ("lora",)) -> list[Row]:
     rows += [
         Row("LoRA, checkpointing", "train", case, STEPS["tuned, checkpointing"]),
         Row("LoRA, checkpointing, bf16", "train", half, STEPS["tuned, checkpointing"]),
-        Row("QLoRA (4 bit, checkpointing, bf16)", "train", replace(half, bits="4bit"), STEPS["tuned, checkpointing"],
+        Row(QLORA, "train", replace(half, bits="4bit"), STEPS["tuned, checkpointing"],
             real=False),
         Row("Ladder Side-Tuning", "train", replace(case, reduction=8, sizes=None), STEPS["ladder side-tuning"]),
     ]  # fmt: skip
@@ -62,6 +66,52 @@ def coupled(case: Case, mode_name: str, method: str = "lora") -> Row:
 def top_layers(layers: Mapping[str, int], share: float) -> dict[str, int]:
     """How many layers of each stack hold modules that train."""
     return {stack: math.ceil(share * count) for stack, count in layers.items()}
+
+
+def small_steps(large: Case, small: Case, modes: tuple[str, ...], half: bool) -> list[Row]:
+    """Our stages as a run with little memory does them: the large model on disk, few rows at a time.
+
+    In float32, or both models in bfloat16 (`half`); Bridge and modules are float32.
+    """
+    dtype = torch.bfloat16 if half else large.dtype
+    case = replace(large, streamed=True, dtype=dtype)
+    shelved, parts = replace(case, at_once=0), replace(case, micro_batch=1)
+    rows = [
+        Row(OURS, "tune (small)", replace(small, dtype=dtype, micro_batch=1), STEPS["tuned"]),
+        Row(OURS, "score (fisher)", replace(shelved, importance="fisher"), STEPS["score"]),
+        Row(OURS, "score (fisher), states in memory", replace(case, importance="fisher"), STEPS["score"]),
+        Row(OURS, "score (activation)", replace(shelved, importance="activation"), STEPS["score"]),
+        Row(OURS, "prune", replace(case, channels="gradient_pca"), STEPS["prune"]),
+        *(coupled(case, mode) for mode in modes if MODES[mode].runs_large),
+        *(coupled(parts, mode) for mode in modes),
+        Row(OURS, "evaluate", replace(case, batch=1), STEPS["evaluate"]),
+    ]
+    found: list[Row] = []
+    for row in rows:
+        words = [STREAMED, *([HALF] if half else []), *([PARTS] if row.case.micro_batch is not None else [])]
+        found.append(replace(row, method=", ".join((row.method, *words))))
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """A whole run of ours: its stages' rows, and how much of the large model's bf16 weights it may take."""
+
+    name: str
+    stages: tuple[tuple[str, str], ...]
+    limit: float
+
+
+def jobs() -> list[Job]:
+    """Runs whose peaks the targets are about, in bfloat16 and in float32."""
+    found: list[Job] = []
+    for mode, limit in (("standalone", 0.35), ("feedback", 0.5)):
+        for words in (f"{STREAMED}, {HALF}", STREAMED):
+            stages = [(f"{OURS}, {words}, {PARTS}", "tune (small)")]
+            stages += [(f"{OURS}, {words}", stage) for stage in ("score (fisher)", "prune", "evaluate")]
+            stages.append((f"{OURS}: {METHODS['lora'].title}, {mode}, {words}, {PARTS}", "couple"))
+            found.append(Job(f"{mode}, {words}", tuple(stages), limit))
+    return found
 
 
 def common_stages(large: Case, small: Case) -> list[Row]:

@@ -4,9 +4,11 @@ A step can be run for real or with fake tensors. Each is a function of a `Case` 
 memory and returns what is then done again and again.
 """
 
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from plugbridge.memory.case import TARGETS, Case, scored
 from plugbridge.memory.packed import pack_weights
 from plugbridge.progress import Silent
 from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
+from plugbridge.shrink.shelf import Place, Shelf
 from plugbridge.stages.shrink import units_of
-from plugbridge.tasks.encode import gold
+from plugbridge.tasks.encode import Encoded, gold
+from plugbridge.train import shares
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
@@ -36,8 +40,8 @@ class Step:
     """A step that is ready: `work` is done again and again.
 
     `phases` are the parts of the work in their order. `marks` are the models whose sublayers are places of their own,
-    `kept` the bytes of tensors that the stage leaves, `trained` the parameters that train. `rows` is how many rows
-    the work reads; `chosen` how many positions a mask in it chooses.
+    `trained` the parameters that train. `rows` is how many rows the work reads; `chosen` how many positions a mask in
+    it chooses. `begin` makes the optimizer's state, which the first time of a training step would make.
     """
 
     phases: dict[str, Callable[[], None]]
@@ -46,6 +50,7 @@ class Step:
     trained: int = 0
     chosen: int | None = None
     held: list[object] = field(default_factory=list[object])
+    begin: Callable[[], None] = lambda: None
 
     def work(self) -> None:
         """All phases once."""
@@ -54,16 +59,21 @@ class Step:
 
 
 def training(
-    case: Case, parameters: Iterable[Tensor], loss: Callable[[], Tensor], marks: Marks, held: list[object]
+    case: Case,
+    parameters: Iterable[Tensor],
+    loss: Callable[[list[Encoded]], Tensor],
+    marks: Marks,
+    held: list[object],
 ) -> Step:
-    """A step of the library's training loop (`train.fit`): loss, backward, clipped, AdamW."""
+    """A step of the library's training loop (`train.fit`): loss and backward part by part, clipped, AdamW."""
     tensors = list(parameters)
     optimizer = torch.optim.AdamW([{"params": [tensor]} for tensor in tensors], lr=1e-4, foreach=True)
     kept: list[Tensor] = []
 
-    def forward() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        kept.append(loss())
+    def forward(part: list[Encoded], share: float, first: bool) -> None:
+        if first:
+            optimizer.zero_grad(set_to_none=True)
+        kept.append(loss(part) * share)
 
     def backward() -> None:
         kept.pop().backward()
@@ -72,14 +82,24 @@ def training(
         torch.nn.utils.clip_grad_norm_(tensors, 1.0)
         optimizer.step()
 
-    phases = {"forward": forward, "backward": backward, "update": update}
-    chosen = case.batch * TARGETS[case.kind]
-    return Step(phases, marks, case.batch, sum(tensor.numel() for tensor in tensors), chosen, held)
+    def begin() -> None:
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    phases: dict[str, Callable[[], None]] = {}
+    for i, (part, share) in enumerate(shares(case.rows(), case.micro_batch, lambda row: row.targets)):
+        number = f" {i + 1}" if i > 0 else ""
+        phases[f"forward{number}"] = partial(forward, part, share, i == 0)
+        phases[f"backward{number}"] = backward
+    phases["update"] = update
+    chosen = (case.micro_batch or case.batch) * TARGETS[case.kind]
+    return Step(phases, marks, case.batch, sum(tensor.numel() for tensor in tensors), chosen, held, begin)
 
 
-def _loss(case: Case, forward: nn.Module) -> Callable[[], Tensor]:
-    rows = case.rows()
-    return lambda: mean_loss(forward, gold(case.encoder, rows).to(case.device), case.kind)
+def _loss(case: Case, forward: nn.Module) -> Callable[[list[Encoded]], Tensor]:
+    return lambda rows: mean_loss(forward, gold(case.encoder, rows).to(case.device), case.kind)
 
 
 def finetune(case: Case) -> Step:
@@ -133,15 +153,30 @@ def bridge_of(
     return bridge.to(dtype).eval(), plan
 
 
+class Nowhere(Shelf):
+    """A shelf for traces: what is put away is gone, and comes back as zeros."""
+
+    def _write(self, place: Place, tensor: Tensor) -> None:
+        return None
+
+    def _read(self, place: Place) -> Tensor:
+        return torch.zeros(place.shape, dtype=place.dtype, device=place.device)
+
+
 def score(case: Case) -> Step:
-    """Units are ranked, a row at a time."""
+    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, and one more."""
     model, layout = case.build()
-    rows = case.rows(1)
+    rows = case.rows(1 + max(1, case.at_once) if case.streamed else 1)
+    shelves = Nowhere if case.weights is None else Shelf
 
     def work() -> None:
-        units_of(model, layout, case.encoder, rows, case.importance, Silent())
+        with tempfile.TemporaryDirectory() as folder:
+            shelf = shelves(Path(folder) / "states.bin") if case.streamed and case.at_once == 0 else None
+            at_once = case.at_once if case.streamed else None
+            units_of(model, layout, case.encoder, rows, case.importance, Silent(), shelf, at_once)
 
-    return Step({"score": work}, [(model, "model")], 2, chosen=TARGETS[case.kind], held=[model])
+    marks: Marks = [(model, "model")]
+    return Step({"score": work}, marks, 2 * len(rows), chosen=TARGETS[case.kind], held=[model])
 
 
 def prune(case: Case) -> Step:
@@ -178,16 +213,16 @@ def repair(case: Case) -> Step:
     bridge.requires_grad_(False)
     for tensor in tensors.values():
         tensor.requires_grad_(True)
-    loss, rows = repair_loss("response", model, layout, bridge, plan, case.encoder), case.rows()
+    loss = repair_loss("response", model, layout, bridge, plan, case.encoder)
     marks: Marks = [(model, "model"), (bridge, "bridge")]
-    step = training(case, tensors.values(), lambda: loss(rows), marks, [model, bridge])
-    return Step(step.phases, step.marks, step.rows, step.trained, None, step.held)
+    step = training(case, tensors.values(), loss, marks, [model, bridge])
+    return replace(step, chosen=None)
 
 
 def couple(case: Case, mode_name: str) -> Step:
     """Module, plug and Bridge train together, from a fresh module."""
     mode = find_mode(mode_name)
-    spare, layout = replace(case, device="meta").build()  # a mode that does not run the large model never makes it
+    spare, layout = case.on_meta()  # a mode that does not run the large model never makes it
     bridge, plan = bridge_of(case, spare, layout, torch.float32)
     module = _fresh_module(case, spare, layout)
     model = run_only(case)[0] if mode.runs_large else None
@@ -202,13 +237,13 @@ def couple(case: Case, mode_name: str) -> Step:
     silence(coupling)
     require_gradients(coupling)
     started = coupling.parameters()
-    loss, rows = mode.start(coupling), case.rows()
+    loss = mode.start(coupling)
     climbed = {f"ladder/{key}": tensor for key, tensor in coupling.ladder.items()}
     tensors = [tensor for tensor in {**started, **climbed}.values() if tensor.requires_grad]
     marks: Marks = [(bridge, "bridge")]
     if coupling.large_model is not None:
         marks.append((coupling.large_model, "model"))
-    return training(case, tensors, lambda: loss(rows), marks, [coupling])
+    return training(case, tensors, loss, marks, [coupling])
 
 
 def _fresh_module(case: Case, empty: PreTrainedModel, layout: Layout) -> Module:
@@ -224,11 +259,11 @@ def polish(case: Case) -> Step:
     model, layout = run_only(case)
     wrapped, _ = attach(model, case.method, layout, case.settings)
     wrapped.eval()
-    loss = _loss(case, wrapped)
+    loss, rows = _loss(case, wrapped), case.rows()
 
     def work() -> None:
         with torch.no_grad():
-            loss()
+            loss(rows)
 
     marks: Marks = [(model, "model")]
     return Step({"polish": work}, marks, case.batch, chosen=case.batch * TARGETS[case.kind], held=[wrapped])

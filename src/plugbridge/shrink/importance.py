@@ -57,8 +57,14 @@ def magnitude(model: nn.Module, layout: Layout) -> Scores:
     scores: Scores = {}
     table = layout.table()
     for name, parameter in model.named_parameters():
-        add_scores(scores, layout, table[name], whole(parameter).float().square())
+        add_scores(scores, layout, table[name], squared(whole(parameter)))
     return on_cpu(scores)
+
+
+def squared(tensor: Tensor) -> Tensor:
+    """Squares in float32 or better, with no second copy on the way."""
+    raised = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return raised.square() if raised is tensor else raised.square_()
 
 
 def fisher(model: nn.Module, layout: Layout, samples: Iterable[Any], log_likelihood: LogLikelihood) -> Scores:
@@ -74,7 +80,7 @@ def fisher(model: nn.Module, layout: Layout, samples: Iterable[Any], log_likelih
     for sample in samples:
         gradients = torch.autograd.grad(log_likelihood(sample), list(parameters.values()), materialize_grads=True)
         for name, gradient in zip(parameters, gradients, strict=True):
-            add_scores(scores, layout, table[name], gradient.float().square())
+            add_scores(scores, layout, table[name], squared(gradient))
         count += 1
     return on_cpu({key: value / count for key, value in scores.items()})
 
@@ -166,23 +172,42 @@ class SecondMoments:
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, str], Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
 
     def add(self, kind: str, name: str, x: Tensor) -> None:
         """x: (…, hidden)."""
         flat = x.detach().reshape(-1, x.shape[-1]).double()
         part = (flat.mT @ flat).cpu()
-        key = (kind, name)
-        self.sums[key] = self.sums[key] + part if key in self.sums else part
+        known = self.sums.setdefault((kind, name), part)
+        if known is not part:
+            known += part
+
+    def finish(self, path: str) -> None:
+        """Nothing more will come from a module's sublayers: only their sum stays."""
+        for key in [key for key in self.sums if f"{key[1]}.".startswith(f"{path}.")]:
+            self._close(key)
 
     def total(self, kind: str) -> Tensor | None:
         """(hidden, hidden) sum over sublayers, each of trace one; None if nothing was recorded."""
-        parts = [m / m.trace() for (k, _), m in self.sums.items() if k == kind and float(m.trace()) > 0]
-        return torch.stack(parts).sum(0) if parts else None
+        for key in [key for key in self.sums if key[0] == kind]:
+            self._close(key)
+        return self.totals.get(kind)
+
+    def _close(self, key: tuple[str, str]) -> None:
+        moment = self.sums.pop(key)
+        trace = moment.trace()
+        if float(trace) > 0:
+            moment /= trace
+            known = self.totals.setdefault(key[0], moment)
+            if known is not moment:
+                known += moment
 
 
 @contextmanager
-def record_second_moments(model: nn.Module, layout: Layout) -> Generator[SecondMoments]:
-    """Record what sublayers read and, where gradients flow, the error at what they write."""
+def record_second_moments(
+    model: nn.Module, layout: Layout, kinds: tuple[str, ...] = ("activity", "error")
+) -> Generator[SecondMoments]:
+    """Record what sublayers read and, where gradients flow, the error at what they write; or only one of them."""
     moments = SecondMoments()
 
     def on_error(name: str) -> Callable[[Tensor], None]:
@@ -190,11 +215,12 @@ def record_second_moments(model: nn.Module, layout: Layout) -> Generator[SecondM
 
     def on_call(name: str, context: str | None) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            moments.add("activity", name, inputs[0] if inputs else keywords["hidden_states"])
-            if context is not None:
-                moments.add("activity", f"{name}.{context}", keywords[context])
+            if "activity" in kinds:
+                moments.add("activity", name, inputs[0] if inputs else keywords["hidden_states"])
+                if context is not None:
+                    moments.add("activity", f"{name}.{context}", keywords[context])
             written: Tensor = output[0] if isinstance(output, tuple) else output
-            if written.requires_grad:
+            if "error" in kinds and written.requires_grad:
                 written.register_hook(on_error(name))
 
         return hook

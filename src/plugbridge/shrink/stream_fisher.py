@@ -6,7 +6,8 @@ arguments are what the blocks before it get. What lies between the blocks (embed
 every block played back: once a stack for the error at its end, and at last for its own weights.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from plugbridge.families.spec import Layout, Weight
-from plugbridge.shrink.importance import LogLikelihood, Scores, add_scores, on_cpu
+from plugbridge.shrink.importance import LogLikelihood, Scores, add_scores, on_cpu, squared
+from plugbridge.shrink.shelf import Shelf, taken_out
 from plugbridge.shrink.sweep import (
     Block,
     Call,
+    Done,
     Passage,
     Slots,
     as_tuple,
@@ -78,11 +81,18 @@ class Frame:
 
 
 def streamed_fisher(
-    model: nn.Module, layout: Layout, samples: Iterable[Any], log_likelihood: LogLikelihood, chunk: int
+    model: nn.Module,
+    layout: Layout,
+    samples: Iterable[Any],
+    log_likelihood: LogLikelihood,
+    chunk: int,
+    shelf: Shelf | None = None,
+    done: Done = lambda _block: None,
 ) -> Scores:
     """What `importance.fisher` returns, block by block.
 
-    `chunk` is how many samples have their activations kept at a time; for each chunk every block is read twice.
+    `chunk` is how many samples have their activations kept at a time, in memory or on the shelf; for each chunk every
+    block is read twice, and `done` told of it.
     """
     scores: Scores = {}
     blocks = blocks_of(model, layout)
@@ -91,8 +101,8 @@ def streamed_fisher(
     todo, count = iter(samples), 0
     while some := list(islice(todo, chunk)):
         calls = [partial(log_likelihood, sample) for sample in some]
-        rows = [Row(*pair) for pair in zip(calls, sweep_keeping(model, blocks, calls), strict=True)]
-        _add_rows(model, layout, blocks, outside, rows, scores)
+        rows = [Row(*pair) for pair in zip(calls, sweep_keeping(model, blocks, calls, shelf), strict=True)]
+        _add_rows(model, layout, blocks, outside, rows, scores, shelf, done)
         count += len(some)
     return on_cpu({key: value / count for key, value in scores.items()})
 
@@ -104,21 +114,36 @@ def _add_rows(
     outside: Mapping[str, nn.Parameter],
     rows: Sequence[Row],
     scores: Scores,
+    shelf: Shelf | None,
+    done: Done,
 ) -> None:
     table = layout.table()
     for stack in reversed(layout.family.stack):
         with training(outside.values()):
             for row in rows:
-                _enter(stack, frame_of(blocks, row), row.ledger)
+                with _at_hand(shelf, row, row.passage.last):
+                    _enter(stack, frame_of(blocks, row), row.ledger)
         for block in reversed([block for block in blocks if block.stack == stack]):
             with opened(model, block) as parameters:
                 for row in rows:
-                    _add_squares(scores, layout, table, parameters, _send_back(block, row, list(parameters.values())))
+                    with _at_hand(shelf, row, row.passage.arguments[block.number]):
+                        gradients = _send_back(block, row, list(parameters.values()))
+                    _add_squares(scores, layout, table, parameters, gradients)
+            done(block)
     with training(outside.values()):
         for row in rows:
-            roots, known = frame_of(blocks, row).roots(row.ledger)
-            gradients = torch.autograd.grad(roots, list(outside.values()), known, materialize_grads=True)
+            with _at_hand(shelf, row, row.passage.last):
+                roots, known = frame_of(blocks, row).roots(row.ledger)
+                gradients = torch.autograd.grad(roots, list(outside.values()), known, materialize_grads=True)
             _add_squares(scores, layout, table, outside, gradients)
+
+
+@contextmanager
+def _at_hand(shelf: Shelf | None, row: Row, kept: object) -> Generator[None]:
+    """Some of what a row has kept, and its gradients, while this lasts."""
+    with taken_out(shelf, kept, row.ledger.found) as out:
+        yield
+        out.extend(row.ledger.found.values())
 
 
 def frame_of(blocks: Sequence[Block], row: Row) -> Frame:
@@ -183,4 +208,4 @@ def _add_squares(
     gradients: Sequence[Tensor],
 ) -> None:
     for name, gradient in zip(parameters, gradients, strict=True):
-        add_scores(scores, layout, table[name], gradient.float().square())
+        add_scores(scores, layout, table[name], squared(gradient))

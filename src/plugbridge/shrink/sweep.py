@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from plugbridge.families.spec import Layout
+from plugbridge.shrink.shelf import Shelf, taken_out, tensors_in
 from plugbridge.streaming import window_of
 
 Call = Callable[[], Any]
 """One row's run of the model."""
 Slots = dict[int | str, Any]
 """A block's arguments: positional ones by number, others by name."""
+Done = Callable[["Block"], None]
+"""Told of every block that all rows are through."""
 Outputs = tuple[Any, ...]
 
 
@@ -85,31 +88,51 @@ def run_block(block: Block, slots: Slots) -> Any:
     return type(block.module).forward(cast(Any, block.module), *args, **keywords)
 
 
+def _run_detached(block: Block, slots: Slots) -> Any:
+    """A block's own output, as tensors that nobody else knows."""
+    output = run_block(block, slots)
+    found = tuple(out.detach() if isinstance(out, Tensor) else out for out in as_tuple(output))
+    return found if isinstance(output, tuple) else found[0]
+
+
 def as_tuple(output: Any) -> Outputs:
     """A block's output as a tuple, whatever the family returns."""
     return cast(Outputs, output) if isinstance(output, tuple) else (output,)
 
 
 @torch.no_grad()
-def sweep(blocks: Sequence[Block], calls: Sequence[Call]) -> None:
-    """Take all rows through the model, one block after another, and through what comes behind the last one."""
+def sweep(
+    blocks: Sequence[Block], calls: Sequence[Call], shelf: Shelf | None = None, done: Done = lambda _block: None
+) -> None:
+    """Take all rows through the model, one block after another, and through what comes behind the last one.
+
+    With a shelf no more than one row's states are in memory.
+    """
     passages = [Passage() for _ in calls]
     for live in blocks:
         for passage, call in zip(passages, calls, strict=True):
-            _advance(blocks, live, passage, call, run_block)
+            with taken_out(shelf, passage.last) as out:
+                _advance(blocks, live, passage, call, _run_detached)
+                out.extend(tensors_in(passage.last))
+        done(live)
     for passage, call in zip(passages, calls, strict=True):
-        with played(blocks, lambda block, _slots, passage=passage: passage.last[block.stack]):
-            call()
+        with taken_out(shelf, passage.last):
+            with played(blocks, lambda block, _slots, passage=passage: passage.last[block.stack]):
+                call()
 
 
 @torch.no_grad()
-def sweep_keeping(model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call]) -> list[Passage]:
-    """Take all rows through all blocks; every block's arguments and outputs stay in memory."""
+def sweep_keeping(
+    model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call], shelf: Shelf | None
+) -> list[Passage]:
+    """Take all rows through all blocks; every block's arguments and outputs are kept, in memory or on the shelf."""
     passages = [Passage() for _ in calls]
     for live in blocks:
         with opened(model, live):
             for passage, call in zip(passages, calls, strict=True):
-                _advance(blocks, live, passage, call, partial(_keep, passage))
+                with taken_out(shelf, passage.last, passage.arguments[-1:]) as out:
+                    _advance(blocks, live, passage, call, partial(_keep, passage))
+                    out.extend(tensors_in([passage.arguments[-1], passage.outputs[-1]]))
     return passages
 
 
@@ -188,10 +211,11 @@ def _kept(slots: Slots, passage: Passage) -> Slots:
 
 
 def _shared(value: Any, before: Any) -> Any:
-    """`before` where it equals `value`, also inside of a tuple."""
-    if isinstance(value, tuple) and isinstance(before, tuple):
-        pairs = list(zip(cast(Outputs, value), cast(Outputs, before), strict=False))
-        return tuple(_shared(new, old) for new, old in pairs) if len(pairs) == len(cast(Outputs, value)) else value
-    if isinstance(value, Tensor) and isinstance(before, Tensor):
-        return before if value.shape == before.shape and torch.equal(value, before) else value
-    return value
+    """`before` where it equals `value`, also inside of a tuple; else tensors that nobody else knows."""
+    if isinstance(value, tuple):
+        new, old = cast(Outputs, value), cast(Outputs, before) if isinstance(before, tuple) else ()
+        return tuple(_shared(part, old[i] if i < len(old) else None) for i, part in enumerate(new))
+    if not isinstance(value, Tensor):
+        return value
+    same = isinstance(before, Tensor) and value.shape == before.shape and torch.equal(value, before)
+    return before if same else value.detach()

@@ -107,7 +107,7 @@ def _train(
     torch.manual_seed(p.config.seed)
     losses = fit(
         parameters, subject.rows["train"], loss, schedule_of(settings, p.config.seed, {"": rate}),
-        work.folder / CHECKPOINT, work.progress, title,
+        work.folder / CHECKPOINT, work.progress, title, lambda row: row.targets,
     )  # fmt: skip
     network.eval()
     validation = accuracy(work, network, encoder, subject.rows["validation"], "validate")

@@ -1,13 +1,12 @@
 """The stages of a run in order, with what each depends on."""
 
-import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from plugbridge.config import TrainConfig
-from plugbridge.cost import measure
+from plugbridge.cost import measure, settle
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
@@ -16,7 +15,7 @@ from plugbridge.stages.couple import cache_room, couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
 from plugbridge.stages.repair import repair
-from plugbridge.stages.shrink import prune, score
+from plugbridge.stages.shrink import prune, score, score_room
 from plugbridge.stages.tune import ceiling, tune
 from plugbridge.stages.work import Work, rate_of_training
 from plugbridge.transfer.couple import find_mode
@@ -24,7 +23,7 @@ from plugbridge.transfer.couple import find_mode
 
 def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
     """All stages of a run, in order, with what each depends on."""
-    config = prepared.config
+    config, baseline = prepared.config, settle()  # libraries and rows are loaded, no model is
     common = {
         "seed": config.seed,
         "device": prepared.device,
@@ -49,10 +48,10 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         room: int = 0,
     ) -> Stage:
         def measured(folder: Path) -> StageResult:
-            gc.collect()
-            with measure(prepared.device) as cost:
-                facts = work(Work(prepared, root, folder, progress))
-            return StageResult(facts, cost.seconds, cost.peak_bytes)
+            settle()
+            with measure(prepared.device, baseline) as cost:
+                facts = work(Work(prepared, root, folder, progress, cost))
+            return StageResult(facts, cost.seconds, cost.peak_bytes, cost.reserved_bytes)
 
         return Stage(name, needs, {**common, **depends}, measured, room)
 
@@ -60,7 +59,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     couple_rate = rate_of_training(config.couple, prepared.method)
     stages = [
         stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
-        stage("score", (), {"large": large, "score": _dump(config.score)}, score),
+        stage("score", (), {"large": large, "score": _dump(config.score)}, score, score_room(prepared)),
         stage(
             "prune",
             ("score",),
@@ -134,6 +133,10 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
     return found
 
 
+UNSEEN = ("checkpoint_every", "keep", "micro_batch")
+"""Keys that change no result, beyond rounding."""
+
+
 def _dump(section: Any) -> dict[str, Any]:
     """A configuration section as JSON, without what does not change the result."""
-    return {k: v for k, v in section.model_dump(mode="json").items() if k != "checkpoint_every"}
+    return {k: v for k, v in section.model_dump(mode="json").items() if k not in UNSEEN}

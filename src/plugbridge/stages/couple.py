@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plugbridge.config import RunConfig
-from plugbridge.families.spec import Layout, family_of, solve_sizes
+from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import load_config, load_model
 from plugbridge.prepare import Prepared
@@ -68,6 +68,7 @@ def couple(work: Work) -> dict[str, Any]:
     losses = fit(
         parameters, p.large_rows["train"], loss, schedule_of(settings, p.config.seed, rates),
         work.folder / CHECKPOINT, work.progress, f"couple ({settings.mode})",
+        lambda row: row.targets,
     )  # fmt: skip
     _save_coupled(work, coupling, weights)
     write_json(work.folder / "losses.json", losses)
@@ -99,9 +100,7 @@ def cache_room(prepared: Prepared) -> int:
     if config.couple.cache != "disk" or places is None:
         return 0
     large = load_config(config.large_path, trust_remote_code=config.trust_remote_code)
-    family = family_of(large.model_type)
-    layers = {name: int(getattr(large, stack.layers)) for name, stack in family.stack.items()}
-    layout = Layout(family, solve_sizes(family, large.to_dict()), layers)
+    layout = layout_of_config(large.to_dict())
     stacks = [rung.partition(":")[0] for rung in places(layout)]
     positions = sum(length_in(row, stack, kind) for row in set(_drawn(prepared)) for stack in stacks)
     return positions * layout.sizes["hidden"] * prepared.dtype.itemsize

@@ -1,6 +1,5 @@
 """Scoring every model of a run."""
 
-import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from plugbridge.cost import Cost, measure
+from plugbridge.cost import Cost, measure, settle
 from plugbridge.evaluate import last_states
 from plugbridge.families.spec import Layout
 from plugbridge.files import write_atomically
@@ -50,8 +49,8 @@ def evaluate(work: Work) -> dict[str, Any]:
             continue
         name, encoder = candidate.name, candidate.encoder
         chosen_rows = candidate.rows[config.split][: config.limit]
-        gc.collect()
-        with measure(p.device) as cost:
+        settle()
+        with measure(p.device, work.cost.baseline, work.cost) as cost:
             model = candidate.load()
             answers = answers_of(p, model, encoder, chosen_rows, work.progress, f"evaluate {name}")
             del model
@@ -61,7 +60,7 @@ def evaluate(work: Work) -> dict[str, Any]:
         if config.probe and (config.models is None or name in config.models):
             subject = subject_of(work, size)
             rows = subject.rows[config.split][: config.limit]
-            with measure(p.device) as cost:
+            with measure(p.device, work.cost.baseline, work.cost) as cost:
                 predicted = _probe(work, subject, rows)
             answers = [chosen(source_of(row), choice) for row, choice in zip(rows, predicted, strict=True)]
             facts[name] = _note(work, name, answers, cost)

@@ -1,6 +1,6 @@
 """Scoring the large model's units and pruning it into the Bridge."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,13 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plugbridge.cost import free_memory
 from plugbridge.errors import ModelError
 from plugbridge.evaluate import log_likelihood
-from plugbridge.families.spec import Layout
+from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.files import folder_atomically, write_atomically, write_json
-from plugbridge.models import parameter_count
-from plugbridge.prepare import bridge_sizes
+from plugbridge.models import load_config, parameter_count
+from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.progress import Progress
 from plugbridge.shrink.importance import (
     Importance,
@@ -28,29 +27,42 @@ from plugbridge.shrink.importance import (
     residual_energy,
 )
 from plugbridge.shrink.prune import plan_bridge, principal_basis, prune_model, shuffle_blocks
+from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
-from plugbridge.shrink.sweep import blocks_of, sweep
+from plugbridge.shrink.sweep import Done, blocks_of, sweep
 from plugbridge.stages.work import BASIS, Work
-from plugbridge.streaming import window_of
+from plugbridge.streaming import block_bytes, window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.ladder import length_in
 
 
 @dataclass(frozen=True)
 class Units:
-    """What is known of a model's units: their scores, and the residual stream's energy and second moments."""
+    """What is known of a model's units: their scores, and the residual stream's energy and second moments.
+
+    `kept_bytes` is what the rows' states took on disk.
+    """
 
     scores: dict[str, Tensor]
     energy: dict[str, Tensor]
     moments: dict[str, Tensor]
+    kept_bytes: int
 
 
 def measure_units(
     work: Work, model: PreTrainedModel, layout: Layout, encoder: Encoder, rows: Sequence[Encoded]
 ) -> Units:
     """Score a model's units on rows as the configuration says. Raises ModelError where a score is not finite."""
-    settings = work.prepared.config.score
-    return units_of(model, layout, encoder, rows[: settings.samples], settings.importance, work.progress)
+    p = work.prepared
+    settings, shelf, at_once = p.config.score, None, None
+    chosen, streams = rows[: settings.samples], window_of(model) is not None
+    if streams and settings.keep == "disk":
+        shelf = Shelf(work.folder / "states.bin")
+    elif streams:
+        longest = max(len(row.prompt) + max(map(len, row.options)) for row in chosen)
+        at_once = min(len(chosen), rows_at_once(layout, longest, model.dtype, block_bytes(model, layout)))
+    return units_of(model, layout, encoder, chosen, settings.importance, work.progress, shelf, at_once)
 
 
 def units_of(
@@ -60,14 +72,20 @@ def units_of(
     rows: Sequence[Encoded],
     importance: Importance,
     progress: Progress,
+    shelf: Shelf | None = None,
+    at_once: int | None = None,
 ) -> Units:
-    """Score a model's units on rows, one at a time. Raises ModelError where a score is not finite."""
+    """Score a model's units on rows, one at a time. Raises ModelError where a score is not finite.
+
+    A streamed model reads several rows block by block: all of them, their states on the `shelf`, or `at_once`.
+    """
 
     def likelihood(row: Encoded) -> Tensor:
         return log_likelihood(model, gold(encoder, [row]).to(model.device), encoder.kind).sum()
 
+    streams = window_of(model) is not None
+    chunk = len(rows) if shelf is not None else at_once if at_once is not None else 1
     total = len(rows) * (1 if importance == "magnitude" else 2)
-    moments: SecondMoments | None = None
     with progress.bar(f"score ({importance})", total) as advance:
 
         def counted() -> Iterator[Encoded]:
@@ -75,65 +93,66 @@ def units_of(
                 yield row
                 advance(1)
 
-        reading = _reading(model, layout, rows, likelihood, advance)
-        samples = reading.chunks if reading is not None else counted
-        forward = reading.forward if reading is not None else likelihood
+        def chunks() -> Iterator[Sequence[Encoded]]:
+            for start in range(0, len(rows), chunk):
+                yield rows[start : start + chunk]
+                advance(len(rows[start : start + chunk]))
+
+        blocks = blocks_of(model, layout)
+
+        def read(some: Sequence[Encoded], done: Done = lambda _block: None) -> None:
+            sweep(blocks, [partial(likelihood, row) for row in some], shelf, done)
+
+        def finish(moments: SecondMoments) -> Done:
+            return lambda block: moments.finish(block.path) if chunk >= len(rows) else None
+
+        error = None
         if importance == "fisher":
-            with record_second_moments(model, layout) as moments:
+            with record_second_moments(model, layout, ("error",)) as errors:
                 scores = (
-                    fisher(model, layout, counted(), likelihood)
-                    if reading is None
-                    else streamed_fisher(model, layout, counted(), likelihood, reading.rows_kept)
+                    streamed_fisher(model, layout, counted(), likelihood, chunk, shelf, finish(errors))
+                    if streams
+                    else fisher(model, layout, counted(), likelihood)
                 )
+            error = errors.total("error")
         elif importance == "activation":
-            scores = activation(model, layout, samples(), forward)
+            scores = activation(model, layout, *((chunks(), read) if streams else (counted(), likelihood)))
         else:
             scores = magnitude(model, layout)
-        with record_second_moments(model, layout) as activity:
-            energy = residual_energy(model, layout, samples(), forward)
-    found = {"activity": activity.total("activity"), "error": moments.total("error") if moments else None}
+        with record_second_moments(model, layout, ("activity",)) as moments:
+            last = (chunks(), partial(read, done=finish(moments))) if streams else (counted(), likelihood)
+            energy = residual_energy(model, layout, *last)
+    found = {"activity": moments.total("activity"), "error": error}
     second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
     for key, values in {**scores, **energy, **second}.items():
         if not bool(values.isfinite().all()):
             raise ModelError(f"the scores of '{key}' in {model.name_or_path} are not finite; is a weight of it NaN?")
-    return Units(scores, energy, second)
+    return Units(scores, energy, second, shelf.bytes if shelf is not None else 0)
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """How a streamed model reads rows: many at a time, so that each block is read once for all of them.
+def rows_at_once(layout: Layout, length: int, dtype: torch.dtype, room: int) -> int:
+    """How many rows' states at every block take `room` bytes, at least one row."""
+    return max(1, room // (length * layout.sizes["hidden"] * dtype.itemsize * sum(layout.layers.values())))
 
-    `rows_kept` is how many rows' states at every block fit in a quarter of the free memory.
+
+def score_room(p: Prepared) -> int:
+    """The most bytes of states that scoring will have on disk at a time.
+
+    A row leaves a state at every block; six more, a mask and three times T5's position biases are room for what goes
+    from block to block.
     """
-
-    chunks: Callable[[], Iterator[Sequence[Encoded]]]
-    forward: Callable[[Sequence[Encoded]], None]
-    rows_kept: int
-
-
-def _reading(
-    model: PreTrainedModel,
-    layout: Layout,
-    rows: Sequence[Encoded],
-    likelihood: Callable[[Encoded], Tensor],
-    advance: Callable[[int], None],
-) -> _Reading | None:
-    """For a streamed model, how it reads the rows; None for one in memory."""
-    if window_of(model) is None:
-        return None
-    blocks = blocks_of(model, layout)
-    longest = max(len(row.prompt) + max(len(option) for option in row.options) for row in rows)
-    state = longest * layout.sizes["hidden"] * model.dtype.itemsize
-    states = max(1, free_memory(model.device.type) // 4 // state)
-
-    def chunks() -> Iterator[Sequence[Encoded]]:
-        for start in range(0, len(rows), states):
-            yield rows[start : start + states]
-            advance(len(rows[start : start + states]))
-
-    return _Reading(
-        chunks, lambda some: sweep(blocks, [partial(likelihood, row) for row in some]), max(1, states // len(blocks))
-    )
+    if p.config.score.keep != "disk" or p.streamed is None:
+        return 0
+    large = load_config(p.config.large_path, trust_remote_code=p.config.trust_remote_code)
+    layout, kind = layout_of_config(large.to_dict()), p.large_encoder.kind
+    total = 0
+    for row in p.large_rows["train"][: p.config.score.samples]:
+        lengths = {stack: length_in(row, stack, kind) for stack in layout.layers}
+        states = sum((layout.layers[stack] + 6) * length * layout.sizes["hidden"] for stack, length in lengths.items())
+        longest = max(lengths.values())
+        biases = 0 if kind == "causal" else 3 * layout.sizes["heads"] * sum(n * longest for n in lengths.values())
+        total += p.dtype.itemsize * (states + biases + longest * longest)
+    return total
 
 
 def score(work: Work) -> dict[str, Any]:
@@ -149,6 +168,7 @@ def score(work: Work) -> dict[str, Any]:
         "samples": min(len(rows), settings.samples),
         "importance": settings.importance,
         "gradients_of_large": settings.importance == "fisher",
+        "kept_bytes": units.kept_bytes,
     }
 
 

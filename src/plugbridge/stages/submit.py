@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plugbridge.cost import Cost
 from plugbridge.errors import ConfigError
 from plugbridge.files import write_text
 from plugbridge.prepare import Prepared
@@ -32,7 +33,7 @@ def submit(p: Prepared, root: Path, task: Task, model: str, data: Path | None, o
         raise ConfigError(f"task '{task.name}' has no leaderboard; `plugbridge submit` is for the tasks of SuperGLUE")
     if form != p.task.form(kind):
         raise ConfigError(f"the run is of task '{p.task.name}', which asks otherwise than '{task.name}'; run that task")
-    found = {candidate.name: candidate for candidate in candidates(Work(p, root, root / "evaluate", progress))}
+    found = {candidate.name: candidate for candidate in candidates(Work(p, root, root / "evaluate", progress, Cost()))}
     if model not in found:
         raise ConfigError(f"the run has no model '{model}'; known: {', '.join(found)}")
     check_needs(root, build_stages(p, root, progress), "evaluate")

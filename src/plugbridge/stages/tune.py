@@ -51,7 +51,7 @@ def _tune(
     parameters = trainable(wrapped)
     losses = fit(
         parameters, rows["train"], loss, schedule_of(train, p.config.seed, rates),
-        work.folder / CHECKPOINT, work.progress, title,
+        work.folder / CHECKPOINT, work.progress, title, lambda row: row.targets,
     )  # fmt: skip
     with folder_atomically(work.folder / "module") as folder:
         save(folder, config, state_of(wrapped), source)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from plugbridge.config import TrainConfig
+from plugbridge.config import PartsConfig, TrainConfig
+from plugbridge.cost import Cost
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.generate import generate_texts
@@ -29,12 +30,13 @@ BASIS = "basis:"  # marks projections among the kept positions on disk
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage's function gets: the prepared run, the run's root, its own folder."""
+    """What a stage's function gets: the prepared run, the run's root, its own folder, what it costs so far."""
 
     prepared: Prepared
     root: Path
     folder: Path
     progress: Progress
+    cost: Cost
 
 
 def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Schedule:
@@ -48,6 +50,7 @@ def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Sc
         clip=train.clip,
         checkpoint_every=train.checkpoint_every,
         seed=seed,
+        micro_batch=train.micro_batch if isinstance(train, PartsConfig) else None,
     )
 
 

@@ -28,6 +28,11 @@ class Encoded:
     answer: int
     row: Row | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def targets(self) -> int:
+        """Tokens of the right option."""
+        return len(self.options[self.answer])
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -1,0 +1,34 @@
+"""What a block of work took: measurements inside of others, and what earlier work left behind."""
+
+from plugbridge.cost import measure, settle
+
+SIZE = 48 * 2**20
+
+
+def test_a_measurement_inside_of_another_hides_nothing_of_it() -> None:
+    settle()
+    with measure("cpu") as whole:
+        before = bytearray(b"\1") * (2 * SIZE)
+        del before
+        with measure("cpu", whole.baseline, whole) as part:
+            inside = bytearray(b"\1") * SIZE
+            del inside
+    assert whole.peak_bytes > 1.8 * SIZE
+    assert part.peak_bytes < 1.5 * SIZE
+    with measure("cpu") as outer:
+        with measure("cpu", outer.baseline, outer):
+            inside = bytearray(b"\1") * SIZE
+            del inside
+    assert outer.peak_bytes > 0.8 * SIZE
+
+
+def test_what_earlier_work_left_counts_over_a_baseline_from_before() -> None:
+    baseline = settle()
+    left = bytearray(b"\1") * SIZE
+    with measure("cpu", baseline) as cost:
+        pass
+    assert cost.peak_bytes > 0.8 * SIZE
+    del left
+    with measure("cpu") as nothing:
+        pass
+    assert nothing.peak_bytes < 0.5 * SIZE

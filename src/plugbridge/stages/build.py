@@ -125,7 +125,7 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
             if settings is None:
                 continue
             name = f"{size}_{kind}"
-            rate = rate_of_baseline(name, settings)
+            rate = rate_of_baseline(kind, settings)
             depends = {"model": prepared.inputs[size], "baseline": _dump(settings), "rate": rate}
             if kind == "ladder":
                 depends["score"] = _dump(config.score)

@@ -1,8 +1,9 @@
 """What one training step takes: feedback against LoRA on the same large model, in one run.
 
-Each step is measured in a process of its own: peak resident memory over what the loaded models take, and
-seconds, medians over the steps after the first. The model is GPT-2-shaped with random weights; modules are LoRA
-r = 8 on the attention inputs of all layers, rows are full length.
+Each step is measured in a process of its own: peak memory over what the loaded models take (resident, on a card
+allocated), and seconds, medians over the steps after the first. With several rounds all steps take turns, and
+ratios are medians over the rounds. The model is GPT-2-shaped with random weights; modules are LoRA r = 8 on the
+attention inputs of all layers, rows are full length.
 
     python benchmarks/step_memory.py --table docs/results/step_memory.md
 """
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -42,7 +44,8 @@ def model_of(args: argparse.Namespace) -> PreTrainedModel:
         vocab_size=2048, n_positions=args.length, n_embd=args.hidden, n_layer=args.layers, n_head=args.hidden // 64,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    with torch.device(args.device):
+        return GPT2LMHeadModel(config).to(getattr(torch, args.dtype)).eval()
 
 
 def rows_of(args: argparse.Namespace) -> list[Encoded]:
@@ -66,13 +69,14 @@ def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         parameters = list(trainable(wrapped).values())
 
         def loss() -> torch.Tensor:
-            return mean_loss(wrapped, gold(encoder, rows), "causal")
+            return mean_loss(wrapped, gold(encoder, rows).to(args.device), "causal")
 
     else:
-        plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 4))
-        bridge = prune_model(model, layout, plan, {})
+        plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 4)).to(args.device)
+        bridge = prune_model(model, layout, plan, {}).float()
         spare, _ = attach(model_of(args), METHODS["lora"], layout, SETTINGS)
-        module = unpack(METHODS["lora"], layout, state_of(spare))
+        fresh = {key: tensor.to(args.device) for key, tensor in state_of(spare).items()}
+        module = unpack(METHODS["lora"], layout, fresh)
         del spare
         first = {"decoder": args.layers // 2} if "half" in kind else {}
         coupling = Coupling(
@@ -88,15 +92,38 @@ def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
     optimizer = torch.optim.AdamW(parameters)
     seconds: list[float] = []
-    with measure("cpu") as cost:
+    cuda = args.device == "cuda"
+    held = torch.cuda.memory_allocated() if cuda else 0
+    with measure(args.device) as cost:
         for _ in range(args.steps):
             begun = time.perf_counter()
             optimizer.zero_grad()
             loss().backward()
             optimizer.step()
+            if cuda:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
-    middle = sorted(seconds[1:])[len(seconds[1:]) // 2]
-    return {"kind": kind, "peak_bytes": cost.peak_bytes, "seconds": middle}
+    return {"kind": kind, "peak_bytes": cost.peak_bytes - held, "seconds": median(seconds[1:])}
+
+
+def measured_apart(kind: str) -> dict[str, Any]:
+    """The same in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--kind", kind]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each kind, from a round's rows in the same order: medians, also of the ratios to the first kind."""
+    found: list[dict[str, Any]] = []
+    for number, first in enumerate(rounds[0]):
+        row = {"kind": first["kind"]}
+        for key in ("peak_bytes", "seconds"):
+            row[key] = median(rows[number][key] for rows in rounds)
+            row[f"{key}_ratios"] = [rows[number][key] / rows[0][key] for rows in rounds]
+            row[f"{key}_ratio"] = median(row[f"{key}_ratios"])
+        found.append(row)
+    return found
 
 
 def main() -> None:
@@ -108,27 +135,33 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model's weights")
     parser.add_argument("--table", type=Path, help="Markdown file to write, its JSON beside it")
+    parser.add_argument("--here", action="store_true", help="all in this process, to try it out: peaks hide each other")
     parser.add_argument("--kind", choices=KINDS, help="only this one, as a JSON line")
     args = parser.parse_args()
     if args.kind:
         print(json.dumps(measured(args.kind, args)))
         return
-    found: list[dict[str, Any]] = []
-    for kind in KINDS:
-        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--kind", kind]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(found[-1], flush=True)
-    weights = 4 * sum(p.numel() for p in model_of(args).parameters())
-    base = found[0]
+    rounds: list[list[dict[str, Any]]] = []
+    for _ in range(args.rounds):
+        rounds.append([])
+        for kind in KINDS:
+            rounds[-1].append(measured(kind, args) if args.here else measured_apart(kind))
+            print(rounds[-1][-1], flush=True)
+    found = summary(rounds)
     lines = [
-        f"| {row['kind']} | {row['peak_bytes'] / 2**20:.0f} | {row['peak_bytes'] / base['peak_bytes']:.2f} | "
-        f"{row['seconds']:.2f} | {row['seconds'] / base['seconds']:.2f} |"
+        f"| {row['kind']} | {row['peak_bytes'] / 2**20:.0f} | {row['peak_bytes_ratio']:.2f} | "
+        f"{row['seconds']:.3g} | {row['seconds_ratio']:.2f} |"
         for row in found
     ]  # fmt: skip
     about = (__doc__ or "").partition("    python")[0].strip()
-    size = f"{args.layers} layers x {args.hidden}, batch {args.batch} x {args.length}, fp32, {args.threads} thread(s)"
+    size = f"{args.layers} layers x {args.hidden}, batch {args.batch} x {args.length}, {args.dtype}, {args.device}"
+    size += f", {args.threads} thread(s), {args.rounds} round(s)"
+    args.device = "meta"  # shapes are enough to count
+    weights = sum(parameter.nbytes for parameter in model_of(args).parameters())
     table = [
         f"# Memory and time of a step\n\n{about}\n\n{size}; the model's weights take {weights / 2**20:.0f} MiB.\n",
         f"Made by\n\n    python benchmarks/step_memory.py {' '.join(sys.argv[1:])}\n",

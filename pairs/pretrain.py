@@ -5,7 +5,7 @@
 writes ``runs/pairs/gpt2/large`` (a Hugging Face model directory, fp16) and, for both sizes of a family,
 one tokenizer made once. The run keeps a checkpoint beside it and resumes from it. To end a run early and
 well, create the file ``decay-now`` in the model's work folder: the learning rate then decays to zero over
-``--decay-tokens`` more tokens.
+``--decay-tokens`` more tokens. ``--minutes`` ends a run in time: the rate then falls as early as it must.
 
 Objectives: GPT-2 reads every token (rows of facts, rows of prose). T5 fills masked spans: in a fact the
 masked span is its knowledge (salient spans: Guu et al. 2020, arXiv:2002.08909, section 3.4; Roberts et al.
@@ -22,12 +22,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-VOCABULARY = 2048
 SENTINELS = 16
 IGNORED = -100
 
@@ -84,11 +85,22 @@ class Recipe:
     """Share of the facts that are definitions: long, and mostly noise to a model this small."""
     decay_share: float = 0.3
     """Share of the tokens over which the learning rate falls to zero."""
+    warmup: int = 100_000
+    """Tokens over which the learning rate rises."""
+    vocabulary: int = 2048
+    """Tokens of the family's tokenizer, made with the first model of a pair."""
+    pieces: int = 12_000
+    """Pieces of prose (2,000 characters) to draw from."""
 
 
 T5 = Recipe(
     "t5", "large", 128, 3, 8, 16, 384, tokens=1_700_000, row=64, rows=12, muon=False, matrix_rate=2e-3, rate=1e-2,
     vector_rate=1e-2, beta=0.98, plain_share=0.15, decay_plain_share=0.15, definitions=0.03,
+)  # fmt: skip
+
+CARD = Recipe(
+    "gpt2", "large", 768, 15, 12, 64, 3072, tokens=60_000_000, rows=256, rate=2e-3, vector_rate=1e-3, warmup=1_000_000,
+    vocabulary=16_384, pieces=48_000,
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
@@ -98,6 +110,9 @@ RECIPES: dict[str, Recipe] = {
     "gpt2-large": Recipe("gpt2", "large", 192, 6, 12, 16, 768, tokens=4_750_000),
     "t5-small": replace(T5, size="small", width=64, layers=2, heads=4, inner=128, tokens=600_000),
     "t5-large": T5,
+    # for one card: about 20 and 120 million parameters; the small one reads little, so that there is room between them
+    "gpt2-20m": replace(CARD, size="small", width=384, layers=8, heads=6, inner=1536, tokens=6_000_000, rows=64),
+    "gpt2-120m": CARD,
 }
 
 
@@ -111,14 +126,14 @@ def special_tokens(family: str) -> list[str]:
     return ["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
 
 
-def make_tokenizer(family: str, lines: Iterator[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(family: str, lines: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (it knows every string); T5's appends </s> and begins words with a space."""
     specials = special_tokens(family)
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=family == "t5")
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[AddedToken(s, special=True, normalized=False) for s in specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -142,16 +157,18 @@ def make_tokenizer(family: str, lines: Iterator[str]) -> PreTrainedTokenizerFast
     )
 
 
-def tokenizer_for(family: str, data: Path, out: Path, words: Sequence[text.Word], seed: int) -> PreTrainedTokenizerBase:
+def tokenizer_for(
+    recipe: Recipe, data: Path, out: Path, words: Sequence[text.Word], seed: int
+) -> PreTrainedTokenizerBase:
     """The family's tokenizer from ``out/family/tokenizer``, made first if it is not there."""
-    folder = out / family / "tokenizer"
+    family, folder = recipe.family, out / recipe.family / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         pieces = text.plain_pieces(data, seed)
         prose = [next(pieces) for _ in range(1500)]
         sentences = [f.text for f in text.facts(words, seed, chapter=0, each=10)]
         labels = [f"the {label}" for label in text.KINDS.values()] * 2000
         folder.mkdir(parents=True, exist_ok=True)
-        make_tokenizer(family, iter(prose + sentences + labels)).save_pretrained(folder)
+        make_tokenizer(family, iter(prose + sentences + labels), recipe.vocabulary).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     for label in text.KINDS.values():
         pieces_of_label = tokenizer.encode(" " + label, add_special_tokens=False)
@@ -288,6 +305,47 @@ def chapter_rows(
     return rows
 
 
+_given: list[Any] = []  # in a worker: what its chapters are made of
+
+
+def _inherit(*given: Any) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _given[:] = given
+
+
+def _make(chapter: int, plain_share: float) -> list[Row]:
+    return chapter_rows(*_given, chapter, plain_share)
+
+
+class Chapters:
+    """Rows of chapter after chapter, the next ones made ahead by worker processes, or none."""
+
+    def __init__(self, given: tuple[Any, ...], workers: int) -> None:
+        self.given, self.workers = given, workers
+        self.ahead: dict[tuple[int, float], Future[list[Row]]] = {}
+        fork = multiprocessing.get_context("fork")  # they share the text, and begin before a card is in use
+        self.pool = ProcessPoolExecutor(workers, fork, _inherit, given) if workers else None
+        if self.pool is not None:
+            self.pool.submit(int)  # forks them all
+
+    def rows(self, chapter: int, plain_share: float) -> list[Row]:
+        """The rows of one chapter."""
+        if self.pool is None:
+            return chapter_rows(*self.given, chapter, plain_share)
+        for number in range(chapter, chapter + self.workers + 1):
+            if (number, plain_share) not in self.ahead:
+                self.ahead[number, plain_share] = self.pool.submit(_make, number, plain_share)
+        found = self.ahead.pop((chapter, plain_share)).result()
+        for key in [key for key in self.ahead if key[0] <= chapter or key[1] != plain_share]:
+            self.ahead.pop(key).cancel()
+        return found
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
 def pad(rows: Sequence[list[int]], value: int) -> torch.Tensor:
     """A rectangle of ids."""
     longest = max(map(len, rows))
@@ -415,23 +473,36 @@ def optimisers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optim
     return found
 
 
-def rate_at(seen: int, decay_from: int, total: int, warmup: int = 100_000) -> float:
+def rate_at(seen: int, decay_from: int, total: int, warmup: int) -> float:
     """Share of the peak learning rate after ``seen`` tokens: up, flat, linearly down to zero."""
     if seen < warmup:
-        return max(seen, 1000) / warmup
+        return max(seen, 1000) / max(1000, warmup)
     return min(1.0, max(0.0, (total - seen) / max(1, total - decay_from)))
 
 
 # ---------------------------------------------------------------- run
 
 
-def export(model: PreTrainedModel, tokenizer_folder: Path, out: Path) -> None:
-    """Write a complete fp16 model directory beside the target, then rename it into place."""
+def shorten(state: dict[str, Any], seen_before: int, elapsed: float, limit: float, decay_share: float) -> None:
+    """Let the rate begin to fall when what is left of ``limit`` seconds is only enough for that.
+
+    Nothing changes where the run ends in time at its present speed, or where the rate falls already.
+    """
+    left = (state["seen"] - seen_before) / elapsed * (limit - elapsed)
+    if state["seen"] >= state["decay_from"] or left >= state["total"] - state["seen"]:
+        return
+    if elapsed >= (1 - decay_share) * limit:
+        state["decay_from"] = state["seen"]
+        state["total"] = state["seen"] + round(0.95 * left)
+
+
+def export(model: PreTrainedModel, tokenizer_folder: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write a complete model directory in a half precision beside the target, then rename it into place."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     half = type(model)(model.config)
     half.load_state_dict(model.state_dict())
-    half = half.half()
+    half = half.to(dtype)
     half.generation_config = GenerationConfig.from_model_config(half.config)
     half.save_pretrained(temporary)
     for file in sorted(tokenizer_folder.iterdir()):
@@ -453,53 +524,73 @@ def save_state(path: Path, **state: Any) -> None:
     temporary.replace(path)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where and how fast: the device, what products are computed in (weights stay float32), how they are written,
+    processes that make rows ahead, and the seconds that this call may take."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    stored: torch.dtype = torch.float16
+    workers: int = 0
+    seconds: float = math.inf
+
+
 def pretrain(
-    recipe: Recipe, data: Path, out: Path, seed: int, save_every: float, decay_tokens: int, extend: int
+    recipe: Recipe, data: Path, out: Path, seed: int, save_every: float, decay_tokens: int, extend: int, place: Place
 ) -> None:
     """Run or resume one recipe to its end; ``extend`` adds tokens to a run that was at its end."""
+    deadline = time.monotonic() + place.seconds
     words = text.choose_words(data)
-    tokenizer = tokenizer_for(recipe.family, data, out, words, seed)
+    tokenizer = tokenizer_for(recipe, data, out, words, seed)
     target = out / recipe.family / recipe.size
     work = out / recipe.family / f"{recipe.size}-work"
     work.mkdir(parents=True, exist_ok=True)
     pieces = text.plain_pieces(data, seed)
-    prose = [next(pieces) for _ in range(12_000)]
-    model = build(recipe, tokenizer, seed)
+    prose = [next(pieces) for _ in range(recipe.pieces)]
+    chapters = Chapters((recipe, tokenizer, words, prose, seed), place.workers)
+    model = build(recipe, tokenizer, seed).to(place.device)
     model.train()
     quicken(model)
     opts = optimisers(model, recipe)
     state: dict[str, Any] = {
-        "chapter": 0, "batch": 0, "seen": 0, "step": 0, "seconds": 0.0,
+        "chapter": 0, "batch": 0, "seen": 0, "step": 0, "seconds": 0.0, "loss": None,
         "total": recipe.tokens, "decay_from": round(recipe.tokens * (1 - recipe.decay_share)),
     }  # fmt: skip
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
-        kept = torch.load(checkpoint, weights_only=True)
+        kept = torch.load(checkpoint, weights_only=True, map_location=place.device)
         model.load_state_dict(kept["model"])
         for optimiser, saved in zip(opts, kept["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        state = kept["state"]
+        state |= kept["state"]
         if extend:
             state["total"] = state["seen"] + extend
             state["decay_from"] = state["total"] - round(extend / 0.6)
         print(f"resumed at {state['seen']:,} tokens", flush=True)
-    print(f"{recipe} {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{recipe} {parameters:,} parameters", flush=True)
 
     def save() -> None:
         save_state(checkpoint, model=model.state_dict(), optimisers=[o.state_dict() for o in opts], state=state)
-        export(model, out / recipe.family / "tokenizer", target)
+        export(model, out / recipe.family / "tokenizer", target, place.stored)
+        summary = {k: state[k] for k in ("seen", "total", "step", "loss", "seconds")}
+        summary |= {"finished": state["seen"] >= state["total"], "parameters": parameters, "device": place.device}
+        summary |= {"dtype": str(place.dtype).removeprefix("torch."), "recipe": asdict(recipe)}
+        (work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
-    begun, offset = time.monotonic(), state["seconds"]
-    saved_at, losses = begun, [0.0, 0]
-    while state["seen"] < state["total"]:
+    begun, offset, seen_before = time.monotonic(), state["seconds"], state["seen"]
+    saved_at, losses = begun, [torch.zeros((), device=place.device), 0]
+    while state["seen"] < state["total"] and time.monotonic() < deadline:
         decaying = state["seen"] >= state["decay_from"]
         plain_share = recipe.decay_plain_share if decaying else recipe.plain_share
-        rows = chapter_rows(recipe, tokenizer, words, prose, seed, state["chapter"], plain_share)
+        rows = chapters.rows(state["chapter"], plain_share)
         order = random.Random(f"{seed}/batches/{state['chapter']}")
         for batch_rows in batches(rows, recipe.row * recipe.rows, order)[state["batch"] :]:
-            batch = collate(batch_rows, recipe, tokenizer.pad_token_id)
-            share = rate_at(state["seen"], state["decay_from"], state["total"])
-            loss = model(**batch, use_cache=False).loss
+            batch = {k: v.to(place.device) for k, v in collate(batch_rows, recipe, tokenizer.pad_token_id).items()}
+            share = rate_at(state["seen"], state["decay_from"], state["total"], recipe.warmup)
+            with torch.autocast(place.device, place.dtype, enabled=place.dtype != torch.float32):
+                loss = model(**batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in opts:
@@ -510,11 +601,14 @@ def pretrain(
             state["seen"] += sum(len(r[0]) for r in batch_rows)
             state["batch"] += 1
             state["step"] += 1
-            losses = [losses[0] + loss.item(), losses[1] + 1]
+            losses = [losses[0] + loss.detach(), losses[1] + 1]
             now = time.monotonic()
             state["seconds"] = offset + now - begun
-            if state["step"] % 100 == 0:
-                mean, losses = losses[0] / losses[1], [0.0, 0]
+            shorten(state, seen_before, now - begun, deadline - begun, recipe.decay_share)
+            ends = state["seen"] >= state["total"] or now >= deadline
+            if state["step"] % 100 == 0 or ends:
+                mean, losses = float(losses[0]) / losses[1], [torch.zeros_like(losses[0]), 0]
+                state["loss"] = round(mean, 4)
                 line = {k: state[k] for k in ("step", "seen", "chapter", "total")}
                 line |= {"loss": round(mean, 4), "rate": round(share, 3), "seconds": round(state["seconds"])}
                 with (work / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -531,12 +625,15 @@ def pretrain(
             if now - saved_at > save_every:
                 save()
                 saved_at = now
-            if state["seen"] >= state["total"]:
+            if ends:
                 break
         else:
             state["chapter"], state["batch"] = state["chapter"] + 1, 0
+    chapters.close()
     save()
-    print(f"done: {target}", flush=True)
+    done = state["seen"] >= state["total"]
+    left = f"{state['total'] - state['seen']:,} tokens are left; run the same command again: {target}"
+    print(f"done: {target}" if done else left, flush=True)
 
 
 def main() -> None:
@@ -554,15 +651,30 @@ def main() -> None:
     parser.add_argument("--decay-tokens", type=int, default=1_000_000, help="length of a decay begun by decay-now")
     parser.add_argument("--extend", type=int, default=0, metavar="N",
                         help="train N tokens more after the end, at 60 %% of the rates falling to zero")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of products; bfloat16 is also what is written (default float32, fp16)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=0, help="processes that make rows ahead (default 0)")
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="end within so many: the rate falls earlier if the tokens would take longer")  # fmt: skip
     for name, kind in (("tokens", int), ("rate", float), ("matrix-rate", float), ("width", int), ("layers", int),
-                       ("heads", int), ("inner", int), ("rows", int), ("row", int)):  # fmt: skip
+                       ("heads", int), ("inner", int), ("rows", int), ("row", int),
+                       ("vocabulary", int), ("pieces", int), ("warmup", int)):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, help=f"instead of the recipe's {name}")
     args = parser.parse_args()
     changed = {n: getattr(args, n) for n in Recipe.__dataclass_fields__ if getattr(args, n, None) is not None}
     torch.set_num_threads(args.threads)
     recipe = replace(RECIPES[args.recipe], **changed)
     data = text.data_directory(args.data)
-    pretrain(recipe, data, args.out, args.seed, args.save_every, args.decay_tokens, args.extend)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda, but torch sees no CUDA card; use --device cpu")
+    torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")  # Muon's products in TF32
+    half = args.dtype == "bfloat16"
+    place = Place(
+        args.device, getattr(torch, args.dtype), torch.bfloat16 if half else torch.float16, args.workers,
+        60 * args.minutes,
+    )  # fmt: skip
+    pretrain(recipe, data, args.out, args.seed, args.save_every, args.decay_tokens, args.extend, place)
 
 
 if __name__ == "__main__":

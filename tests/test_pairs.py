@@ -1,6 +1,10 @@
 """The embedded models: small enough to ship, one tokenizer a family, and label words that are one token."""
 
+import importlib
+import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -11,6 +15,8 @@ from plugbridge.tasks.spec import SPLITS, load_task
 
 PAIRS = Path(__file__).parent.parent / "pairs"
 FAMILIES = ("gpt2", "t5")
+sys.path.insert(0, str(PAIRS))
+pretrain = importlib.import_module("pretrain")
 LIMIT = 16_000_000
 
 
@@ -43,3 +49,26 @@ def test_label_words_are_single_tokens_and_test_words_are_new(family: str, task:
         assert not words["test"] & words[seen]
         assert not synsets["test"] & synsets[seen]
     assert len(rows["test"]) >= 1000
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "limit", "seen", "falls"),
+    [
+        (10, 100, 100, False),  # 900 tokens more at this speed: too few, but there is time until the rate must fall
+        (70, 100, 700, True),
+        (70, 1000, 700, False),  # there is time for all
+        (70, math.inf, 700, False),
+    ],
+)
+def test_the_rate_falls_in_time_for_the_end(elapsed: float, limit: float, seen: int, falls: bool) -> None:
+    state: dict[str, Any] = {"seen": seen, "total": 5000, "decay_from": 3500}
+    pretrain.shorten(state, 0, elapsed, limit, 0.3)
+    assert (state["decay_from"] == seen) == falls
+    assert state["total"] == (seen + round(0.95 * 300) if falls else 5000)
+
+
+def test_the_recipes_for_a_card_have_the_sizes_they_are_called_by() -> None:
+    for name, millions in (("gpt2-20m", 20), ("gpt2-120m", 120)):
+        r = pretrain.RECIPES[name]
+        blocks = r.layers * (4 * r.width**2 + 2 * r.width * r.inner)
+        assert (blocks + r.vocabulary * r.width) / 1e6 == pytest.approx(millions, rel=0.05)

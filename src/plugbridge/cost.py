@@ -53,7 +53,7 @@ def free_memory(device: str) -> int:
 
 @contextmanager
 def measure(device: str, baseline: int | None = None, within: Cost | None = None) -> Generator[Cost]:
-    """Measure a block of work on a device; the cost is filled in when it ends.
+    """Measure a block of work on a device, all that it queued there included; the cost is filled in when it ends.
 
     Memory is counted over `baseline`, by default what the process holds now. Given a baseline from before anything was
     loaded, what earlier work left behind counts. `within` is a measurement that goes on around this one.
@@ -64,6 +64,7 @@ def measure(device: str, baseline: int | None = None, within: Cost | None = None
     if within is not None:
         within.note(cuda)
     if cuda:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
         _reset_high_water()
@@ -71,6 +72,8 @@ def measure(device: str, baseline: int | None = None, within: Cost | None = None
     try:
         yield cost
     finally:
+        if cuda:
+            torch.cuda.synchronize()
         cost.seconds = time.perf_counter() - start
         for measured in (cost, within):
             if measured is not None:

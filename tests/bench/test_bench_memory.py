@@ -1,6 +1,7 @@
 """Memory of steps side by side: predicted where there is no room, measured where there is, with the paper's beside."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page, paper
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import Measurement
-from plugbridge.memory.rows import QLORA, jobs
+from plugbridge.memory.rows import QLORA, Row, jobs
 from plugbridge.memory.shapes import PAPER, Shape, gpt2, t5
 from plugbridge.memory.weights import write_weights
 from plugbridge.models import load_model
@@ -62,6 +63,30 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     assert {key[3]: count.measured for key, count in read_counts(tmp_path / "counts.json").items()} == {
         "LoRA": True, "Adapter": False,
     }  # fmt: skip
+
+
+def test_with_a_time_to_end_a_call_counts_a_row_at_least_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def predicted(shape: Shape, row: Row, *_: object) -> Count:
+        asked.append(row.method)
+        return Count(shape.name, shape.batch, shape.length, row.method, row.stage, 2, 2, 0.1, False, 1.0, "a command")
+
+    monkeypatch.setattr(memory, "_predicted", predicted)
+    rows, path = rows_of(TINY, "cpu"), tmp_path / "counts.json"
+
+    def call(seconds: float, command: str = "a command") -> list[Count]:
+        machine = Machine(0, "cpu", 1, tmp_path / "weights", until=time.monotonic() + seconds)
+        return count_shape(TINY, rows, machine, path, command, Silent())
+
+    (first,) = call(0)
+    assert list(read_counts(path).values()) == [first]
+    assert f"| {first.method} |" in memory_page([first], MEMORY, "a command")  # LoRA, the measure, is not there yet
+    assert [(count.method, count.stage) for count in call(3600)] == [(row.method, row.stage) for row in rows]
+    assert len(asked) == len(rows)
+    assert len(call(0, "another command")) == 1
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

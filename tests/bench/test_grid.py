@@ -190,6 +190,26 @@ def test_what_is_nearer_to_a_run_counts(tmp_path: Path) -> None:
     assert (_only(groups, "tiny-lora-rte-s0")["none"].method.rank, rte["none"].method.rank) == (2, None)
 
 
+def test_an_override_holds_for_every_run(tmp_path: Path) -> None:
+    overrides = ["couple.steps=7", "small=/elsewhere", "device=cpu"]
+    for group in groups_of(load_grid(_write(tmp_path, _raw())), tmp_path, False, overrides):
+        for _, config in group.variants:
+            assert (config.couple.steps, config.small, config.device) == (7, "/elsewhere", "cpu")
+    with pytest.raises(ConfigError, match="device"):
+        groups_of(load_grid(_write(tmp_path, _raw())), tmp_path, False, ["device=moon"])
+
+
+def test_the_grid_for_a_card_is_valid() -> None:
+    path = QUALITY.with_name("quality_gpu.yaml")
+    groups = groups_of(load_grid(path), path.parent, True)
+    assert {group.method for group in groups} == {"lora", "adapter", "prefix"}
+    assert {len(group.variants) for group in groups} == {5}
+    for group in groups:
+        for _, config in group.variants:
+            _check_bridge_use(resolve(config))
+            assert config.device == "cuda"
+
+
 def test_paths_are_those_beside_the_grid(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     (tmp_path / "grids").mkdir()

@@ -1,6 +1,6 @@
 """A grid of runs as data: pairs x methods x tasks x seeds, each in several variants of one configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,10 @@ def load_grid(path: Path) -> Grid:
     return grid
 
 
-def groups_of(grid: Grid, folder: Path, full: bool) -> list[Group]:
+def groups_of(grid: Grid, folder: Path, full: bool, overrides: Sequence[str] = ()) -> list[Group]:
     """All groups of the default grid, or of both parts, the first seed's first. Raises ConfigError.
 
-    `folder` is the grid file's, which paths are relative to.
+    `folder` is the grid file's, which paths are relative to. `overrides` (``key=value``) hold for every run.
     """
     found: dict[str, Group] = {}
     for block in (*grid.default, *(grid.full if full else ())):
@@ -107,7 +107,7 @@ def groups_of(grid: Grid, folder: Path, full: bool) -> list[Group]:
             for seed in grid.seeds:
                 for pair in block.pairs:
                     for method in block.methods:
-                        group = _group(grid, folder, block, pair, method, task, seed)
+                        group = _group(grid, folder, block, pair, method, task, seed, overrides)
                         known = found.get(group.name)
                         if known is not None:
                             old = dict(known.variants)
@@ -117,7 +117,9 @@ def groups_of(grid: Grid, folder: Path, full: bool) -> list[Group]:
     return sorted(found.values(), key=lambda group: grid.seeds.index(group.seed))
 
 
-def _group(grid: Grid, folder: Path, block: Block, pair: str, method: str, task: str, seed: int) -> Group:
+def _group(
+    grid: Grid, folder: Path, block: Block, pair: str, method: str, task: str, seed: int, overrides: Sequence[str]
+) -> Group:
     variants: list[tuple[str, RunConfig]] = []
     for number, name in enumerate(block.variants):
         settings: Settings = {
@@ -134,7 +136,10 @@ def _group(grid: Grid, folder: Path, block: Block, pair: str, method: str, task:
         if number > 0:  # the rest is known from the first variant
             settings["evaluate.models"] = ["large_plugged", "bridge_coupled"]
             settings["evaluate.probe"] = False
-        config = parse_config(nested(settings), f"variant '{name}'")
+        raw: Any = nested(settings)
+        for text in overrides:
+            raw = apply_override(raw, text)
+        config = parse_config(raw, f"variant '{name}'")
         variants.append((name, resolve_paths(config, folder)))
     return Group(pair, method, task, seed, tuple(variants))
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,6 +59,7 @@ class Machine:
     """Where steps run: with `room` bytes and so many threads; `weights` is a directory for models on disk.
 
     A step is run if it fits and one of `only` is in its name, ``method: stage``; everything else is predicted.
+    After `until`, a time of `time.monotonic`, no further one is begun.
     """
 
     room: int
@@ -65,6 +67,12 @@ class Machine:
     threads: int
     weights: Path
     only: tuple[str, ...] = ()
+    until: float | None = None
+
+    def chooses(self, row: Row) -> bool:
+        """Whether a row is to be run, if it fits."""
+        name = f"{row.method}: {row.stage}"
+        return row.real and (not self.only or any(part in name for part in self.only))
 
 
 def key_of(count: Count) -> Key:
@@ -85,26 +93,30 @@ def rows_of(shape: Shape, device: str) -> list[Row]:
 def count_shape(
     shape: Shape, rows: Sequence[Row], machine: Machine, path: Path, command: str, progress: Progress
 ) -> list[Count]:
-    """Count every row and keep the counts in a JSON file; what was measured there before is not measured again."""
+    """Count every row and keep the counts in a JSON file; what was measured there before is not measured again.
+
+    With a time to end, what the same command predicted there is not predicted again either, and the rows that were not
+    begun are left out; one is counted in any case, so that the command gets on.
+    """
     weights = 2 * weights_of(Case(shape.large, 1, 1))
     rates = {dtype: measure_rates(dtype, machine.device, machine.threads) for dtype in {row.case.dtype for row in rows}}
     before, own = read_counts(path), (shape.name, shape.batch, shape.length)
     others = [count for key, count in before.items() if key[:3] != own]
-    known = {key: count for key, count in before.items() if key[:3] == own and count.measured}
+    final = {key: c for key, c in before.items() if machine.until is not None and c.command == command}
+    known = {key: c for key, c in before.items() if key[:3] == own and (c.measured or key in final)}
     found: list[Count] = []
+    begun = False
     with progress.bar(f"bench memory, {shape.name}", len(rows)) as advance:
         for row in rows:
-            count = _predicted(shape, row, rates[row.case.dtype], weights, command)
-            same = known.get(key_of(count))
-            if same is not None:
-                count = replace(same, predicted_bytes=count.predicted_bytes)
-            elif _runs(row, count, machine):
-                log.info("%s, %s: %s, predicted %.0f MiB and %.0f s a repetition", shape.name, row.method, row.stage,
-                         count.peak_bytes / 2**20, count.seconds)  # fmt: skip
-                real = measured(_on_disk(row.case, shape, machine.weights), row.make, machine.threads)
-                ratio = real.peak_bytes / weights
-                count = replace(
-                    count, peak_bytes=real.peak_bytes, seconds=real.seconds, measured=True, ratio_to_large_bf16=ratio
+            key = (*own, row.method, row.stage)
+            if key not in final and begun and machine.until is not None and time.monotonic() >= machine.until:
+                continue
+            if key in final:
+                count = final[key]
+            else:
+                count, begun = (
+                    _count(shape, row, machine, rates[row.case.dtype], weights, command, known.get(key)),
+                    True,
                 )
             found.append(count)
             rest = [count for key, count in known.items() if key not in map(key_of, found)]
@@ -113,10 +125,19 @@ def count_shape(
     return found
 
 
-def _runs(row: Row, count: Count, machine: Machine) -> bool:
-    name = f"{row.method}: {row.stage}"
-    chosen = not machine.only or any(part in name for part in machine.only)
-    return chosen and row.real and ROOM * count.predicted_bytes <= machine.room
+def _count(
+    shape: Shape, row: Row, machine: Machine, rates: Rates, weights: int, command: str, before: Count | None
+) -> Count:
+    count = _predicted(shape, row, rates, weights, command)
+    if before is not None and before.measured:
+        return replace(before, predicted_bytes=count.predicted_bytes)
+    if not machine.chooses(row) or ROOM * count.predicted_bytes > machine.room:
+        return count
+    log.info("%s, %s: %s, predicted %.0f MiB and %.0f s a repetition", shape.name, row.method, row.stage,
+             count.peak_bytes / 2**20, count.seconds)  # fmt: skip
+    real = measured(_on_disk(row.case, shape, machine.weights), row.make, machine.threads)
+    ratio = real.peak_bytes / weights
+    return replace(count, peak_bytes=real.peak_bytes, seconds=real.seconds, measured=True, ratio_to_large_bf16=ratio)
 
 
 def _predicted(shape: Shape, row: Row, rates: Rates, weights: int, command: str) -> Count:

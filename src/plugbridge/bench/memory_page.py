@@ -14,8 +14,8 @@ Peak memory of one training step (or of what else a stage does again and again),
 state included, over what Python and its libraries take; seconds are of one repetition. Models have random weights and
 no dropout; a row's answer is one token (two for T5), prompts are full length. Measured rows ran in a process of their
 own, on the CPU with glibc told to give blocks above 128 KiB back (MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up
-to 32 MiB may stay in the process. `off` is how far a prediction is from the measurement. Predicted rows did not fit, were
-not asked for, or (QLoRA) are a stand-in with packed weights; their seconds come from this machine's rates for matrix
+to 32 MiB may stay in the process. `off` is how far a prediction is from the measurement. Predicted rows did not fit, or
+were not asked for, or (QLoRA) are a stand-in with packed weights; their seconds come from this machine's rates for matrix
 products and for all other operations, which say little of bfloat16 on the CPU. `x LoRA` is the ratio to LoRA
 without checkpointing in the same run. The paper's numbers were measured on an A100 with other kernels: compare ratios.
 `streamed` rows have the large model on disk (`resident: none`), one block in memory and one read ahead; a step `row by
@@ -48,7 +48,8 @@ def memory_page(counts: Sequence[Count], about: str, command: str) -> str:
 
 
 def _line(count: Count, same: Sequence[Count]) -> str:
-    lora = next((other for other in same if other.method == LORA), None)
+    lora = next((other for other in same if other.method == LORA), None)  # not counted yet
+    ratio = "" if lora is None else f"{count.peak_bytes / lora.peak_bytes:.2f}"
     paper = paper_bytes(count)
     kind = "measured" if count.measured else "predicted"
     off = f"{count.predicted_bytes / count.peak_bytes - 1:+.0%}" if count.measured else ""
@@ -57,7 +58,7 @@ def _line(count: Count, same: Sequence[Count]) -> str:
         beside = f"| {paper:,} | {paper / PAPER[TABLES[count.model]]['LoRA']:.2f} |"
     return (
         f"| {count.method} | {count.stage} | {count.peak_bytes / 2**20:,.0f} | {count.ratio_to_large_bf16:.2f} "
-        f"| {'' if lora is None else f'{count.peak_bytes / lora.peak_bytes:.2f}'} | {count.seconds:.2f} | {kind} "
+        f"| {ratio} | {count.seconds:.2f} | {kind} "
         f"| {count.predicted_bytes / 2**20:,.0f} | {off} {beside}"
     )
 

@@ -1,12 +1,13 @@
 """`plugbridge bench quality` and `bench memory`."""
 
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plugbridge.cli.options import DataOption, QuietOption, RunsOption
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
 from plugbridge.cli.terminal import out, progress, setup
 from plugbridge.errors import ConfigError
 
@@ -34,6 +35,7 @@ def quality(
         typer.Option("--only", help="only groups whose name holds this, such as gpt2-lora; repeatable",
                      show_default=False),
     ] = None,
+    sets: SetOption = None,
     summary: Annotated[bool, typer.Option("--summary", help="run nothing: write what is finished")] = False,
     quiet: QuietOption = False,
 ) -> None:  # fmt: skip
@@ -42,7 +44,7 @@ def quality(
 
     loaded = load_grid(grid)
     root = out_dir if out_dir is not None else Path("runs") / grid.stem
-    groups = groups_of(loaded, grid.resolve().parent, full)
+    groups = groups_of(loaded, grid.resolve().parent, full, sets or ())
     chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
     if not chosen:
         raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
@@ -53,7 +55,8 @@ def quality(
 
     if not summary:
         run_groups(chosen, data, root, jobs, progress(quiet))
-    command = f"plugbridge bench quality {grid}{' --full' if full else ''}"
+    words = [str(grid), *(["--full"] if full else []), *(f"--set {text}" for text in sets or ())]
+    command = f"plugbridge bench quality {' '.join(words)}"
     cells = cells_of(loaded, chosen, root, command)
     target = table if table is not None else root / "quality.md"
     write_text(target, page(cells, "Quality of the transfer", _QUALITY, command))
@@ -72,7 +75,7 @@ method; "the Bridge itself" is what coupling trained and then threw away. Second
 
 @bench_app.command()
 def memory(
-    shapes: Annotated[str, typer.Option("--shapes", help="small, or paper: GPT2-XL and T5-3B")] = "small",
+    shapes: Annotated[str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b")] = "small",
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
@@ -84,7 +87,11 @@ def memory(
         typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
                      show_default=False),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="predicted beside measured, at three sizes")] = False,
+    check: Annotated[bool, typer.Option("--check", help="predicted beside measured at three sizes, only rows that run")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0, help="begin no row after so many; the same command goes on from there"),
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
     only: Annotated[
         list[str] | None,
@@ -102,31 +109,33 @@ def memory(
 
     found = find_shapes("check" if check else shapes)
     setup(quiet)
-    import psutil
-
     from plugbridge.bench.memory import Machine, count_shape, rows_of
     from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
+    from plugbridge.cost import free_memory
     from plugbridge.files import write_text
     from plugbridge.models import pick_device
 
     device = pick_device("auto")
-    room = parse_bytes(budget) if budget is not None else int(psutil.virtual_memory().available)
+    room = parse_bytes(budget) if budget is not None else free_memory(device)
     words = ["--check" if check else f"--shapes {shapes}", *([f"--budget {budget}"] if budget is not None else [])]
     words += [f"--threads {threads}", *(f"--only {shlex.quote(part)}" for part in only or ())]
     command = f"plugbridge bench memory {' '.join(words)}"
     folder = out_dir or Path("runs") / "memory"
     target = table if table is not None else folder / "memory.md"
-    machine = Machine(room, device, threads, folder / "weights", tuple(only or ()))
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    machine = Machine(room, device, threads, folder / "weights", tuple(only or ()), until)
+    rows = [(shape, [row for row in rows_of(shape, device) if not check or machine.chooses(row)]) for shape in found]
     counts = [
         count
-        for shape in found
-        for count in count_shape(
-            shape, rows_of(shape, device), machine, target.with_suffix(".json"), command, progress(quiet)
-        )
+        for shape, some in rows
+        for count in count_shape(shape, some, machine, target.with_suffix(".json"), command, progress(quiet))
     ]
+    left = sum(len(some) for _, some in rows) - len(counts)
     write_text(target, memory_page(counts, MEMORY, command))
     draw_memory(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
     worst = max((abs(c.predicted_bytes / c.peak_bytes - 1) for c in counts if c.measured), default=None)
     out.print(f"{len(counts)} counts in {target}, and beside it as JSON, PNG and SVG")
+    if left > 0:
+        out.print(f"{left} are left; run the same command again")
     if worst is not None:
         out.print(f"predictions are off by at most {100 * worst:.0f} % of what was measured")

@@ -163,7 +163,7 @@ class BaselinesConfig(StrictConfig):
     """What else one could do with either model, through the same loop."""
 
     small_finetuned: PartsConfig | None = Field(
-        default=None, description="train all weights of the small model; settings as `tune`'s, rate 3e-4 by default"
+        default=None, description="train all weights of the small model; settings as `tune`'s, rate 1e-4 by default"
     )
     large_finetuned: PartsConfig | None = Field(default=None, description="train all weights of the large model")
     small_ladder: LadderConfig | None = Field(

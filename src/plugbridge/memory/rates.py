@@ -9,6 +9,9 @@ from torch import Tensor
 
 from plugbridge.memory.predict import Trace
 
+SIZES = {"cpu": (1024, 2**23), "cuda": (8192, 2**28)}
+"""Rows of the matrices and entries of the vectors: a card needs large ones to show what it can do."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -26,7 +29,7 @@ def measure_rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
     """A product of square matrices and a sum of two long vectors, the fastest of a few tries each."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    size, length = 1024, 2**23
+    size, length = SIZES["cuda" if device.startswith("cuda") else "cpu"]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     x, y = (torch.randn(length, device=device).to(dtype) for _ in range(2))
     found = Rates(

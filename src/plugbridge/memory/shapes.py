@@ -51,6 +51,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("GPT2-XL", gpt2(1600, 48, 25), gpt2(768, 12, 12), 8, 512, "Table 6"),
         Shape("T5-3B", t5(1024, 24, 32, 128, 16384), t5(768, 12, 12, 64, 3072), 1, 512, "Table 7"),
     ),
+    "t5-11b": (Shape("T5-11B", t5(1024, 24, 128, 128, 65536), t5(1024, 24, 16, 64, 4096), 1, 512),),
+    "tiny": (Shape("GPT-2-shaped, 2 x 16", gpt2(16, 2, 2, 64, 32), gpt2(8, 1, 2, 64, 32), 2, 16),),
 }
 """Pairs by the name of their set."""
 
@@ -68,7 +70,8 @@ PAPER: dict[str, dict[str, int]] = {
 
 
 def find_shapes(name: str) -> tuple[Shape, ...]:
-    """A set of shapes by name. Raises ConfigError."""
-    if name not in SHAPES:
-        raise ConfigError(f"no shapes '{name}'; known: {', '.join(SHAPES)}")
-    return SHAPES[name]
+    """A set of shapes by its name, or one of the paper's by its own, such as gpt2-xl. Raises ConfigError."""
+    known = {**SHAPES, **{shape.name.lower(): (shape,) for shape in SHAPES["paper"]}}
+    if name not in known:
+        raise ConfigError(f"no shapes '{name}'; known: {', '.join(known)}")
+    return known[name]

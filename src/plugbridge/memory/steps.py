@@ -147,7 +147,7 @@ def bridge_of(
     case: Case, model: PreTrainedModel, layout: Layout, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, BridgePlan]:
     """A Bridge with random weights, as one read from disk."""
-    plan = case.plan(layout)
+    plan = case.plan(layout).to(case.device)
     with torch.device(case.device):
         bridge: Any = type(model)(bridge_config(model.config, layout, plan))
     return bridge.to(dtype).eval(), plan

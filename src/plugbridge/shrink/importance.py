@@ -39,12 +39,17 @@ def scope_key(layout: Layout, axis: str, place: Place) -> str | None:
 
 
 def add_scores(scores: Scores, layout: Layout, weight: Weight, values: Tensor) -> None:
-    """Add one weight's element scores to every prunable axis it has."""
+    """Add one weight's element scores to every prunable axis it has; sums stay on the weight's device."""
     for axis in axis_names(weight.pattern):
         key = scope_key(layout, axis, weight.place)
         if key is not None:
-            part = reduce_to(values, weight.pattern, axis, layout.sizes).double().cpu()
+            part = reduce_to(values, weight.pattern, axis, layout.sizes).double()
             scores[key] = scores[key] + part if key in scores else part
+
+
+def on_cpu(sums: Scores) -> Scores:
+    """Sums in memory, as stages keep them; on a card they are fetched once, not row by row."""
+    return {key: value.cpu() for key, value in sums.items()}
 
 
 def magnitude(model: nn.Module, layout: Layout) -> Scores:
@@ -53,7 +58,7 @@ def magnitude(model: nn.Module, layout: Layout) -> Scores:
     table = layout.table()
     for name, parameter in model.named_parameters():
         add_scores(scores, layout, table[name], squared(whole(parameter)))
-    return scores
+    return on_cpu(scores)
 
 
 def squared(tensor: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ def fisher(model: nn.Module, layout: Layout, samples: Iterable[Any], log_likelih
         for name, gradient in zip(parameters, gradients, strict=True):
             add_scores(scores, layout, table[name], squared(gradient))
         count += 1
-    return {key: value / count for key, value in scores.items()}
+    return on_cpu({key: value / count for key, value in scores.items()})
 
 
 def activation(model: nn.Module, layout: Layout, samples: Iterable[Any], forward: Callable[[Any], object]) -> Scores:
@@ -97,9 +102,9 @@ def activation(model: nn.Module, layout: Layout, samples: Iterable[Any], forward
         for axis in reader:
             key = scope_key(layout, axis, weight.place)
             if key is not None:
-                part = reduce_to(values, weight.pattern, axis, layout.sizes).double().cpu()
+                part = reduce_to(values, weight.pattern, axis, layout.sizes).double()
                 scores[key] = scores[key] + part if key in scores else part
-    return scores
+    return on_cpu(scores)
 
 
 def _linear_weights(model: nn.Module, layout: Layout) -> dict[str, tuple[nn.Module, Weight]]:
@@ -126,12 +131,12 @@ class Moments:
     def add(self, name: str, x: Tensor) -> None:
         """x: (…, channels)."""
         flat = x.detach().reshape(-1, x.shape[-1]).double()
-        total = flat.square().sum(0).cpu()
+        total = flat.square().sum(0)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + flat.shape[0]
 
     def mean(self, name: str) -> Tensor:
-        """(channels,) mean square."""
+        """(channels,) mean square, where the activations are."""
         return self.sums[name] / self.counts[name]
 
 
@@ -244,4 +249,4 @@ def residual_energy(
         with torch.no_grad():
             for sample in samples:
                 forward(sample)
-    return {name: moments.mean(name) for name in modules}
+    return on_cpu({name: moments.mean(name) for name in modules})

@@ -34,6 +34,11 @@ class BridgePlan:
     keep: dict[str, Tensor]
     basis: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def to(self, device: str) -> "BridgePlan":
+        """The same with its tensors on a device, so that no step copies them there."""
+        keep = {key: index.to(device) for key, index in self.keep.items()}
+        return BridgePlan(self.sizes, keep, {key: matrix.to(device) for key, matrix in self.basis.items()})
+
     def op(self, key: str) -> Op:
         """The selection or projection of one scored key."""
         return Project(self.basis[key]) if key in self.basis else Select(self.keep[key])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plugbridge.families.spec import Layout, Weight
-from plugbridge.shrink.importance import LogLikelihood, Scores, add_scores, squared
+from plugbridge.shrink.importance import LogLikelihood, Scores, add_scores, on_cpu, squared
 from plugbridge.shrink.shelf import Shelf, taken_out
 from plugbridge.shrink.sweep import (
     Block,
@@ -104,7 +104,7 @@ def streamed_fisher(
         rows = [Row(*pair) for pair in zip(calls, sweep_keeping(model, blocks, calls, shelf), strict=True)]
         _add_rows(model, layout, blocks, outside, rows, scores, shelf, done)
         count += len(some)
-    return {key: value / count for key, value in scores.items()}
+    return on_cpu({key: value / count for key, value in scores.items()})
 
 
 def _add_rows(

@@ -10,7 +10,7 @@ from plugbridge.cost import measure, settle
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
-from plugbridge.stages.baselines import RATES, climb, finetune
+from plugbridge.stages.baselines import climb, finetune, rate_of_baseline
 from plugbridge.stages.couple import cache_room, couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
@@ -124,11 +124,12 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
             settings: TrainConfig | None = getattr(config.baselines, f"{size}_{kind}")
             if settings is None:
                 continue
-            rate = settings.learning_rate if settings.learning_rate is not None else RATES[kind]
+            name = f"{size}_{kind}"
+            rate = rate_of_baseline(kind, settings)
             depends = {"model": prepared.inputs[size], "baseline": _dump(settings), "rate": rate}
             if kind == "ladder":
                 depends["score"] = _dump(config.score)
-            found.append((f"{size}_{kind}", depends, partial(work, size=size)))
+            found.append((name, depends, partial(work, size=size)))
     return found
 
 

@@ -34,7 +34,7 @@ def couple(work: Work) -> dict[str, Any]:
     mode = find_mode(settings.mode)
     assert settings.layers is not None  # resolved
     small, large = layouts(work)
-    plan = read_plan(work.root)
+    plan = read_plan(work.root).to(p.device)
     start = _start(work, small, large)
     module = {slot: tensor.to(p.device, torch.float32) for slot, tensor in start.module.items()}
     bridge = load_model(str(bridge_folder(work)), dtype=torch.float32, device=p.device)

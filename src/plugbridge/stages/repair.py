@@ -27,7 +27,7 @@ def repair(work: Work) -> dict[str, Any]:
         parameter.requires_grad_(True)
     losses = fit(
         parameters, p.large_rows["train"],
-        repair_loss(settings.target, large, layout, bridge, read_plan(work.root), p.large_encoder),
+        repair_loss(settings.target, large, layout, bridge, read_plan(work.root).to(p.device), p.large_encoder),
         schedule_of(settings, p.config.seed, {"": RATE if settings.learning_rate is None else settings.learning_rate}),
         work.folder / CHECKPOINT, work.progress, f"repair ({settings.target})",
     )  # fmt: skip

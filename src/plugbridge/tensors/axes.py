@@ -161,8 +161,9 @@ def reduce_to(tensor: Tensor, pattern: str, axis: str, known: Mapping[str, int])
 
 def selection_matrix(select: Select, old: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The 0/1 matrix that `select` is a projection by. Returns (new, old)."""
-    matrix = torch.zeros(select.size, old, dtype=dtype)
-    matrix[torch.arange(select.size), select.index] = 1
+    device = select.index.device
+    matrix = torch.zeros(select.size, old, dtype=dtype, device=device)
+    matrix[torch.arange(select.size, device=device), select.index] = 1
     return matrix
 
 

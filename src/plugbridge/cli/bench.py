@@ -87,7 +87,9 @@ def memory(
         typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
                      show_default=False),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="predicted beside measured at three sizes, only rows that run")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="predicted beside measured at three sizes, only rows that run")
+    ] = False,
     minutes: Annotated[
         float | None,
         typer.Option("--minutes", min=0, help="begin no row after so many; the same command goes on from there"),

@@ -159,7 +159,11 @@ def works_of(s: Subjects) -> Iterator[Work]:
     moments = 8 * hidden * hidden * (2 if config.score.importance == "fisher" else 1)
     scored = replace(full, at_once=s.at_once) if full.streamed else full
     reads = 1 + max(1, scored.at_once) if full.streamed else 1  # rows of one repetition
-    yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, moments, 2 * samples, 2 * samples)
+    states = 0
+    if full.streamed and s.at_once == 0:  # a row leaves one at every block
+        states = samples * full.length * hidden * width * sum(full.layers.values())
+    disk = moments + states
+    yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, 2 * samples, 2 * samples)
     yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:
         case, steps = replace(large, batch=config.repair.batch_size, micro_batch=None), config.repair.steps

@@ -69,6 +69,11 @@ class Machine:
     only: tuple[str, ...] = ()
     until: float | None = None
 
+    def chooses(self, row: Row) -> bool:
+        """Whether a row is to be run, if it fits."""
+        name = f"{row.method}: {row.stage}"
+        return row.real and (not self.only or any(part in name for part in self.only))
+
 
 def key_of(count: Count) -> Key:
     """What a count is of."""
@@ -126,19 +131,13 @@ def _count(
     count = _predicted(shape, row, rates, weights, command)
     if before is not None and before.measured:
         return replace(before, predicted_bytes=count.predicted_bytes)
-    if not _runs(row, count, machine):
+    if not machine.chooses(row) or ROOM * count.predicted_bytes > machine.room:
         return count
     log.info("%s, %s: %s, predicted %.0f MiB and %.0f s a repetition", shape.name, row.method, row.stage,
              count.peak_bytes / 2**20, count.seconds)  # fmt: skip
     real = measured(_on_disk(row.case, shape, machine.weights), row.make, machine.threads)
     ratio = real.peak_bytes / weights
     return replace(count, peak_bytes=real.peak_bytes, seconds=real.seconds, measured=True, ratio_to_large_bf16=ratio)
-
-
-def _runs(row: Row, count: Count, machine: Machine) -> bool:
-    name = f"{row.method}: {row.stage}"
-    chosen = not machine.only or any(part in name for part in machine.only)
-    return chosen and row.real and ROOM * count.predicted_bytes <= machine.room
 
 
 def _predicted(shape: Shape, row: Row, rates: Rates, weights: int, command: str) -> Count:

@@ -13,13 +13,17 @@ MEMORY = """
 Peak memory of one training step (or of what else a stage does again and again), the model, gradients and optimizer
 state included, over what Python and its libraries take; seconds are of one repetition. Models have random weights and
 no dropout; a row's answer is one token (two for T5), prompts are full length. Measured rows ran in a process of their
-own, on the CPU with glibc told to give blocks above 1 MiB back (MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up
-to 32 MiB may stay in the process. Predicted rows did not fit, or (QLoRA) are a stand-in with packed weights; their
-seconds come from this machine's rates for matrix products and for all other operations. `x LoRA` is the ratio to LoRA
+own, on the CPU with glibc told to give blocks above 128 KiB back (MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up
+to 32 MiB may stay in the process. `off` is how far a prediction is from the measurement. Predicted rows did not fit or
+were not asked for, or (QLoRA) are a stand-in with packed weights; their seconds come from this machine's rates for
+matrix products and for all other operations, which say little of bfloat16 on the CPU. `x LoRA` is the ratio to LoRA
 without checkpointing in the same run. The paper's numbers were measured on an A100 with other kernels: compare ratios.
-A run's peak is the largest of its stages: with `score (fisher)` that is the large model's gradients.
+`streamed` rows have the large model on disk (`resident: none`), one block in memory and one read ahead; a step `row by
+row` goes through the models a row at a time (`micro_batch: 1`), with the same gradient. Streamed scoring has its rows'
+states on disk (`score.keep: disk`) and reads two rows, unless they are `in memory`; streamed `evaluate` reads one row.
+A run's peak is the largest of its stages, importance included.
 """
-HEAD = "| | stage | MiB | x bf16 weights | x LoRA | seconds | | predicted MiB | paper MiB | x paper's LoRA |"
+HEAD = "| | stage | MiB | x bf16 weights | x LoRA | seconds | | predicted MiB | off | paper MiB | x paper's LoRA |"
 
 JOBS = [
     "Whole runs of ours with little memory (`resident: none`, `score.keep: disk`, `micro_batch: 1`), all stages, "
@@ -37,7 +41,7 @@ def memory_page(counts: Sequence[Count], about: str, command: str) -> str:
         same = [count for count in counts if count.model == model]
         table = TABLES.get(model)
         beside = f"; the paper's {table} beside it" if table is not None else ""
-        lines += [f"## {model}, batch {same[0].batch} x {same[0].length}{beside}", "", HEAD, "|---" * 10 + "|"]
+        lines += [f"## {model}, batch {same[0].batch} x {same[0].length}{beside}", "", HEAD, "|---" * 11 + "|"]
         lines += [_line(count, same) for count in same]
         lines += ["", *_jobs(same), ""]
     return "\n".join(lines)
@@ -48,13 +52,14 @@ def _line(count: Count, same: Sequence[Count]) -> str:
     ratio = "" if lora is None else f"{count.peak_bytes / lora.peak_bytes:.2f}"
     paper = paper_bytes(count)
     kind = "measured" if count.measured else "predicted"
+    off = f"{count.predicted_bytes / count.peak_bytes - 1:+.0%}" if count.measured else ""
     beside = "| | |"
     if paper is not None:
         beside = f"| {paper:,} | {paper / PAPER[TABLES[count.model]]['LoRA']:.2f} |"
     return (
         f"| {count.method} | {count.stage} | {count.peak_bytes / 2**20:,.0f} | {count.ratio_to_large_bf16:.2f} "
         f"| {ratio} | {count.seconds:.2f} | {kind} "
-        f"| {count.predicted_bytes / 2**20:,.0f} {beside}"
+        f"| {count.predicted_bytes / 2**20:,.0f} | {off} {beside}"
     )
 
 

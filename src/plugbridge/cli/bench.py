@@ -87,7 +87,9 @@ def memory(
         typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
                      show_default=False),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="predicted beside measured, at three sizes")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="predicted beside measured at three sizes, only rows that run")
+    ] = False,
     minutes: Annotated[
         float | None,
         typer.Option("--minutes", min=0, help="begin no row after so many; the same command goes on from there"),
@@ -124,7 +126,7 @@ def memory(
     target = table if table is not None else folder / "memory.md"
     until = None if minutes is None else time.monotonic() + 60 * minutes
     machine = Machine(room, device, threads, folder / "weights", tuple(only or ()), until)
-    rows = [(shape, rows_of(shape, device)) for shape in found]
+    rows = [(shape, [row for row in rows_of(shape, device) if not check or machine.chooses(row)]) for shape in found]
     counts = [
         count
         for shape, some in rows

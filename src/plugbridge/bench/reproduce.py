@@ -20,9 +20,10 @@ from plugbridge.progress import Progress
 MEMORY_TABLES = ("table6", "table7", "fig1a")
 MODE_NOTE = (
     "Plug-in rows are coupled in mode `{mode}`, with a Bridge of 1/16 of the large model's parameters where the row "
-    "says nothing else, seed {seed}. Test rows are the official validation files: SuperGLUE's test labels are not "
-    "public."
+    "says nothing else, seed {seed}."
 )
+DEMO_NOTE = "The shipped pair and task stand in for the paper's, which have no value to compare with."
+SPLIT_NOTE = "Test rows are the official validation files: SuperGLUE's test labels are not public."
 Announce = Callable[[str, str], None]
 
 
@@ -95,9 +96,8 @@ def _table(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str
         reasons = run_table(table, choice, asked.tasks, asked.data, asked.root, progress, announce)
     cells = collect(asked.table, table, choice, asked.tasks, asked.root, reasons)
     title = f"Table {asked.table.removeprefix('table')}: {table.title}"
-    note = f"{table.note} {MODE_NOTE.format(mode=asked.mode, seed=asked.seed)} Models: {_models(choice)}."
-    if asked.demo:
-        note = f"The shipped pair and task stand in for the paper's, which have no value to compare with. {note}"
+    made = f"{MODE_NOTE.format(mode=asked.mode, seed=asked.seed)} Models: {_models(choice)}."
+    note = " ".join([DEMO_NOTE, table.note, made] if asked.demo else [table.note, SPLIT_NOTE, made])
     write_text(asked.page, markdown(cells, title, note, asked.command))
     write_text(asked.page.with_suffix(".tex"), latex(cells, title))
     write_json(asked.page.with_suffix(".json"), as_rows(cells))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from plugbridge.config import TrainConfig
-from plugbridge.cost import measure, settle
+from plugbridge.cost import baseline_memory, measure, settle
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
@@ -23,7 +23,7 @@ from plugbridge.transfer.couple import find_mode
 
 def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
     """All stages of a run, in order, with what each depends on."""
-    config, baseline = prepared.config, settle()  # libraries and rows are loaded, no model is
+    config, baseline = prepared.config, baseline_memory()  # libraries and rows are loaded, no model is
     common = {
         "seed": config.seed,
         "device": prepared.device,

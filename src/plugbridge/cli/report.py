@@ -83,9 +83,8 @@ def print_table(found: dict[str, Any]) -> None:
     )
     peak = found["peak"]
     held = {"device": "allocated on the device", "resident": "resident, over the process without a model"}
-    out.print(
-        f"peak of the whole job, references left out: {peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
-    )
+    highest = f"{peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
+    out.print(f"peak of the whole job, references left out: {highest}")
     out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 

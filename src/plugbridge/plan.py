@@ -98,7 +98,7 @@ def make_plan(config: RunConfig, length: int, memory: int | None, threads: int) 
     ours = [_planned(work, _predict(work.row, known), rates, memory) for work in works]
     others = [_planned(work, _predict(work.row, known), rates, memory) for work in rivals_of(subjects)]
     tight = {work.row.method: stage.peak_bytes for work, stage in zip(works, ours, strict=True) if stage.fits is False}
-    advice = advise(config, length, memory, tight) if memory is not None and tight else None
+    advice = advise(config, length, memory, tight, known) if memory is not None and tight else None
     return Plan([*ours, *others], rates, subjects.parameters, length, memory, advice)
 
 
@@ -220,11 +220,14 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
 """Settings that save memory, those first that change no result, with the stages that they concern."""
 
 
-def advise(config: RunConfig, length: int, memory: int, tight: dict[str, int]) -> str | None:
+def advise(
+    config: RunConfig, length: int, memory: int, tight: dict[str, int], known: dict[Any, Trace] | None = None
+) -> str | None:
     """The first settings, each added to those before it that help, with which all our stages fit; None if none do.
 
-    `tight` are the peaks of the stages that do not fit.
+    `tight` are the peaks of the stages that do not fit, `known` what was predicted before.
     """
+    known = {} if known is None else known
     chosen: list[str] = []
     for text, change, concerns in CHANGES:
         names = [name for name, peak in tight.items() if peak > memory and name.startswith(concerns)]
@@ -232,7 +235,7 @@ def advise(config: RunConfig, length: int, memory: int, tight: dict[str, int]) -
         if not names or (tried.resident == "none" and tried.load_in is not None):  # quantised weights do not stream
             continue
         works = [work for work in works_of(subjects_of(tried, length, memory)) if work.row.method in names]
-        peaks = {work.row.method: predict(work.row.case, work.row.make).peak for work in works}
+        peaks = {work.row.method: _predict(work.row, known).peak for work in works}
         if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
             config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]
         if all(peak <= memory for peak in tight.values()):

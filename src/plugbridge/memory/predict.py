@@ -52,17 +52,11 @@ def predict(case: Case, make: MakeStep) -> Trace:
             return extended(one, one, two, case.at_once - 1)
         part = case.micro_batch or case.batch
         if case.batch > 2 * part:
-            one, two = (_predict(replace(case, batch=parts * part), make) for parts in (1, 2))
-            return _with_more_work(one, two, case.batch / part - 2)
+            two, times = _predict(replace(case, batch=2 * part), make), case.batch / (2 * part)
+            return replace(two, flops=times * two.flops, moved=times * two.moved)
         return _predict(case, make)
     finally:
         gc.unfreeze()
-
-
-def _with_more_work(one: Trace, two: Trace, times: float) -> Trace:
-    """The second trace with `times` the work that it does more than the first."""
-    flops, moved = (b + times * (b - a) for a, b in ((one.flops, two.flops), (one.moved, two.moved)))
-    return replace(two, flops=flops, moved=moved)
 
 
 def _predict(case: Case, make: MakeStep) -> Trace:

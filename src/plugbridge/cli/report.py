@@ -77,12 +77,14 @@ def print_table(found: dict[str, Any]) -> None:
     pgr = found["pgr"]
     recovered = "-" if pgr is None else f"{pgr:+.2f}"
     out.print(
-        "seconds and MiB: what making the model took (its stages together, peak over the stages); "
+        "seconds and MiB: what making the model took (its stages together, peak over the stages), or scoring it where "
+        "nothing was trained; "
         "trainable: parameters that were trained; changed: parameters the checkpoint adds"
     )
     peak = found["peak"]
     held = {"device": "allocated on the device", "resident": "resident, over the process without a model"}
-    out.print(f"peak of the whole job: {peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})")
+    highest = f"{peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
+    out.print(f"peak of the whole job, references left out: {highest}")
     out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 

@@ -6,6 +6,7 @@ Seconds of the whole command, and of processor time, which a busy machine does n
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -44,8 +45,9 @@ def main() -> None:
         folder = Path(temporary)
         write_pair(folder)
         command = [sys.executable, "-m", "plugbridge", "plan", str(folder / "run.yaml"), "--memory", args.memory]
+        wide = {**os.environ, "COLUMNS": "140"}
         begun = time.perf_counter()
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=wide).stdout
         seconds = time.perf_counter() - begun
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {"seconds": seconds, "processor_seconds": used.ru_utime + used.ru_stime}

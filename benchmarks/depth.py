@@ -63,7 +63,7 @@ def main() -> None:
     if args.table is not None:
         about = (__doc__ or "").partition("    python")[0].strip()
         size = f"{args.hidden} wide, two rows of {args.length} tokens, float32, {args.threads} thread(s)."
-        command = f"    python benchmarks/depth.py --table {args.table}"
+        command = f"    python benchmarks/depth.py {' '.join(sys.argv[1:])}"
         write_text(args.table, "\n".join(["# Depth", "", about, "", size, "", command, "", *lines, ""]))
         write_json(args.table.with_suffix(".json"), found)
 

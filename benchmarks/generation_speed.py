@@ -11,6 +11,7 @@ import argparse
 import copy
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def main() -> None:
         about = (__doc__ or "").partition("    python")[0].strip()
         size = f"{args.pairs} pairs, {args.prompts} prompts of {args.length} tokens, {args.tokens} tokens written, "
         size += f"{args.threads} thread(s), {args.model}."
-        command = f"    python benchmarks/generation_speed.py {args.model} --table {args.table}"
+        command = f"    python benchmarks/generation_speed.py {' '.join(sys.argv[1:])}"
         write_text(args.table, "\n".join(["# Generation speed", "", about, "", size, "", command, "", *lines, ""]))
         write_json(args.table.with_suffix(".json"), {"ratios": ratios, **seconds})
 

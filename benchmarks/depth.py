@@ -8,6 +8,7 @@ libraries take, beside the bytes that were predicted.
 """
 
 import argparse
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path

@@ -116,3 +116,11 @@ def test_a_sweep_is_the_forward_pass_of_every_row(sharded: Callable[[str], Path]
     for key, matrix in wanted_activity.sums.items():
         assert torch.allclose(activity.sums[key], matrix, rtol=1e-12), key
     assert window.reads <= sum(layout.layers.values()) + 1
+
+
+def test_states_that_were_cut_short_are_not_made_up(tmp_path: Path) -> None:
+    shelf, tensor = Shelf(tmp_path / "states"), torch.ones(1000)
+    shelf.put(tensor)
+    shelf.file.truncate(100)
+    with pytest.raises(OSError, match="the kept states end after 100 of 4000 bytes"):
+        shelf.take(tensor)

@@ -73,7 +73,9 @@ class Shelf:
     def _read(self, place: Place) -> Tensor:
         found = torch.empty(place.shape, dtype=place.dtype)
         self.file.seek(place.start)
-        self.file.readinto(cast(Any, found.reshape(-1).view(torch.uint8).numpy()))
+        read = self.file.readinto(cast(Any, found.reshape(-1).view(torch.uint8).numpy()))
+        if read != place.nbytes:
+            raise OSError(f"the kept states end after {read} of {place.nbytes} bytes")
         return found.to(place.device)
 
 

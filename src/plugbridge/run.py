@@ -144,7 +144,7 @@ def check_room(root: Path, stages: Sequence[Stage], only: str | None) -> None:
         if only in (None, stage.name) and stage.room > free and not is_done(root / stage.name, digests[stage.name]):
             raise RunError(
                 f"stage '{stage.name}' will write {stage.room / 1e6:.1f} MB to {root}, where {free / 1e6:.1f} MB are "
-                "free; free some disk, choose another --out, or keep no cache on disk"
+                "free; free some disk, choose another --out, or keep it in memory (score.keep, couple.cache)"
             )
 
 

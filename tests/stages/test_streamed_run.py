@@ -143,7 +143,7 @@ def test_too_little_disk_for_the_cache_is_said_before_the_run(
     need = cache_room(prepared)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 1))
-    with pytest.raises(RunError, match=r"stage 'couple' will write \d+\.\d MB to .* keep no cache on disk"):
+    with pytest.raises(RunError, match=r"stage 'couple' will write \d+\.\d MB to .* keep it in memory"):
         start(raw, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     monkeypatch.undo()
@@ -165,7 +165,7 @@ def test_too_little_disk_for_the_kept_states_is_said_before_the_run(
     need = score_room(prepared)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 1))
-    with pytest.raises(RunError, match=r"stage 'score' will write \d+\.\d MB to .* keep no cache on disk"):
+    with pytest.raises(RunError, match=r"stage 'score' will write \d+\.\d MB to .* keep it in memory"):
         start(raw, tmp_path / "run")
     monkeypatch.undo()
     stage = next(s for s in build_stages(prepared, tmp_path / "run", Silent()) if s.name == "score")

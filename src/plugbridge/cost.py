@@ -47,8 +47,8 @@ def settle() -> int:
 def baseline_memory() -> int:
     """Resident bytes before any model is loaded.
 
-    What is alive now (torch and transformers alone are a million objects, 0.3 s to look through) is left out of later
-    searches for garbage, until this is called again.
+    What is alive now, torch's and transformers' own objects above all, is left out of later searches for garbage,
+    until this is called again.
     """
     gc.unfreeze()
     resident = settle()

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import FAMILIES, logits_of, make_model, make_tokenizer, token_inputs
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, ModelError
+from plugbridge.memory.alive import Alive
 from plugbridge.models import layout_for, parameter_count
 from plugbridge.shrink.importance import magnitude, residual_energy
 from plugbridge.shrink.prune import (
@@ -203,3 +204,28 @@ def test_a_shuffle_is_the_seeds_and_every_weights_own() -> None:
     assert all(not torch.equal(first[name], other[name]) for name in blocks)
     orders = [tuple(first[name].flatten().tolist()) for name in blocks]
     assert len(set(orders)) == len(orders)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_making_a_bridge_takes_the_bridge_and_one_weight(family: str, dtype: torch.dtype) -> None:
+    with Alive() as alive:
+        model = make_model(family, hidden=64, layers=8).to(dtype)
+        layout = layout_for(model)
+        plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 2))
+        before = alive.now
+        alive.peaks.clear()
+        bridge = prune_model(model, layout, plan, {})
+    assert bridge.dtype == dtype
+    size = sum(parameter.nbytes for parameter in bridge.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert size <= alive.peak - before <= size + 3 * largest
+
+
+def test_a_bridge_of_other_shapes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gpt2")
+    layout = layout_for(model)
+    plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 2))
+    monkeypatch.setattr("plugbridge.shrink.prune.bridge_config", lambda config, *_: config)
+    with pytest.raises(ModelError, match=r"'transformer\.wte\.weight' has shape \(\d+, 8\) in the Bridge, not"):
+        prune_model(model, layout, plan, {})

@@ -6,15 +6,15 @@ columns together. Scores are sums, so an axis shared by many weights is ranked b
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, ModelError
 from plugbridge.families.spec import Layout, Place, check_constraints, config_changes
 from plugbridge.shrink.importance import Scores, scope_key
 from plugbridge.streaming import whole
@@ -120,32 +120,30 @@ def principal_basis(moments: Tensor, size: int) -> Tensor:
     return vectors.flip(1).mT.float().contiguous()
 
 
-def prune_state(
-    state: Iterable[tuple[str, Tensor]],
+def pruned_weights(
+    weights: Iterable[tuple[str, Tensor]],
     layout: Layout,
     plan: BridgePlan,
     energy: Mapping[str, Tensor],
     scaled: bool,
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """Prune weights, given by name, one after another.
 
     Each norm's weight is multiplied by the ratio of the kept channels' root mean square to that
     of all channels (`energy`, see `residual_energy`), so that pruning channels that are always
     zero changes nothing. `scaled` says that the model's `logit_scale` flag is set.
     """
-    pruned: dict[str, Tensor] = {}
-    table = layout.table()
-    for name, tensor in state:
-        weight = table[name]
-        ops = plan.ops(layout, weight.pattern, weight.place)
-        pruned[name] = transform(tensor, weight.pattern, ops, layout.sizes, name).clone()
-    for norm, values in energy.items():
-        pruned[f"{norm}.weight"] *= _norm_ratio(values, plan.keep["hidden"])
+    factors = {f"{norm}.weight": _norm_ratio(values, plan.keep["hidden"]) for norm, values in energy.items()}
     scale = layout.family.logit_scale
     if scale is not None and scaled:
         change = layout.sizes[scale.axis] / plan.sizes[scale.axis]
-        pruned[scale.weight] *= change**scale.power
-    return pruned
+        factors[scale.weight] = factors.get(scale.weight, 1.0) * change**scale.power
+    table = layout.table()
+    for name, tensor in weights:
+        weight = table[name]
+        ops = plan.ops(layout, weight.pattern, weight.place)
+        pruned = transform(tensor, weight.pattern, ops, layout.sizes, name)
+        yield name, pruned * factors[name] if name in factors else pruned
 
 
 def _norm_ratio(energy: Tensor, kept: Tensor) -> float:
@@ -165,19 +163,41 @@ def bridge_config(config: PreTrainedConfig, layout: Layout, plan: BridgePlan) ->
     return changed
 
 
+@torch.no_grad()
 def prune_model(
     model: PreTrainedModel, layout: Layout, plan: BridgePlan, energy: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """The Bridge as a model of the same class, in evaluation mode. A streamed model is read tensor by tensor."""
+    """The Bridge as a model of the same class and dtype, in evaluation mode.
+
+    Its tensors are made once and filled one by one, so that it takes no more than itself and one weight of the large
+    model, which may be streamed.
+    """
     scale = layout.family.logit_scale
     scaled = scale is not None and bool(getattr(model.config, scale.flag, False))
-    bridge = type(model)(bridge_config(model.config, layout, plan))
+    with _default_dtype(model.dtype), torch.device(model.device):
+        bridge = type(model)(bridge_config(model.config, layout, plan))
     bridge.generation_config = copy.deepcopy(model.generation_config)
+    empty = dict(bridge.named_parameters(remove_duplicate=False))
     weights = ((name, whole(weight)) for name, weight in model.named_parameters(remove_duplicate=False))
-    state = prune_state(weights, layout, plan, energy, scaled)
-    placed: PreTrainedModel = cast(Any, bridge).to(dtype=model.dtype, device=model.device)
-    placed.load_state_dict(state)
-    return placed.eval()
+    for name, pruned in pruned_weights(weights, layout, plan, energy, scaled):
+        bare = empty.pop(name)
+        if bare.shape != pruned.shape:
+            raise ModelError(f"'{name}' has shape {tuple(pruned.shape)} in the Bridge, not {tuple(bare.shape)}")
+        bare.copy_(pruned)
+    if empty:
+        raise ModelError(f"the Bridge's '{next(iter(empty))}' has no counterpart in the large model")
+    return bridge.eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
+    """New tensors are of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()

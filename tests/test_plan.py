@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from plugbridge.config import parse_config
 from plugbridge.memory.predict import predict
-from plugbridge.plan import advise, changed, make_plan, rivals_of, subjects_of, works_of
+from plugbridge.plan import Advice, advise, changed, make_plan, rivals_of, subjects_of, works_of
 
 Raw = dict[str, Any]
 
@@ -48,8 +50,21 @@ def test_advice_names_settings_that_fit(run_config: Callable[..., Raw]) -> None:
         predict(replace(rows["couple (feedback)"].case, batch=batch), rows["couple (feedback)"].make).peak
         for batch in (64, 32)
     )
-    assert advise(config, 8, half, {"couple (feedback)": whole}) == "couple.micro_batch: 1"
-    assert advise(config, 8, 1000, {"prune": 1 << 20}) is None
+    assert advise(config, 8, half, {"couple (feedback)": whole}) == Advice(("couple.micro_batch: 1",))
+    assert advise(config, 8, 1000, {"prune": 1 << 20}) == Advice((), "prune")
+
+
+def test_advice_ends_where_a_stage_has_no_setting_left(
+    run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(run_config(resident="all", dtype="bfloat16", tune={"steps": 4, "micro_batch": 1}), "x")
+    monkeypatch.setattr("plugbridge.plan._predict", None)  # nothing is traced for it
+    assert advise(config, 8, 1000, {"prune": 1 << 20, "tune (small)": 1 << 20}) == Advice((), "tune (small)")
+
+
+def test_advice_never_quantises_a_streamed_model(run_config: Callable[..., Raw]) -> None:
+    config = parse_config(run_config(resident="none", dtype="bfloat16"), "x")
+    assert advise(config, 8, 1000, {"repair": 1 << 20}) == Advice((), "repair")
 
 
 def test_stages_follow_resident_and_the_memory_given(run_config: Callable[..., Raw]) -> None:
@@ -71,7 +86,7 @@ def test_a_streamed_model_is_the_first_advice(run_config: Callable[..., Raw]) ->
     config = parse_config(run_config(resident="all"), "x")
     (prune,) = (work for work in works_of(subjects_of(config, 8, None)) if work.row.method == "prune")
     peak = predict(prune.row.case, prune.row.make).peak
-    assert advise(config, 8, peak - 1, {"prune": peak}) == "resident: none"
+    assert advise(config, 8, peak - 1, {"prune": peak}) == Advice(("resident: none",))
     quantised = changed(config, {"large": {"load_in": "4bit"}})
     assert changed(quantised, {"": {"resident": "none"}}).load_in == "4bit"
-    assert advise(quantised, 8, peak - 1, {"prune": peak}) == "dtype: bfloat16"
+    assert advise(quantised, 8, peak - 1, {"prune": peak}) == Advice(("dtype: bfloat16",))

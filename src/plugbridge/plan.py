@@ -45,15 +45,23 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """`settings` with which all our stages fit; or a stage that is `stuck`, which none of those tried makes fit."""
+
+    settings: tuple[str, ...]
+    stuck: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All stages and baselines; `advice` says what would make the run fit, None where it does or nothing does."""
+    """All stages and baselines; `advice` where memory was given and the run does not fit in it."""
 
     stages: list[PlannedStage]
     rates: Rates
     large_parameters: int
     length: int
     memory: int | None
-    advice: str | None
+    advice: Advice | None
 
     @property
     def peak(self) -> PlannedStage:
@@ -201,8 +209,8 @@ LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
 CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("resident: none", {"": {"resident": "none"}}, LARGE),
     ("score.keep: disk", {"score": {"keep": "disk"}}, ("score",)),
-    ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
     ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune",)),
+    ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
     ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
     (
         "score.importance: activation",
@@ -216,31 +224,54 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ),
     ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
     ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
+    ("prune.budget: 0.02", {"prune": {"budget": 0.02, "reduction": None}}, ("prune", "repair", "couple")),
 )
 """Settings that save memory, those first that change no result, with the stages that they concern."""
 
 
 def advise(
     config: RunConfig, length: int, memory: int, tight: dict[str, int], known: dict[Any, Trace] | None = None
-) -> str | None:
-    """The first settings, each added to those before it that help, with which all our stages fit; None if none do.
+) -> Advice:
+    """The first settings, each added to those before it that help, with which all our stages fit.
 
-    `tight` are the peaks of the stages that do not fit, `known` what was predicted before.
+    `tight` are the peaks of the stages that do not fit, `known` what was predicted before. The search ends with the
+    first stage that is left without a setting to try.
     """
     known = {} if known is None else known
     chosen: list[str] = []
-    for text, change, concerns in CHANGES:
-        names = [name for name, peak in tight.items() if peak > memory and name.startswith(concerns)]
-        tried = changed(config, change)
-        if not names or (tried.resident == "none" and tried.load_in is not None):  # quantised weights do not stream
+    for number, (text, change, _) in enumerate(CHANGES):
+        over = [name for name, peak in tight.items() if peak > memory]
+        if (stuck := _stuck(config, over, number)) is not None:
+            return Advice((), stuck)
+        names = [name for name in over if _may_help(config, name, number)]
+        if not names:
             continue
-        works = [work for work in works_of(subjects_of(tried, length, memory)) if work.row.method in names]
+        tried = changed(config, change)
+        try:
+            works = [work for work in works_of(subjects_of(tried, length, memory)) if work.row.method in names]
+        except ConfigError:  # such as a Bridge too small for the model's heads
+            continue
         peaks = {work.row.method: _predict(work.row, known).peak for work in works}
         if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
             config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]
         if all(peak <= memory for peak in tight.values()):
-            return ", ".join(chosen)
-    return None
+            return Advice(tuple(chosen))
+    return Advice((), next(name for name, peak in tight.items() if peak > memory))
+
+
+def _stuck(config: RunConfig, over: list[str], number: int) -> str | None:
+    """The first stage that neither this change nor a later one may help."""
+    later = range(number, len(CHANGES))
+    return next((name for name in over if not any(_may_help(config, name, at) for at in later)), None)
+
+
+def _may_help(config: RunConfig, name: str, number: int) -> bool:
+    """Whether a change concerns a stage and changes anything; quantised weights do not stream."""
+    _, change, concerns = CHANGES[number]
+    if not name.startswith(concerns):
+        return False
+    tried = changed(config, change)
+    return tried != changed(config, {}) and (tried.resident != "none" or tried.load_in is None)
 
 
 def changed(config: RunConfig, change: dict[str, dict[str, Any]]) -> RunConfig:

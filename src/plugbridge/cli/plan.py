@@ -53,6 +53,9 @@ def _print_plan(found: Any) -> None:
         f"hours at this machine's rates: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
         f"{found.rates.moved / 1e9:.1f} GB/s in all else"
     )
-    if found.memory is not None and not all(stage.fits for stage in found.stages if stage.ours):
-        what = "no setting tried makes it fit" if found.advice is None else f"it fits with {found.advice}"
+    if found.advice is not None:
+        stuck = found.advice.stuck
+        what = (
+            f"it fits with {', '.join(found.advice.settings)}" if stuck is None else f"no setting makes '{stuck}' fit"
+        )
         out.print(f"'{found.peak.name}' does not fit in {found.memory / 2**30:.1f} GiB; {what}")

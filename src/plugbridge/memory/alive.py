@@ -50,6 +50,8 @@ class Alive(TorchDispatchMode):
         return max(self.peaks.values(), default=0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # more than half of all questions; the long way round takes a third of the time
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
         if func is aten.equal.default and isinstance(args[0], FakeTensor):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
 from plugbridge.errors import ConfigError
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.rows import Row
@@ -86,23 +84,31 @@ def _choices(answers: Sequence[Answer]) -> list[int]:
 
 def accuracy(answers: Sequence[Answer]) -> float:
     """Share of rows answered right."""
+    from sklearn.metrics import accuracy_score
+
     return float(accuracy_score(_right(answers), _choices(answers)))
 
 
 def macro_f1(answers: Sequence[Answer]) -> float:
     """F1 per class, unweighted mean over the classes that occur (SuperGLUE's CB)."""
+    from sklearn.metrics import f1_score
+
     right, found = _right(answers), _choices(answers)
     return float(f1_score(right, found, average="macro", zero_division=0.0))  # pyright: ignore[reportArgumentType]
 
 
 def f1(answers: Sequence[Answer]) -> float:
     """F1 of the second of two options, over all rows: GLUE's MRPC, and MultiRC's F1a over all answer options."""
+    from sklearn.metrics import f1_score
+
     right, found = _right(answers), _choices(answers)
     return float(f1_score(right, found, pos_label=1, zero_division=0.0))  # pyright: ignore[reportArgumentType]
 
 
 def matthews(answers: Sequence[Answer]) -> float:
     """Matthews correlation, -1 to 1, 0 where one side is constant (GLUE's CoLA, SuperGLUE's AX-b)."""
+    from sklearn.metrics import matthews_corrcoef
+
     return float(matthews_corrcoef(_right(answers), _choices(answers)))
 
 

@@ -203,6 +203,13 @@ def test_the_command_writes_all_its_files(
     assert "| your pair |" in page
     assert json.loads((tmp_path / "r" / "table2.json").read_text())[0]["printed"] is None
     assert (tmp_path / "r" / "table2.tex").is_file()
+    monkeypatch.chdir(Path(__file__).parents[2])
+    demo = ["reproduce", "table2", "--demo", "--out", str(tmp_path / "r"), "--quiet"]
+    assert _called(demo, monkeypatch) == 0
+    assert {cell["obtained"] for cell in json.loads((tmp_path / "r" / "table2.json").read_text())} == {
+        "gpt2/small and gpt2/large", "t5/small and t5/large",
+    }  # fmt: skip
+    assert "\n| t5 | 0." in (tmp_path / "r" / "table2.md").read_text()
     assert _called(["reproduce", "table1", *words, "--summary"], monkeypatch) == 0
     assert "0 of 121 cells" in capsys.readouterr().out
     assert _called(["reproduce", "table9", *words], monkeypatch) == 2

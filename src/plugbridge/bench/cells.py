@@ -81,6 +81,11 @@ def _home(root: Path, choice: Choice) -> Path:
     return root / f"{_slug(choice.pair.small)}-{_slug(choice.pair.large)}-{choice.mode}-s{choice.seed}"
 
 
+def named(pair: Pair) -> str:
+    """A pair as a page names it: of directories the last two parts."""
+    return " and ".join("/".join(Path(source).parts[-2:]) for source in (pair.small, pair.large))
+
+
 def _slug(source: str) -> str:
     return "-".join(Path(source).parts[-2:])
 
@@ -141,7 +146,7 @@ def _counted(pair: Pair) -> tuple[tuple[float | None, ...], str]:
     names = {name for name, _ in large.named_parameters()}
     whole = parameter_count(large)
     bridge = count_parameters(layout, names, budgeted_sizes(layout, names, whole // 16))
-    return tuple(count / 1e6 for count in (parameter_count(small), whole, bridge)), f"{pair.small}, {pair.large}"
+    return tuple(count / 1e6 for count in (parameter_count(small), whole, bridge)), named(pair)
 
 
 def as_rows(cells: Sequence[Reproduced]) -> list[dict[str, Any]]:

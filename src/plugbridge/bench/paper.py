@@ -47,11 +47,12 @@ class Row(_Strict):
 
 
 class Table(_Strict):
-    """A table that is made by runs."""
+    """A table that is made by runs; `note` is about its rows, `printed` about the values that the paper prints."""
 
     title: str
     pair: str
-    note: str
+    note: str = ""
+    printed: str = ""
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, run_table
+from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, named, run_table
 from plugbridge.bench.memory import Machine, count_shape, rows_of
 from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
 from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper
@@ -96,8 +96,9 @@ def _table(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str
         reasons = run_table(table, choice, asked.tasks, asked.data, asked.root, progress, announce)
     cells = collect(asked.table, table, choice, asked.tasks, asked.root, reasons)
     title = f"Table {asked.table.removeprefix('table')}: {table.title}"
-    made = f"{MODE_NOTE.format(mode=asked.mode, seed=asked.seed)} Models: {_models(choice)}."
-    note = " ".join([DEMO_NOTE, table.note, made] if asked.demo else [table.note, SPLIT_NOTE, made])
+    made = f"{MODE_NOTE.format(mode=asked.mode, seed=asked.seed)} Models: {named(choice.pair)}."
+    notes = [DEMO_NOTE, table.note, made] if asked.demo else [table.note, table.printed, SPLIT_NOTE, made]
+    note = " ".join(filter(None, notes))
     write_text(asked.page, markdown(cells, title, note, asked.command))
     write_text(asked.page.with_suffix(".tex"), latex(cells, title))
     write_json(asked.page.with_suffix(".json"), as_rows(cells))
@@ -106,14 +107,12 @@ def _table(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str
     yield f"{made} of {len(cells)} cells; {asked.page}, .tex and .json beside it"
 
 
-def _models(choice: Choice) -> str:
-    return " and ".join("/".join(Path(source).parts[-2:]) for source in (choice.pair.small, choice.pair.large))
-
-
 def _counts(asked: Asked) -> Iterator[str]:
     counts = load_paper().counts
     names = ["gpt2"] if asked.pair is not None else ["gpt2", "t5-3b"] if asked.demo else list(counts.pairs)
     pairs = {name: _choice(asked, name).pair for name in names}
+    if asked.demo:  # which are of the families, not of the sizes
+        pairs = {name.partition("-")[0]: pair for name, pair in pairs.items()}
     own = asked.pair is not None or asked.demo
     if asked.pair is not None:
         pairs = {"your pair": pairs["gpt2"]}
@@ -135,7 +134,7 @@ def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
         do_runs(configs, folder, asked.data, progress, announce)
     fitted, random, other = (folder / name for name in configs)
     found = compare("lora", fitted, random, other)
-    title = f"What LoRA adds on {task}: {_models(choice)}"
+    title = f"What LoRA adds on {task}: {named(choice.pair)}"
     for ending in (".png", ".svg"):
         draw_likeness(found, title, asked.page.with_suffix(ending))
     means = mean_by_comparison(found)

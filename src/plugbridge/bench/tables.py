@@ -52,7 +52,8 @@ def _heading(column: tuple[str, str]) -> str:
 
 def _text(cells: Sequence[Reproduced], row: str, column: tuple[str, str], minus: str) -> str:
     cell = next(c for c in cells if (c.row, c.task, c.metric) == (row, *column))
-    ours = "" if cell.value is None else f"{cell.value:.1f}"
+    digits = 3 if cell.metric == "million parameters" and (cell.value or 0) < 10 else 1
+    ours = "" if cell.value is None else f"{cell.value:.{digits}f}"
     if cell.printed is None:
         return ours
     if cell.difference is None:

@@ -3,13 +3,15 @@
 Each step is measured in a process of its own: peak memory with all models that it holds (resident, over the process
 before any model, freed blocks given back; on a card allocated), and seconds, medians over the steps after the first.
 With several rounds all steps take turns, and ratios are medians over the rounds. The model is GPT-2-shaped with
-random weights; modules are LoRA r = 8 on the attention inputs of all layers, rows are full length.
+random weights, LoRA is r = 8 on the attention inputs, rows are full length. Feedback's modules sit in the top three
+quarters of the layers, its default, or in all; `kept` has `couple.recompute: false`. The Bridge is a quarter as wide.
 
     python benchmarks/step_memory.py --table docs/results/step_memory.md
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,7 +37,8 @@ from plugbridge.tuners.module import attach, state_of, trainable, unpack
 from plugbridge.tuners.table import METHODS, MethodSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("lora", "lora, checkpointing", "feedback r=4", "feedback r=4, top half")
+LORA, CHECKPOINTING = "LoRA", "LoRA, checkpointing"
+KINDS = (LORA, CHECKPOINTING, "feedback", "feedback, kept", "feedback, all layers", "feedback, all layers, kept")
 SETTINGS = MethodSettings(8, 16.0)
 
 
@@ -63,9 +66,9 @@ def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     model, rows = model_of(args), rows_of(args)
     layout = layout_for(model)
     encoder = Encoder(load_tokenizer(str(ROOT / "pairs" / "gpt2" / "small")), "causal", None)
-    if kind.startswith("lora"):
+    if kind in (LORA, CHECKPOINTING):
         wrapped, _ = attach(model, METHODS["lora"], layout, SETTINGS)
-        if "checkpointing" in kind:
+        if kind == CHECKPOINTING:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         wrapped.train()
@@ -81,13 +84,15 @@ def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         fresh = {key: tensor.to(args.device) for key, tensor in state_of(spare).items()}
         module = unpack(METHODS["lora"], layout, fresh)
         del spare
-        first = {"decoder": args.layers // 2} if "half" in kind else {}
+        mode = MODES["feedback"]
+        first = {} if "all layers" in kind else {"decoder": args.layers - math.ceil(mode.layers * args.layers)}
         coupling = Coupling(
             method=METHODS["lora"], settings=SETTINGS, small=layout, large=layout, plan=plan, bridge=bridge,
             encoder=encoder, module=module, plug={}, down={}, train_bridge=False, large_model=model, first=first,
+            recompute="kept" not in kind,
         )  # fmt: skip
         require_gradients(coupling)
-        through = MODES["feedback"].start(coupling)
+        through = mode.start(coupling)
         parameters = [tensor for tensor in module.values() if tensor.requires_grad]
 
         def loss() -> torch.Tensor:
@@ -118,16 +123,21 @@ def measured_apart(kind: str) -> dict[str, Any]:
 
 
 def summary(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each kind, from a round's rows in the same order: medians, also of the ratios to the first kind."""
+    """A row for each kind, from rounds with rows in the same order: medians, also of ratios to the first two kinds."""
     found: list[dict[str, Any]] = []
     for number, first in enumerate(rounds[0]):
         row = {"kind": first["kind"]}
         for key in ("peak_bytes", "seconds"):
             row[key] = median(rows[number][key] for rows in rounds)
-            row[f"{key}_ratios"] = [rows[number][key] / rows[0][key] for rows in rounds]
-            row[f"{key}_ratio"] = median(row[f"{key}_ratios"])
+            for other, base in enumerate(KINDS[:2]):
+                ratios = [rows[number][key] / rows[other][key] for rows in rounds]
+                row[f"{key} to {base}"] = {"rounds": ratios, "median": median(ratios)}
         found.append(row)
     return found
+
+
+def _ratios(row: dict[str, Any], key: str) -> str:
+    return " | ".join(f"{row[f'{key} to {base}']['median']:.2f}" for base in KINDS[:2])
 
 
 def main() -> None:
@@ -157,10 +167,10 @@ def main() -> None:
             print(rounds[-1][-1], flush=True)
     found = summary(rounds)
     lines = [
-        f"| {row['kind']} | {row['peak_bytes'] / 2**20:.0f} | {row['peak_bytes_ratio']:.2f} | "
-        f"{row['seconds']:.3g} | {row['seconds_ratio']:.2f} |"
+        f"| {row['kind']} | {row['peak_bytes'] / 2**20:.0f} | {_ratios(row, 'peak_bytes')} "
+        f"| {row['seconds']:.3g} | {_ratios(row, 'seconds')} |"
         for row in found
-    ]  # fmt: skip
+    ]
     about = (__doc__ or "").partition("    python")[0].strip()
     size = f"{args.layers} layers x {args.hidden}, batch {args.batch} x {args.length}, {args.dtype}, {args.device}"
     size += f", {args.threads} thread(s), {args.rounds} round(s)"
@@ -169,8 +179,8 @@ def main() -> None:
     table = [
         f"# Memory and time of a step\n\n{about}\n\n{size}; the model's weights take {weights / 2**20:.0f} MiB.\n",
         f"Made by\n\n    python benchmarks/step_memory.py {' '.join(sys.argv[1:])}\n",
-        "| step | peak MiB, models included | ratio | seconds | ratio |",
-        "|---|---|---|---|---|",
+        "| step | peak MiB, models included | / LoRA | / checkpointing | seconds | / LoRA | / checkpointing |",
+        "|---|---|---|---|---|---|---|",
         *lines,
     ]
     print("\n".join(lines))

@@ -132,7 +132,7 @@ def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
     base = Case(
         large, config.couple.batch_size, length, dtype=pick_dtype(config.dtype), method=method, settings=settings,
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
-        train_bridge=config.couple.bridge == "train",
+        train_bridge=config.couple.bridge == "train", recompute=config.couple.recompute,
     )  # fmt: skip
     empty, layout = base.on_meta()
     sizes = bridge_sizes(config, empty, layout)
@@ -210,6 +210,7 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("resident: none", {"": {"resident": "none"}}, LARGE),
     ("score.keep: disk", {"score": {"keep": "disk"}}, ("score",)),
     ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune",)),
+    ("couple.recompute: true", {"couple": {"recompute": True}}, ("couple",)),
     ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
     ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
     (

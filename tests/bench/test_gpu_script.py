@@ -73,8 +73,8 @@ def test_the_memory_parts_count_a_row_a_call_and_go_on(places: dict[str, str]) -
 
 def test_steps_stand_beside_each_other_with_ratios(places: dict[str, str]) -> None:
     rows = rehearse(places, "steps-bfloat16", "steps")
-    assert [row["kind"] for row in rows][:3] == ["lora", "lora, checkpointing", "feedback r=4"]
-    assert rows[0]["seconds_ratio"] == 1
+    assert [row["kind"] for row in rows][:3] == ["LoRA", "LoRA, checkpointing", "feedback"]
+    assert rows[0]["seconds to LoRA"] == {"rounds": [1], "median": 1}
     assert all(row["seconds"] > 0 for row in rows)
 
 

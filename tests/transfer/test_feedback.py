@@ -70,6 +70,19 @@ def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, r
         assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
+@pytest.mark.parametrize("mode", ["feedback", "identity"])
+@pytest.mark.parametrize(("family", "method"), GRID)
+def test_kept_graphs_give_the_gradients_of_sublayers_run_again(family: str, method: str, mode: str) -> None:
+    found: list[dict[str, torch.Tensor]] = []
+    for recompute in (True, False):
+        coupling = replace(_double(coupling_of(family, method), family), recompute=recompute)
+        found.append(_gradients(coupling, MODES[mode].start(coupling)(ROWS)))
+    again, kept = found
+    assert any(float(gradient.abs().max()) > 0 for gradient in again.values())
+    for name, gradient in again.items():
+        assert torch.allclose(kept[name], gradient, rtol=1e-9, atol=1e-12), name
+
+
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_no_weight_of_the_large_model_ever_gets_a_gradient(family: str, method: str) -> None:
     coupling = _double(coupling_of(family, method), family)

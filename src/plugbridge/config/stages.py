@@ -141,6 +141,11 @@ class CoupleConfig(PartsConfig):
     cache: Literal["off", "memory", "disk"] = Field(
         default="off", description="where ladder keeps the large model's activations, so that it reads each row once"
     )
+    recompute: bool = Field(
+        default=True,
+        description="in feedback, run every sublayer that holds a module again for its gradient; false keeps what its "
+        "first run left: less time, more memory (a streamed large model always runs it again)",
+    )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
 

@@ -83,6 +83,7 @@ class Case:
     importance: Importance = "fisher"
     bits: LoadIn | None = None
     train_bridge: bool = True
+    recompute: bool = True
     device: str = "cpu"
     streamed: bool = False
     weights: str | None = None

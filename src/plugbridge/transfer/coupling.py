@@ -26,7 +26,8 @@ class Coupling:
     `module` is at small width with one entry per large layer. `small` and `large` are the models'
     layouts, `bridge` the pruned model, `large_model` the large one for modes that run it. `ladder`
     and `cache` are the ladder's own: its gates and projections, and where activations are kept.
-    `first` is the first layer of each stack whose module trains; 0 where it is not named.
+    `first` is the first layer of each stack whose module trains; 0 where it is not named. `recompute`
+    says that feedback runs a module's own sublayer again instead of keeping what its first run left.
     """
 
     method: Method
@@ -44,6 +45,7 @@ class Coupling:
     ladder: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     cache: ActivationCache | None = None
     first: dict[str, int] = field(default_factory=dict[str, int])
+    recompute: bool = True
 
     def trains(self, slot: Slot) -> bool:
         """Whether a slot's tensor trains."""

@@ -14,6 +14,7 @@ this is backpropagation.
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,8 @@ class Visit:
 
     low: (n, length, Bridge hidden) the normalised input as the Bridge sees it; x: (n, length, hidden)
     the same at full width, kept only where a module of its own needs it; inverse: (n, length, 1) the
-    norm's 1/rms or 1/std; arguments: the function's further arguments.
+    norm's 1/rms or 1/std; arguments: the function's further arguments; output: (n, length, hidden) where
+    the function ran with a graph of its own, which it holds.
     """
 
     path: str
@@ -47,11 +49,12 @@ class Visit:
     x: Tensor = field(default_factory=lambda: torch.empty(0))
     inverse: Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    output: Tensor | None = None
 
     def clear(self) -> None:
         """Let go of all that the forward pass left."""
         self.low = self.x = self.inverse = torch.empty(0)
-        self.arguments = {}
+        self.arguments, self.output = {}, None
 
 
 def visits_of(layout: Layout, stack_name: str) -> list[Visit]:
@@ -66,11 +69,16 @@ def visits_of(layout: Layout, stack_name: str) -> list[Visit]:
 
 @contextmanager
 def record(
-    model: nn.Module, width: Width, visits: list[Visit], keep: Callable[[Visit], bool]
+    model: nn.Module,
+    width: Width,
+    visits: list[Visit],
+    keep: Callable[[Visit], bool],
+    given: Callable[[Visit, Tensor], dict[str, Any]] | None = None,
 ) -> Generator[dict[str, Tensor]]:
-    """Fill visits while the model runs; yields the input of every stack's final norm, by stack.
+    """Fill visits while the model runs without a graph; yields the input of every stack's final norm, by stack.
 
-    `keep` says whether a visit, its arguments known, keeps its input at full width.
+    `keep` says whether a visit, its arguments known, keeps its input at full width. With `given`, the arguments that
+    its own module changes, its function runs with a graph instead and the visit keeps the output.
     """
     layout = width.layout
     last: dict[str, Tensor] = {}
@@ -87,14 +95,32 @@ def record(
         return hook
 
     def on_function(visit: Visit) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
             arguments = dict(keywords)
             x = (inputs[0] if inputs else arguments.pop("hidden_states")).detach()
             if CACHE in arguments:  # that there is one is all that is asked later; its tensors need not stay
                 arguments[CACHE] = None
             visit.arguments = arguments
             visit.low = width.down(x)
-            visit.x = x if keep(visit) else torch.empty(0)
+            if not keep(visit):
+                return None
+            if given is None:
+                visit.x = x
+                return None
+            torch.set_grad_enabled(True)
+            return inputs, {**keywords, **given(visit, x)}
+
+        return hook
+
+    def after_function(visit: Visit) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            torch.set_grad_enabled(False)
+            visit.output = first_of(output)
+            if isinstance(output, tuple):
+                return tuple(detached(part) for part in cast(tuple[Any, ...], output))
+            return detached(output)
 
         return hook
 
@@ -110,10 +136,22 @@ def record(
             hooks.callback(norm.register_forward_pre_hook(on_norm(visit)).remove)
             function = model.get_submodule(f"{visit.path}.{visit.sublayer.function}")
             hooks.callback(function.register_forward_pre_hook(on_function(visit), with_kwargs=True).remove)
+            if given is not None:
+                hooks.callback(function.register_forward_hook(after_function(visit)).remove)
         for name, stack in layout.family.stack.items():
             norm = model.get_submodule(stack.final_norm)
             hooks.callback(norm.register_forward_pre_hook(on_last(name)).remove)
         yield last
+
+
+def first_of(output: Any) -> Tensor:
+    """What a function gives: its output, of a tuple the first."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its graph; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def head_gradient(
@@ -170,20 +208,23 @@ def call(
     """One sublayer's function on x, with a module's tensors in place of the attached ones."""
     path = f"{visit.path}.{visit.sublayer.function}"
     function = model.get_submodule(path)
-    given = dict(arguments)
+    given = {**arguments, **own_arguments(coupling, layout, visit, module, x)}
     replaced: dict[str, Tensor] = {}
-    if CACHE in given:
-        given[CACHE] = None
-    if coupling.method.stacked:
-        reads_prefix = visit.place.stack == layout.family.prefix.stack and visit.sublayer.context is None
-        if CACHE in given and reads_prefix:
-            given[CACHE] = prefix_cache(coupling, layout, module, visit, x)
-    else:
+    if not coupling.method.stacked:
         head = f"base_model.model.{path}."
         own = {key: tensor for key, tensor in pack(coupling.method, layout, module).items() if key.startswith(head)}
         replaced = {parameter_name(key).removeprefix(head): tensor for key, tensor in own.items()}
-    output = functional_call(function, replaced, (x,), given)
-    return output[0] if isinstance(output, tuple) else output
+    return first_of(functional_call(function, replaced, (x,), given))
+
+
+def own_arguments(coupling: Coupling, layout: Layout, visit: Visit, module: Module, x: Tensor) -> dict[str, Any]:
+    """The arguments of a sublayer that do not come from below: its module's prefix, or no cache."""
+    if CACHE not in visit.arguments:
+        return {}
+    reads_prefix = visit.place.stack == layout.family.prefix.stack and visit.sublayer.context is None
+    if not coupling.method.stacked or not reads_prefix:
+        return {CACHE: None}
+    return {CACHE: prefix_cache(coupling, layout, module, visit, x)}
 
 
 def bridge_arguments(width: Width, visit: Visit, dtype: torch.dtype) -> dict[str, Any]:
@@ -233,8 +274,10 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
         through = {slot: t.detach() for slot, t in small.items()}
         batch = gold(coupling.encoder, rows).to(large.device)
-        replaced = {parameter_name(k): t.detach() for k, t in pack(coupling.method, layout, local).items()}
-        with torch.no_grad(), record(large, width, needed, lambda visit: bool(_own(coupling, visit, local))) as last:
+        replaced = {parameter_name(k): t for k, t in pack(coupling.method, layout, local).items()}
+        owns = partial(_owns, coupling, local)
+        given = None if coupling.recompute else partial(_given, coupling, local)
+        with torch.no_grad(), record(large, width, needed, owns, given) as last:
             functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
@@ -319,6 +362,14 @@ def _own(coupling: Coupling, visit: Visit, local: Module) -> list[Tensor]:
     ]
 
 
+def _owns(coupling: Coupling, local: Module, visit: Visit) -> bool:
+    return bool(_own(coupling, visit, local))
+
+
+def _given(coupling: Coupling, local: Module, visit: Visit, x: Tensor) -> dict[str, Any]:
+    return own_arguments(coupling, coupling.large, visit, local, x)
+
+
 def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Module) -> None:
     """Exact gradient of a sublayer's own module given the error at the sublayer's output."""
     large = cast(PreTrainedModel, coupling.large_model)
@@ -326,7 +377,10 @@ def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Modu
     if not own:
         return
     with torch.enable_grad():
-        output = call(coupling, coupling.large, large, visit, local, visit.x, visit.arguments)
+        output = visit.output
+        if output is None:
+            output = call(coupling, coupling.large, large, visit, local, visit.x, visit.arguments)
         gradients = torch.autograd.grad(output, own, error.to(output.dtype))
+    visit.output = None
     for tensor, gradient in zip(own, gradients, strict=True):
         tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient

@@ -8,6 +8,7 @@ from plugbridge.files import write_atomically
 
 COLOURS = (
     "#c1440e", "#3b6ea5", "#5b8c5a", "#8a5a83", "#b8860b", "#2ca9a1", "#7a7a7a", "#1b1b1b", "#e377c2", "#9acd32",
+    "#6a3d9a", "#a6761d", "#66c2ff", "#fb9a99",
 )  # fmt: skip
 
 

@@ -94,15 +94,13 @@ def activation(model: nn.Module, layout: Layout, samples: Iterable[Any], forward
             for sample in samples:
                 forward(sample)
     for name, (module, weight) in linear.items():
-        squared = whole(module.get_parameter("weight")).float().square()
-        first = layout.family.linear == "in out"
-        mean = moments.mean(name)
-        values = squared * (mean[:, None] if first else mean[None, :])
-        reader = parse(weight.pattern)[0 if first else 1]
-        for axis in reader:
+        reader, over = (0, 1) if layout.family.linear == "in out" else (1, 0)
+        axes = parse(weight.pattern)[reader]
+        values = whole(module.get_parameter("weight")).float().square().sum(over) * moments.mean(name)
+        for axis in axes:
             key = scope_key(layout, axis, weight.place)
             if key is not None:
-                part = reduce_to(values, weight.pattern, axis, layout.sizes).double()
+                part = reduce_to(values, f"({' '.join(axes)})", axis, layout.sizes)
                 scores[key] = scores[key] + part if key in scores else part
     return on_cpu(scores)
 

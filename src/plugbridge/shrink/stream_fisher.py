@@ -3,7 +3,8 @@
 Forward, every row's arguments at every block are kept. Backward, from the last block to the first, each block is run
 again with a graph, once a row; its squared gradients are reduced to the units' scores at once, and the gradients of its
 arguments are what the blocks before it get. What lies between the blocks (embeddings, final norms, head) is run with
-every block played back: once a stack for the error at its end, and at last for its own weights.
+every block played back: once a stack for the error at its end, and at last for its own weights. Embeddings and heads
+never have a gradient of their size (`vocabulary`).
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ from plugbridge.shrink.sweep import (
     sweep_keeping,
     training,
 )
+from plugbridge.shrink.vocabulary import add_squares, vocabulary_modules, watched
 
 
 @dataclass
@@ -97,6 +99,7 @@ def streamed_fisher(
     scores: Scores = {}
     blocks = blocks_of(model, layout)
     inside = {id(p) for block in blocks for p in block.module.parameters()}
+    inside |= {id(module.get_parameter("weight")) for module in vocabulary_modules(model, layout).values()}
     outside = {name: p for name, p in model.named_parameters() if id(p) not in inside}
     todo, count = iter(samples), 0
     while some := list(islice(todo, chunk)):
@@ -121,7 +124,7 @@ def _add_rows(
     for stack in reversed(layout.family.stack):
         with training(outside.values()):
             for row in rows:
-                with _at_hand(shelf, row, row.passage.last):
+                with _at_hand(shelf, row, row.passage.last), watched(model, layout):
                     _enter(stack, frame_of(blocks, row), row.ledger)
         for block in reversed([block for block in blocks if block.stack == stack]):
             with opened(model, block) as parameters:
@@ -132,10 +135,13 @@ def _add_rows(
             done(block)
     with training(outside.values()):
         for row in rows:
-            with _at_hand(shelf, row, row.passage.last):
+            with _at_hand(shelf, row, row.passage.last), watched(model, layout) as vocabulary:
                 roots, known = frame_of(blocks, row).roots(row.ledger)
-                gradients = torch.autograd.grad(roots, list(outside.values()), known, materialize_grads=True)
-            _add_squares(scores, layout, table, outside, gradients)
+                uses = list(vocabulary.values())
+                wanted = [*outside.values(), *(tensor for use in uses for tensor in use.tensors())]
+                gradients = torch.autograd.grad(roots, wanted, known, materialize_grads=True)
+                add_squares(scores, layout, uses, gradients[len(outside) :])
+            _add_squares(scores, layout, table, outside, gradients[: len(outside)])
 
 
 @contextmanager

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.steps import STEPS, MakeStep
+from plugbridge.models import parameter_count
+from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
 from plugbridge.transfer.couple import MODES
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
@@ -15,6 +18,9 @@ OURS = "ours"
 STREAMED = "streamed"
 HALF = "bf16"
 PARTS = "row by row"
+FROZEN = "frozen Bridge"
+SHARE = 1 / 16
+"""The Bridge's parameters over the large model's (Jin et al. 2023, Table 2), the default of `prune.budget`."""
 LORA, QLORA = "LoRA", "QLoRA (4 bit, checkpointing, bf16)"
 
 
@@ -51,15 +57,37 @@ def _with(case: Case, method: Method) -> Case:
     return replace(case, method=method, settings=MethodSettings(method.rank, 2.0 * method.rank))
 
 
-def coupled(case: Case, mode_name: str, method: str = "lora") -> Row:
-    """Coupling in one mode, with the mode's own defaults."""
+def bridged(case: Case, reads_tokens: bool = False) -> Case:
+    """A case with a Bridge of `SHARE`, or the smallest there is; embeddings and head count where it reads tokens."""
+    return replace(case, sizes=_sizes(case.config.to_json_string(), case, reads_tokens))
+
+
+_known: dict[tuple[str, bool], dict[str, int]] = {}
+
+
+def _sizes(config: str, case: Case, reads_tokens: bool) -> dict[str, int]:
+    if (config, reads_tokens) not in _known:
+        model, layout = case.on_meta()
+        names = {name for name, _ in model.named_parameters()} - (set() if reads_tokens else layout.vocabulary())
+        try:
+            sizes = budgeted_sizes(layout, names, int(SHARE * parameter_count(model)))
+        except ConfigError:
+            sizes = reduced_sizes(layout, max(layout.sizes.values()))
+        _known[config, reads_tokens] = sizes
+    return _known[config, reads_tokens]
+
+
+def coupled(case: Case, mode_name: str, method: str = "lora", frozen: bool = False) -> Row:
+    """Coupling in one mode, with the mode's own defaults, or with a Bridge whose weights do not train."""
     mode = MODES[mode_name]
     chosen = replace(
-        _with(case, METHODS[method]),
+        _with(bridged(case, mode.reads_tokens), METHODS[method]),
         trained=top_layers(case.layers, mode.layers),
         channels="select" if mode.reads_alone else "gradient_pca",
+        train_bridge=not frozen,
     )
-    row = Row(f"{OURS}: {METHODS[method].title}, {mode_name}", "couple", chosen, STEPS[f"couple, {mode_name}"])
+    name = f"{OURS}: {METHODS[method].title}, {mode_name}{f', {FROZEN}' if frozen else ''}"
+    row = Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
     return row if case.bits is None else replace(row, real=False)
 
 
@@ -81,9 +109,10 @@ def small_steps(large: Case, small: Case, modes: tuple[str, ...], half: bool) ->
         Row(OURS, "score (fisher)", replace(shelved, importance="fisher"), STEPS["score"]),
         Row(OURS, "score (fisher), states in memory", replace(case, importance="fisher"), STEPS["score"]),
         Row(OURS, "score (activation)", replace(shelved, importance="activation"), STEPS["score"]),
-        Row(OURS, "prune", replace(case, channels="gradient_pca"), STEPS["prune"]),
+        Row(OURS, "prune", replace(bridged(case), channels="gradient_pca"), STEPS["prune"]),
         *(coupled(case, mode) for mode in modes if MODES[mode].runs_large),
         *(coupled(parts, mode) for mode in modes),
+        coupled(parts, "standalone", frozen=True),
         Row(OURS, "evaluate", replace(case, batch=1), STEPS["evaluate"]),
     ]
     found: list[Row] = []
@@ -105,7 +134,7 @@ class Job:
 def jobs() -> list[Job]:
     """Runs whose peaks the targets are about, in bfloat16 and in float32."""
     found: list[Job] = []
-    for mode, limit in (("standalone", 0.35), ("feedback", 0.5)):
+    for mode, limit in (("standalone", 0.35), (f"standalone, {FROZEN}", 0.35), ("feedback", 0.5)):
         for words in (f"{STREAMED}, {HALF}", STREAMED):
             stages = [(f"{OURS}, {words}, {PARTS}", "tune (small)")]
             stages += [(f"{OURS}, {words}", stage) for stage in ("score (fisher)", "prune", "evaluate")]
@@ -120,6 +149,6 @@ def common_stages(large: Case, small: Case) -> list[Row]:
         Row(OURS, "tune (small)", small, STEPS["tuned"]),
         Row(OURS, "score (fisher)", replace(large, importance="fisher"), STEPS["score"]),
         Row(OURS, "score (activation)", replace(large, importance="activation"), STEPS["score"]),
-        Row(OURS, "prune", replace(large, channels="gradient_pca"), STEPS["prune"]),
+        Row(OURS, "prune", replace(bridged(large), channels="gradient_pca"), STEPS["prune"]),
         Row(OURS, "evaluate", large, STEPS["evaluate"]),
     ]

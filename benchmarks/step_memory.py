@@ -27,7 +27,7 @@ from plugbridge.cost import measure, settle
 from plugbridge.evaluate import mean_loss
 from plugbridge.files import write_json, write_text
 from plugbridge.memory.measure import GIVEN_BACK
-from plugbridge.models import layout_for, load_tokenizer
+from plugbridge.models import checkpoint_activations, layout_for, load_tokenizer
 from plugbridge.shrink.importance import magnitude
 from plugbridge.shrink.prune import plan_bridge, prune_model, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder, gold
@@ -69,7 +69,7 @@ def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     if kind in (LORA, CHECKPOINTING):
         wrapped, _ = attach(model, METHODS["lora"], layout, SETTINGS)
         if kind == CHECKPOINTING:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
             model.enable_input_require_grads()
         wrapped.train()
         parameters = list(trainable(wrapped).values())

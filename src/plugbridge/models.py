@@ -41,6 +41,16 @@ class Tokenizer(Protocol):
     def save_pretrained(self, save_directory: str) -> Any: ...
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have a model in training run its blocks again for their gradient instead of keeping what they left."""
+    known: Any = model
+    how = {"use_reentrant": False}
+    if hasattr(known, "activation_checkpointing_enable"):  # its name in later versions of transformers 5
+        known.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        known.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
 def quiet_transformers() -> None:
     """Keep transformers' own progress bars and advice out of our output (the command line calls it)."""
     transformers_logging.set_verbosity_error()

@@ -192,6 +192,32 @@ def test_standalone_trains_every_part(family: str, method: str, down: str) -> No
         assert any(g is not None and float(g.abs().sum()) > 0 for g in gradients), part
 
 
+@pytest.mark.parametrize("train_bridge", [True, False])
+@pytest.mark.parametrize(("family", "method"), [(family, method) for family, method in GRID if method != "prefix"])
+def test_running_the_blocks_again_gives_the_same_gradients(family: str, method: str, train_bridge: bool) -> None:
+    found: list[tuple[torch.Tensor, dict[str, torch.Tensor], int]] = []
+    for recompute in (True, False):
+        coupling = replace(coupling_of(family, method), train_bridge=train_bridge, recompute=recompute)
+        require_gradients(coupling)
+        runs: list[object] = []
+        stack = coupling.large.family.stack[coupling.large.family.prefix.stack]
+        norm = coupling.bridge.get_submodule(f"{stack.path.format(1)}.{stack.sublayers[0].norm}")
+        norm.register_forward_pre_hook(lambda module, _inputs, runs=runs: runs.append(module))
+        parameters = coupling.parameters()
+        compute = MODES["standalone"].start(coupling)
+        torch.manual_seed(0)  # dropout is the same in both
+        loss = compute(ROWS)
+        (3 * loss).backward()
+        gradients = {name: tensor.grad for name, tensor in parameters.items() if tensor.grad is not None}
+        found.append((loss.detach(), gradients, len(runs)))
+    (again, first, twice), (kept, second, once) = found
+    assert (twice, once) == (2, 1)
+    assert torch.allclose(again, kept, rtol=1e-6)
+    assert first.keys() == second.keys() != set()
+    for name, gradient in first.items():
+        assert torch.allclose(gradient, second[name], rtol=1e-4, atol=1e-6), name
+
+
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_standalone_loss_is_the_loss_of_the_bridge_with_the_folded_module(family: str, method: str) -> None:
     coupling = coupling_of(family, method)

@@ -19,6 +19,7 @@ from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.memory.case import TARGETS, Case, scored
 from plugbridge.memory.packed import pack_weights
+from plugbridge.models import checkpoint_activations
 from plugbridge.progress import Silent
 from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
 from plugbridge.shrink.shelf import Place, Shelf
@@ -116,7 +117,7 @@ def tune(case: Case, checkpointing: bool = False) -> Step:
         pack_weights(model, layout, case.bits)
     wrapped, _ = attach(model, case.method, layout, case.settings)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
         model.enable_input_require_grads()
     wrapped.train()
     tensors = trainable(wrapped).values()

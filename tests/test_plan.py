@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from plugbridge.config import parse_config
-from plugbridge.memory.predict import predict
+from plugbridge.errors import ConfigError
+from plugbridge.memory.predict import Trace, predict
 from plugbridge.plan import Advice, advise, changed, make_plan, rivals_of, subjects_of, works_of
 
 Raw = dict[str, Any]
@@ -62,9 +63,30 @@ def test_advice_ends_where_a_stage_has_no_setting_left(
     assert advise(config, 8, 1000, {"prune": 1 << 20, "tune (small)": 1 << 20}) == Advice((), "tune (small)")
 
 
-def test_advice_never_quantises_a_streamed_model(run_config: Callable[..., Raw]) -> None:
-    config = parse_config(run_config(resident="none", dtype="bfloat16"), "x")
-    assert advise(config, 8, 1000, {"repair": 1 << 20}) == Advice((), "repair")
+def test_advice_never_quantises_a_streamed_model(
+    run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"steps": 4, "batch_size": 4, "micro_batch": 1}
+    config = parse_config(run_config(resident="none", dtype="bfloat16", couple=steps), "x")
+    asked: list[Any] = []
+
+    def predicted(row: Any, _known: Any) -> Any:
+        asked.append(row.case.bits)
+        return Trace({"": 1e9}, 0, 0, 0, 0)
+
+    monkeypatch.setattr("plugbridge.plan._predict", predicted)
+    assert advise(config, 8, 1000, {"couple (feedback)": 1 << 20}) == Advice((), "couple (feedback)")
+    assert set(asked) <= {None}
+    resident = config.model_copy(update={"resident": "all"})
+    advise(resident, 8, 1000, {"couple (feedback)": 1 << 20, "evaluate (a batch)": 1 << 20})
+    assert "4bit" in asked
+
+
+def test_advice_leaves_out_a_budget_beside_a_reduction(run_config: Callable[..., Raw]) -> None:
+    config = parse_config(run_config(prune={"reduction": 2}), "x")
+    with pytest.raises(ConfigError, match="prune"):
+        changed(config, {"prune": {"budget": 0.02}})
+    assert advise(config, 8, 1000, {"prune": 1 << 20}).stuck == "prune"
 
 
 def test_stages_follow_resident_and_the_memory_given(run_config: Callable[..., Raw]) -> None:

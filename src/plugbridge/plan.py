@@ -214,18 +214,18 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
     ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
     (
-        "score.importance: activation",
+        "score.importance: activation, prune.channels: auto",
         {"score": {"importance": "activation"}, "prune": {"channels": "auto"}},
         ("score",),
     ),
     (
-        "score.importance: magnitude",
+        "score.importance: magnitude, prune.channels: auto",
         {"score": {"importance": "magnitude"}, "prune": {"channels": "auto"}},
         ("score",),
     ),
     ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
     ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
-    ("prune.budget: 0.02", {"prune": {"budget": 0.02, "reduction": None}}, ("prune", "repair", "couple")),
+    ("prune.budget: 0.02", {"prune": {"budget": 0.02}}, ("prune", "repair", "couple")),
 )
 """Settings that save memory, those first that change no result, with the stages that they concern."""
 
@@ -271,7 +271,10 @@ def _may_help(config: RunConfig, name: str, number: int) -> bool:
     _, change, concerns = CHANGES[number]
     if not name.startswith(concerns):
         return False
-    tried = changed(config, change)
+    try:
+        tried = changed(config, change)
+    except ConfigError:  # such as a budget beside the reduction that is asked for
+        return False
     return tried != changed(config, {}) and (tried.resident != "none" or tried.load_in is None)
 
 

@@ -68,6 +68,19 @@ def test_a_head_that_is_not_covered_is_left_to_autograd() -> None:
     assert vocabulary_modules(model, layout) == {}
 
 
+def test_a_tied_weight_is_covered_with_all_its_readers_or_not_at_all() -> None:
+    model = make_model("gpt2").double()
+    layout = layout_for(model)
+    assert set(vocabulary_modules(model, layout)) == {"lm_head.weight", "transformer.wte.weight"}
+    model.get_input_embeddings().max_norm = 100.0
+    assert vocabulary_modules(model, layout) == {}
+    samples = [_sample(model)]
+    wanted = fisher(model, layout, samples, lambda sample: _value(model, sample))
+    found = streamed_fisher(model, layout, samples, lambda sample: _value(model, sample), 1)
+    for key, values in wanted.items():
+        assert torch.allclose(found[key], values, rtol=1e-9), key
+
+
 def test_a_large_vocabulary_takes_no_more_than_its_weights() -> None:
     case = Case(gpt2(64, 4, 1, 50000, 32), 1, 16, streamed=True, at_once=0)
     small = replace(case, config=gpt2(64, 4, 1, 1000, 32))

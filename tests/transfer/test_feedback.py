@@ -74,10 +74,19 @@ def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, r
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_kept_graphs_give_the_gradients_of_sublayers_run_again(family: str, method: str, mode: str) -> None:
     found: list[dict[str, torch.Tensor]] = []
+    runs: list[int] = []
     for recompute in (True, False):
         coupling = replace(_double(coupling_of(family, method), family), recompute=recompute)
+        assert coupling.large_model is not None
+        seen: list[object] = []
+        for path, _ in coupling.large.functions():
+            function = coupling.large_model.get_submodule(path)
+            function.register_forward_pre_hook(lambda module, _inputs, seen=seen: seen.append(module))
         found.append(_gradients(coupling, MODES[mode].start(coupling)(ROWS)))
+        runs.append(len(seen))
     again, kept = found
+    assert runs[1] < runs[0]
+    assert runs[1] == len(list(coupling.large.functions()))
     assert any(float(gradient.abs().max()) > 0 for gradient in again.values())
     for name, gradient in again.items():
         assert torch.allclose(kept[name], gradient, rtol=1e-9, atol=1e-12), name

@@ -55,7 +55,5 @@ def _print_plan(found: Any) -> None:
     )
     if found.advice is not None:
         stuck = found.advice.stuck
-        what = (
-            f"it fits with {', '.join(found.advice.settings)}" if stuck is None else f"no setting makes '{stuck}' fit"
-        )
+        what = f"no setting tried makes '{stuck}' fit" if stuck else f"it fits with {', '.join(found.advice.settings)}"
         out.print(f"'{found.peak.name}' does not fit in {found.memory / 2**30:.1f} GiB; {what}")

@@ -230,7 +230,7 @@ def couple(case: Case, mode_name: str) -> Step:
     coupling = Coupling(
         method=case.method, settings=case.settings, small=layout, large=layout, plan=plan, bridge=bridge,
         encoder=case.encoder, module=module, plug={}, down={}, train_bridge=mode.trains_bridge and case.train_bridge,
-        large_model=model, recompute=case.recompute or case.streamed,
+        large_model=model, recompute=case.recompute or (mode.runs_large and case.streamed),
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
     )  # fmt: skip
     if not mode.reads_tokens:

@@ -70,9 +70,13 @@ def sums_by_token(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vocabulary_modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
-    """Embeddings and heads that are covered here, by the name of their weight; others are left to autograd."""
+    """Embeddings and heads that are covered here, by the name of their weight; others are left to autograd.
+
+    A weight is covered with all that read it or not at all.
+    """
     table = layout.table()
     found: dict[str, nn.Module] = {}
+    left: set[int] = set()
     for name in sorted(layout.vocabulary()):
         path = name.removesuffix(".weight")
         if path == name or table[name].pattern != PATTERN or table[name].place.stack is not None:
@@ -84,7 +88,9 @@ def vocabulary_modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]
             covered = isinstance(module, nn.Linear) and getattr(module, "bias", None) is None
         if covered:
             found[name] = module
-    return found
+        else:
+            left.add(id(module.get_parameter("weight")))
+    return {name: module for name, module in found.items() if id(module.get_parameter("weight")) not in left}
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
     return found
 
 
-UNSEEN = ("checkpoint_every", "keep", "micro_batch")
+UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute")
 """Keys that change no result, beyond rounding."""
 
 

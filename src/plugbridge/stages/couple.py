@@ -47,7 +47,7 @@ def couple(work: Work) -> dict[str, Any]:
         train_bridge=mode.trains_bridge and settings.bridge == "train",
         large_model=p.load_run_only()[0] if mode.runs_large else None,
         first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
-        recompute=settings.recompute or p.streamed is not None,
+        recompute=settings.recompute or (mode.runs_large and p.streamed is not None and p.config.load_in is None),
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
     )  # fmt: skip
     if not mode.reads_tokens:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -46,8 +47,7 @@ def bridge_loss(
         assert set(replaced) == names
         batch = gold(coupling.encoder, rows).to(coupling.bridge.device)
         if recompute:
-            weights = [parameter for parameter in named.values() if parameter.requires_grad]
-            return _loss_with_gradients(wrapped, replaced, weights, batch, coupling.encoder.kind)
+            return _loss_inside(wrapped, replaced, batch, coupling.encoder.kind)
 
         def forward(**inputs: Any) -> Any:
             return functional_call(wrapped, replaced, (), inputs)
@@ -67,44 +67,50 @@ def _run_blocks_again(coupling: Coupling) -> None:
             bridge.get_submodule(stack.path.format(layer)).training = True  # itself alone: its dropout stays as it is
 
 
-class _WithGradients(nn.Module):
-    """A model's loss and its gradients, all while the model's tensors are replaced: blocks are run again in there."""
+class _Inside(nn.Module):
+    """Something done with a model, as the forward pass of a module: its tensors can be replaced meanwhile."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, kind: str, wanted: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss of a batch and its gradients at `wanted`."""
-
-        def run(**inputs: Any) -> Any:
-            return self.model(**inputs, use_cache=False)
-
-        value = mean_loss(run, batch, kind)
-        return value.detach(), torch.autograd.grad(value, wanted, materialize_grads=True)
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        """What `work` gives for the model."""
+        return work(self.model)
 
 
-def _loss_with_gradients(
-    model: nn.Module, replaced: dict[str, Tensor], weights: list[nn.Parameter], batch: Batch, kind: str
-) -> Tensor:
-    """The loss, differentiable in the replaced tensors and the weights as ever."""
+def _loss_inside(model: nn.Module, replaced: dict[str, Tensor], batch: Batch, kind: str) -> Tensor:
+    """A batch's loss, whose backward pass runs with the tensors replaced, too: blocks are run again in there.
+
+    It ends in the weights' own ``grad``, as ever in a backward pass; `torch.autograd.grad` reaches `replaced` only.
+    """
     leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in replaced.items()}
-    wanted = [*leaves.values(), *weights]
-    inside = {f"{MODEL}{name}": leaf for name, leaf in leaves.items()}
-    value, gradients = functional_call(_WithGradients(model), inside, (batch, kind, wanted))
-    return cast(Tensor, _Known.apply(value, gradients, *replaced.values(), *weights))
+    inside = partial(functional_call, _Inside(model), {f"{MODEL}{name}": leaf for name, leaf in leaves.items()})
+
+    def forward(model: nn.Module) -> Tensor:
+        return mean_loss(partial(model, use_cache=False), batch, kind)
+
+    with torch.enable_grad():
+        value = cast(Tensor, inside((forward,)))
+
+    def backward(factor: Tensor) -> list[Tensor | None]:
+        def work(_model: nn.Module) -> None:
+            value.backward(factor)  # pyright: ignore[reportUnknownMemberType]
+
+        inside((work,))
+        return [leaf.grad for leaf in leaves.values()]
+
+    return cast(Tensor, _Deferred.apply(value.detach(), backward, *replaced.values()))
 
 
-class _Known(torch.autograd.Function):
-    """A value whose gradients at some tensors are known."""
+class _Deferred(torch.autograd.Function):
+    """A value whose backward pass is given."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *_tensors: Tensor) -> Tensor:
-        ctx.gradients = list(gradients)
+    def forward(ctx: Any, value: Tensor, backward: Callable[[Tensor], list[Tensor | None]], *_: Tensor) -> Tensor:
+        ctx.back = backward
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        known: list[Tensor] = ctx.gradients
-        ctx.gradients = []
-        return None, None, *(gradient.mul_(factors[0]) for gradient in known)
+        return None, None, *ctx.back(factors[0])

@@ -225,6 +225,7 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ),
     ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
     ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
+    ("prune.reduction: 8", {"prune": {"reduction": 8}}, ("prune", "repair", "couple")),
     ("prune.budget: 0.02", {"prune": {"budget": 0.02}}, ("prune", "repair", "couple")),
 )
 """Settings that save memory, those first that change no result, with the stages that they concern."""

@@ -6,6 +6,7 @@ columns together. Scores are sums, so an axis shared by many weights is ranked b
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,13 +90,18 @@ def budgeted_sizes(layout: Layout, names: set[str], budget: int) -> dict[str, in
     """
     widest = max(layout.sizes[axis] for axis in layout.family.scope)
     reductions = sorted({layout.sizes[a] / k for a in layout.family.scope for k in _units(layout.sizes[a])})
-    smallest = 0
-    for reduction in [*reductions, float(2 * widest)]:
-        sizes = reduced_sizes(layout, max(1.0, reduction))
-        smallest = count_parameters(layout, names, sizes)
-        if smallest <= budget:
-            return sizes
-    raise ConfigError(f"a budget of {budget} parameters is too small: the smallest Bridge of this model has {smallest}")
+    reductions.append(float(2 * widest))
+
+    def count(reduction: float) -> int:
+        return count_parameters(layout, names, reduced_sizes(layout, max(1.0, reduction)))
+
+    first = bisect_left(reductions, True, key=lambda reduction: count(reduction) <= budget)  # no axis grows with it
+    if first == len(reductions):
+        smallest = count(reductions[-1])
+        raise ConfigError(
+            f"a budget of {budget} parameters is too small: the smallest Bridge of this model has {smallest}"
+        )
+    return reduced_sizes(layout, max(1.0, reductions[first]))
 
 
 def _units(size: int) -> list[float]:

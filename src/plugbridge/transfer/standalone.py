@@ -20,18 +20,15 @@ MODEL = "model."
 
 def standalone(coupling: Coupling) -> Loss:
     """The Bridge reads the tokens by itself, with the module plugged in at its width."""
-    return bridge_loss(coupling, lambda _rows: nullcontext(), coupling.recompute and not coupling.method.stacked)
+    return bridge_loss(coupling, None)
 
 
-def bridge_loss(
-    coupling: Coupling,
-    during: Callable[[list[Encoded]], AbstractContextManager[None]],
-    recompute: bool = False,
-) -> Loss:
+def bridge_loss(coupling: Coupling, during: Callable[[list[Encoded]], AbstractContextManager[None]] | None) -> Loss:
     """The loss of the Bridge with the module at its width; `during(rows)` surrounds its forward pass.
 
-    With `recompute` every block is run again for its gradient (activation checkpointing), with less memory.
+    Where nothing does, blocks may be run again for their gradient (`Coupling.recompute`: activation checkpointing).
     """
+    recompute = during is None and coupling.recompute and not coupling.method.stacked
     named = dict(coupling.bridge.named_parameters())
     wrapped, _ = attach(coupling.bridge, coupling.method, coupling.bridge_layout(), coupling.settings)
     names = set(trainable(wrapped))
@@ -46,13 +43,13 @@ def bridge_loss(
         replaced = {parameter_name(key): tensor for key, tensor in module.items()}
         assert set(replaced) == names
         batch = gold(coupling.encoder, rows).to(coupling.bridge.device)
-        if recompute:
+        if recompute:  # of prefixes, checkpointing would drop the cache that holds them
             return _loss_inside(wrapped, replaced, batch, coupling.encoder.kind)
 
         def forward(**inputs: Any) -> Any:
             return functional_call(wrapped, replaced, (), inputs)
 
-        with during(rows):
+        with during(rows) if during is not None else nullcontext():
             return mean_loss(forward, batch, coupling.encoder.kind)
 
     return loss

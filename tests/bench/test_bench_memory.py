@@ -83,7 +83,9 @@ def test_with_a_time_to_end_a_call_counts_a_row_at_least_and_the_next_goes_on(
 
     (first,) = call(0)
     assert list(read_counts(path).values()) == [first]
-    assert f"| {first.method} |" in memory_page([first], MEMORY, "a command")  # LoRA, the measure, is not there yet
+    page = memory_page([first], MEMORY, "a later command")
+    assert f"| {first.method} |" in page  # LoRA, the measure, is not there yet
+    assert f"    {first.command}\n    a later command\n" in page
     assert [(count.method, count.stage) for count in call(3600)] == [(row.method, row.stage) for row in rows]
     assert len(asked) == len(rows)
     assert len(call(0, "another command")) == 1

@@ -37,8 +37,9 @@ JOBS = [
 
 
 def memory_page(counts: Sequence[Count], about: str, command: str) -> str:
-    """A Markdown page with a table for each model."""
-    lines = ["# Memory and time", "", about.strip(), "", "Made by", "", f"    {command}", ""]
+    """A Markdown page with a table for each model, and every command that a row of it comes from."""
+    commands = dict.fromkeys([*(count.command for count in counts), command])
+    lines = ["# Memory and time", "", about.strip(), "", "Made by", "", *(f"    {made}" for made in commands), ""]
     for model in dict.fromkeys(count.model for count in counts):
         same = [count for count in counts if count.model == model]
         table = TABLES.get(model)

@@ -227,6 +227,7 @@ EVERYTHING = {*STAGES, "ceiling"}
         ("task.prompt", "it is : {word}", EVERYTHING),
         ("tune.checkpoint_every", 3, set()),
         ("couple.checkpoint_every", 3, set()),
+        ("couple.recompute", False, set()),
     ],
 )
 def test_a_changed_setting_redoes_what_depends_on_it(

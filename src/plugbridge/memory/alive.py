@@ -51,7 +51,7 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # more than half of all questions; the long way round takes a third of the time
+            return args[0].fake_device  # half of all questions
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
         if func is aten.equal.default and isinstance(args[0], FakeTensor):

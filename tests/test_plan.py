@@ -63,7 +63,7 @@ def test_advice_ends_where_a_stage_has_no_setting_left(
     assert advise(config, 8, 1000, {"prune": 1 << 20, "tune (small)": 1 << 20}) == Advice((), "tune (small)")
 
 
-def test_advice_never_quantises_a_streamed_model(
+def test_advice_never_quantises_a_streamed_model_nor_one_too_large_in_4_bits(
     run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = {"steps": 4, "batch_size": 4, "micro_batch": 1}
@@ -78,8 +78,11 @@ def test_advice_never_quantises_a_streamed_model(
     assert advise(config, 8, 1000, {"couple (feedback)": 1 << 20}) == Advice((), "couple (feedback)")
     assert set(asked) <= {None}
     resident = config.model_copy(update={"resident": "all"})
-    advise(resident, 8, 1000, {"couple (feedback)": 1 << 20, "evaluate (a batch)": 1 << 20})
-    assert "4bit" in asked
+    least = subjects_of(config, 8, None).parameters // 2  # bytes
+    for memory, tried in ((least - 1, False), (least + 1, True)):
+        asked.clear()
+        advise(resident, 8, memory, {"couple (feedback)": 1 << 29, "evaluate (a batch)": 1 << 29})
+        assert ("4bit" in asked) is tried
 
 
 def test_advice_leaves_out_a_budget_beside_a_reduction(run_config: Callable[..., Raw]) -> None:

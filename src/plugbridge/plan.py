@@ -12,6 +12,7 @@ from plugbridge.config import RunConfig
 from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
+from plugbridge.memory.packed import BITS
 from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rates import Rates, measure_rates
 from plugbridge.memory.rows import Row, baselines, top_layers
@@ -250,9 +251,12 @@ def advise(
             continue
         tried = changed(config, change)
         try:
-            works = [work for work in works_of(subjects_of(tried, length, memory)) if work.row.method in names]
+            subjects = subjects_of(tried, length, memory)
+            works = [work for work in works_of(subjects) if work.row.method in names]
         except ConfigError:  # such as a Bridge too small for the model's heads
             continue
+        if tried.load_in is not None and subjects.parameters * BITS[tried.load_in] / 8 > memory:
+            continue  # the weights alone do not fit: nothing to trace
         peaks = {work.row.method: _predict(work.row, known).peak for work in works}
         if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
             config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]

@@ -55,6 +55,14 @@ def test_shallow_traces_extend_to_the_true_depth(step: str) -> None:
     assert short.trained == whole.trained
 
 
+@pytest.mark.parametrize("step", ["tuned", "couple, feedback", "couple, ladder", "repair"])
+def test_a_later_part_of_a_batch_stands_for_all_parts(step: str) -> None:
+    case = replace(case_of("gpt2"), batch=6, micro_batch=2)
+    whole, counted = trace(case, STEPS[step]), predict(case, STEPS[step])
+    assert counted.peak == whole.peak
+    assert counted.flops == pytest.approx(whole.flops, rel=0.01)
+
+
 def test_two_stacks_of_different_depth_extend_each_by_its_own_layers() -> None:
     case = case_of("t5")
     case = case.with_layers({"encoder": 4, "decoder": 6}, {})

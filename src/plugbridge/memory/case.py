@@ -67,7 +67,8 @@ class Case:
     projected or selected, `bits` how weights are held where the model only runs forward. A `streamed` model has one
     block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is
     scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
-    the models `micro_batch` rows at a time, all rows where it is None.
+    the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
+    of their step, whose gradients are in memory.
     """
 
     config: PreTrainedConfig
@@ -89,6 +90,7 @@ class Case:
     weights: str | None = None
     at_once: int = 1
     micro_batch: int | None = None
+    later: bool = False
 
     @property
     def family(self) -> Family:

@@ -16,6 +16,9 @@ from plugbridge.config import LoadIn
 from plugbridge.families.spec import Layout
 from plugbridge.quantised import BLOCK, block_linears
 
+BITS: dict[LoadIn, int] = {"8bit": 8, "4bit": 4}
+"""Bits of a quantised weight."""
+
 
 class _Product(torch.autograd.Function):
     """x times an unpacked weight; only the packed one is kept for the backward pass."""
@@ -55,7 +58,7 @@ class Packed(nn.Linear):
 
 def pack_weights(model: PreTrainedModel, layout: Layout, load_in: LoadIn) -> None:
     """Replace a model's block layers, those that `load_quantised` quantises, by packed ones."""
-    bits = {"8bit": 8, "4bit": 4}[load_in]
+    bits = BITS[load_in]
     for path in block_linears(model, layout):
         layer = cast(Any, model.get_submodule(path))
         shape = tuple(layer.weight.shape)

@@ -43,7 +43,8 @@ class Trace:
 def predict(case: Case, make: MakeStep) -> Trace:
     """A step's counts at the case's own depth, without a tensor of it.
 
-    What several rows have in memory at once grows linearly with them; further parts of a batch only add work.
+    What several rows have in memory at once grows linearly with them. Of a batch in parts a later one counts, which
+    finds the gradients of those before it; the others only add work.
     """
     gc.freeze()  # what is there already need not be looked through for every trace
     try:
@@ -51,9 +52,9 @@ def predict(case: Case, make: MakeStep) -> Trace:
             one, two = (_predict(replace(case, at_once=rows), make) for rows in (1, 2))
             return extended(one, one, two, case.at_once - 1)
         part = case.micro_batch or case.batch
-        if case.batch > 2 * part:
-            two, times = _predict(replace(case, batch=2 * part), make), case.batch / (2 * part)
-            return replace(two, flops=times * two.flops, moved=times * two.moved)
+        if case.batch > part:
+            later, times = _predict(replace(case, batch=part, later=True), make), case.batch / part
+            return replace(later, flops=times * later.flops, moved=times * later.moved)
         return _predict(case, make)
     finally:
         gc.unfreeze()

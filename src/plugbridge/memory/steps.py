@@ -72,7 +72,7 @@ def training(
     kept: list[Tensor] = []
 
     def forward(part: list[Encoded], share: float, first: bool) -> None:
-        if first:
+        if first and not case.later:
             optimizer.zero_grad(set_to_none=True)
         kept.append(loss(part) * share)
 
@@ -87,7 +87,8 @@ def training(
         for tensor in tensors:
             tensor.grad = torch.zeros_like(tensor)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if not case.later:
+            optimizer.zero_grad(set_to_none=True)
 
     phases: dict[str, Callable[[], None]] = {}
     for i, (part, share) in enumerate(shares(case.rows(), case.micro_batch, lambda row: row.targets)):

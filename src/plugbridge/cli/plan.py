@@ -27,10 +27,13 @@ def plan(
 
     loaded = load_config(config, tuple(sets or ()))
     room = parse_bytes(memory) if memory is not None else None
-    setup(True)
-    from plugbridge.plan import make_plan
+    from plugbridge.plan.beside import second_process
 
-    found = make_plan(loaded, length, room, threads)
+    with second_process() as beside:
+        setup(True)
+        from plugbridge.plan.make import make_plan
+
+        found = make_plan(loaded, length, room, threads, beside)
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
         return
@@ -39,8 +42,9 @@ def plan(
 
 def _print_plan(found: Any) -> None:
     table = Table(title=f"large model: {found.large_parameters:,} parameters; rows of {found.length} tokens")
-    for column in ("stage", "peak MiB", "hours", "disk MiB", "forward passes", "large rows", "fits"):
-        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    table.add_column("stage")  # whose lines break on a narrow terminal; numbers never do
+    for column in ("peak\nMiB", "\nhours", "disk\nMiB", "forward\npasses", "large\nrows", "\nfits"):
+        table.add_column(column, justify="right", no_wrap=True)
     for stage in found.stages:
         fits = {None: "", True: "yes", False: "no"}[stage.fits]
         table.add_row(

@@ -11,7 +11,9 @@ import pytest
 from plugbridge.config import parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.memory.predict import Trace, predict
-from plugbridge.plan import Advice, advise, changed, make_plan, rivals_of, subjects_of, works_of
+from plugbridge.plan.advice import Advice, advise, changed
+from plugbridge.plan.make import make_plan
+from plugbridge.plan.works import rivals_of, subjects_of, works_of
 
 Raw = dict[str, Any]
 
@@ -59,7 +61,7 @@ def test_advice_ends_where_a_stage_has_no_setting_left(
     run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = parse_config(run_config(resident="all", dtype="bfloat16", tune={"steps": 4, "micro_batch": 1}), "x")
-    monkeypatch.setattr("plugbridge.plan._predict", None)  # nothing is traced for it
+    monkeypatch.setattr("plugbridge.plan.predictions.predict", None)  # nothing is traced for it
     assert advise(config, 8, 1000, {"prune": 1 << 20, "tune (small)": 1 << 20}) == Advice((), "tune (small)")
 
 
@@ -70,11 +72,11 @@ def test_advice_never_quantises_a_streamed_model_nor_one_too_large_in_4_bits(
     config = parse_config(run_config(resident="none", dtype="bfloat16", couple=steps), "x")
     asked: list[Any] = []
 
-    def predicted(row: Any, _known: Any) -> Any:
-        asked.append(row.case.bits)
+    def predicted(case: Any, _make: Any) -> Any:
+        asked.append(case.bits)
         return Trace({"": 1e9}, 0, 0, 0, 0)
 
-    monkeypatch.setattr("plugbridge.plan._predict", predicted)
+    monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
     assert advise(config, 8, 1000, {"couple (feedback)": 1 << 20}) == Advice((), "couple (feedback)")
     assert set(asked) <= {None}
     resident = config.model_copy(update={"resident": "all"})

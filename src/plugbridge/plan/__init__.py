@@ -1,0 +1,1 @@
+"""What a run would take, from the models' configuration files alone: nothing is loaded, nothing is run."""

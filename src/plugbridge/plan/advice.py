@@ -1,0 +1,129 @@
+"""Which settings would make a run fit."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from plugbridge.config import RunConfig
+from plugbridge.errors import ConfigError
+from plugbridge.memory.packed import BITS
+from plugbridge.memory.rows import Row
+from plugbridge.plan.predictions import Predictions
+from plugbridge.plan.works import subjects_of, works_of
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`settings` with which all our stages fit; or a stage that is `stuck`, which none of those tried makes fit."""
+
+    settings: tuple[str, ...]
+    stuck: str | None = None
+
+
+LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
+CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
+    ("resident: none", {"": {"resident": "none"}}, LARGE),
+    ("score.keep: disk", {"score": {"keep": "disk"}}, ("score",)),
+    ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune",)),
+    ("couple.recompute: true", {"couple": {"recompute": True}}, ("couple",)),
+    ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
+    ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
+    (
+        "score.importance: activation, prune.channels: auto",
+        {"score": {"importance": "activation"}, "prune": {"channels": "auto"}},
+        ("score",),
+    ),
+    (
+        "score.importance: magnitude, prune.channels: auto",
+        {"score": {"importance": "magnitude"}, "prune": {"channels": "auto"}},
+        ("score",),
+    ),
+    ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
+    ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
+    ("prune.reduction: 8", {"prune": {"reduction": 8}}, ("prune", "repair", "couple")),
+    ("prune.budget: 0.02", {"prune": {"budget": 0.02}}, ("prune", "repair", "couple")),
+)
+"""Settings that save memory, those first that change no result, with the stages that they concern."""
+
+
+def advise(
+    config: RunConfig, length: int, memory: int, tight: dict[str, int], predictions: Predictions | None = None
+) -> Advice:
+    """The first settings, each added to those before it that help, with which all our stages fit.
+
+    `tight` are the peaks of the stages that do not fit. The search ends with the first stage that is left without a
+    setting to try.
+    """
+    predictions = Predictions() if predictions is None else predictions
+    predictions.expect(_likely(config, length, memory, set(tight), predictions))
+    chosen: list[str] = []
+    for number, (text, _, _) in enumerate(CHANGES):
+        over = [name for name, peak in tight.items() if peak > memory]
+        if (stuck := _stuck(config, over, number)) is not None:
+            return Advice((), stuck)
+        tried, rows = _tried(config, length, memory, over, number)
+        peaks = {row.method: predictions.of(row).peak for row in rows}
+        if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
+            config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]
+        if all(peak <= memory for peak in tight.values()):
+            return Advice(tuple(chosen))
+    return Advice((), next(name for name, peak in tight.items() if peak > memory))
+
+
+def _likely(config: RunConfig, length: int, memory: int, tight: set[str], predictions: Predictions) -> list[Row]:
+    """Every stage under the first change of it that is not known: what the search asks for at first."""
+    found: list[Row] = []
+    for number in range(len(CHANGES)):
+        left = tight - {row.method for row in found}
+        found.extend(row for row in _tried(config, length, memory, left, number)[1] if row not in predictions)
+    return found
+
+
+def _tried(
+    config: RunConfig, length: int, memory: int, names: Collection[str], number: int
+) -> tuple[RunConfig, list[Row]]:
+    """A configuration with a change, and those of the named stages that it may help; none if it cannot be."""
+    _, change, _ = CHANGES[number]
+    helped = [name for name in names if _may_help(config, name, number)]
+    if not helped:
+        return config, []
+    try:
+        tried = changed(config, change)
+        subjects = subjects_of(tried, length, memory)
+        rows = [work.row for work in works_of(subjects) if work.row.method in helped]
+    except ConfigError:  # such as a Bridge too small for the model's heads
+        return config, []
+    if tried.load_in is not None and subjects.parameters * BITS[tried.load_in] / 8 > memory:
+        return config, []  # the weights alone do not fit: nothing to trace
+    return tried, rows
+
+
+def _stuck(config: RunConfig, over: list[str], number: int) -> str | None:
+    """The first stage that neither this change nor a later one may help."""
+    later = range(number, len(CHANGES))
+    return next((name for name in over if not any(_may_help(config, name, at) for at in later)), None)
+
+
+def _may_help(config: RunConfig, name: str, number: int) -> bool:
+    """Whether a change concerns a stage and changes anything; quantised weights do not stream."""
+    _, change, concerns = CHANGES[number]
+    if not name.startswith(concerns):
+        return False
+    try:
+        tried = changed(config, change)
+    except ConfigError:  # such as a budget beside the reduction that is asked for
+        return False
+    return tried != changed(config, {}) and (tried.resident != "none" or tried.load_in is None)
+
+
+def changed(config: RunConfig, change: dict[str, dict[str, Any]]) -> RunConfig:
+    """A configuration with some keys changed, by section."""
+    raw = config.model_dump()
+    if isinstance(raw["large"], str):
+        raw["large"] = {"path": raw["large"]}
+    for section, keys in change.items():
+        (raw if section == "" else raw[section]).update(keys)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValueError as error:  # keys that were checked one by one
+        raise ConfigError(f"{', '.join(change)}: not usable together with this configuration") from error

@@ -1,0 +1,77 @@
+"""A plan: every stage of a run and, beside it, other ways to tune the same large model."""
+
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from plugbridge.config import RunConfig
+from plugbridge.memory.predict import Trace
+from plugbridge.memory.rates import Rates, measure_rates
+from plugbridge.plan.advice import Advice, advise
+from plugbridge.plan.predictions import Predictions
+from plugbridge.plan.works import Work, rivals_of, subjects_of, works_of
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One line of a plan.
+
+    `peak_bytes` holds model and optimizer, `disk_bytes` is what the stage leaves and, where it trains, its step
+    checkpoint. `large_rows` are the rows that the large model reads, `passes` its forward passes. `fits` is None where
+    no memory was given.
+    """
+
+    name: str
+    ours: bool
+    peak_bytes: int
+    seconds: float
+    disk_bytes: int
+    passes: int
+    large_rows: int
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages and baselines; `advice` where memory was given and the run does not fit in it."""
+
+    stages: list[PlannedStage]
+    rates: Rates
+    large_parameters: int
+    length: int
+    memory: int | None
+    advice: Advice | None
+
+    @property
+    def peak(self) -> PlannedStage:
+        """Our stage with the largest peak."""
+        return max((stage for stage in self.stages if stage.ours), key=lambda stage: stage.peak_bytes)
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as one JSON object."""
+        return asdict(self)
+
+
+def make_plan(config: RunConfig, length: int, memory: int | None, threads: int, beside: Executor | None = None) -> Plan:
+    """Predict every stage of a run and the baselines, for rows of `length` tokens. Raises as `prepare` does.
+
+    Predictions are made on `beside`, too, where it is given.
+    """
+    predictions = Predictions(beside)
+    subjects = subjects_of(config, length, memory)
+    works = [*works_of(subjects), *rivals_of(subjects)]
+    traces = predictions.all([work.row for work in works])
+    rates = measure_rates(subjects.large.dtype, "cpu", threads)  # while nothing else is at work
+    stages = [_planned(work, trace, rates, memory) for work, trace in zip(works, traces, strict=True)]
+    tight = {stage.name: stage.peak_bytes for stage in stages if stage.ours and stage.fits is False}
+    advice = advise(config, length, memory, tight, predictions) if memory is not None and tight else None
+    return Plan(stages, rates, subjects.parameters, length, memory, advice)
+
+
+def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> PlannedStage:
+    disk = work.disk + 12 * counts.trained  # the step checkpoint: parameters and AdamW's two moments
+    name = f"{work.row.method}" if work.row.stage == "" else f"large: {work.row.method}"
+    return PlannedStage(
+        name, work.row.stage == "", counts.peak, work.times * rates.seconds(counts), round(disk), work.passes,
+        work.large_rows, None if memory is None else counts.peak <= memory,
+    )  # fmt: skip

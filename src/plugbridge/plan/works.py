@@ -1,0 +1,120 @@
+"""A run's stages as steps that can be traced, and how often each is done."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from plugbridge.config import RunConfig
+from plugbridge.cost import free_memory
+from plugbridge.memory.case import Case
+from plugbridge.memory.rows import Row, baselines, top_layers
+from plugbridge.memory.steps import STEPS
+from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype
+from plugbridge.prepare import bridge_sizes, resolve, wants_streaming
+from plugbridge.shrink.prune import count_parameters
+from plugbridge.stages.shrink import rows_at_once
+from plugbridge.streaming import block_bytes
+from plugbridge.transfer.couple import find_mode
+from plugbridge.tuners.table import MethodSettings, find_method
+
+
+@dataclass(frozen=True)
+class Work:
+    """How often a stage's step is done, what it leaves on disk, and how it reads the large model."""
+
+    row: Row
+    times: float
+    disk: float
+    passes: int
+    large_rows: int
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """A configuration met with the shapes of its models; `at_once` is of a streamed model that is scored."""
+
+    config: RunConfig
+    small: Case
+    large: Case
+    at_once: int
+    parameters: int
+    bridge: int
+    hidden: int
+
+
+def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
+    """Read both models' configuration files and size the Bridge. Raises ConfigError or ModelError.
+
+    Whether the large model is streamed is as the run would decide, with `memory` free, or what is free here.
+    """
+    config, method = resolve(config), find_method(config.method.name)
+    remote = config.trust_remote_code
+    small, large = (load_config(path, trust_remote_code=remote) for path in (config.small, config.large_path))
+    check_pair(small, large)
+    rank = config.method.rank if config.method.rank is not None else method.rank
+    settings = MethodSettings(rank, config.method.alpha or 2.0 * rank, config.method.dropout)
+    base = Case(
+        large, config.couple.batch_size, length, dtype=pick_dtype(config.dtype), method=method, settings=settings,
+        channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
+        train_bridge=config.couple.bridge == "train", recompute=config.couple.recompute,
+    )  # fmt: skip
+    empty, layout = base.on_meta()
+    sizes = bridge_sizes(config, empty, layout)
+    names = {name for name, _ in empty.named_parameters()}
+    assert config.couple.layers is not None  # resolved
+    free = memory if memory is not None else free_memory(pick_device(config.device))
+    at_once = rows_at_once(layout, length, base.dtype, block_bytes(empty, layout))
+    large_case = replace(
+        base, sizes=sizes, trained=top_layers(base.layers, config.couple.layers),
+        streamed=wants_streaming(config, parameter_count(empty), free),
+        micro_batch=config.couple.micro_batch,
+    )  # fmt: skip
+    return Subjects(
+        config,
+        replace(base, config=small, batch=config.tune.batch_size, bits=None, micro_batch=config.tune.micro_batch),
+        large_case,
+        0 if config.score.keep == "disk" else min(at_once, config.score.samples),
+        parameter_count(empty),
+        count_parameters(layout, names, sizes),
+        layout.sizes["hidden"],
+    )
+
+
+def works_of(s: Subjects) -> Iterator[Work]:
+    """Our stages in order. Stages that read the full weights do so whatever `load_in` says."""
+    config, hidden = s.config, s.hidden
+    full = replace(s.large, bits=None, trained={})
+    coupled = s.large if s.large.bits is None else replace(s.large, streamed=False)
+    large = replace(coupled, trained={})  # all layers are alike where none is left out
+    samples, width = config.score.samples, large.dtype.itemsize
+    yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0)
+    moments = 8 * hidden * hidden * (2 if config.score.importance == "fisher" else 1)
+    scored = replace(full, at_once=s.at_once) if full.streamed else full
+    reads = 1 + max(1, scored.at_once) if full.streamed else 1  # rows of one repetition
+    states = 0
+    if full.streamed and s.at_once == 0:  # a row leaves one at every block
+        states = samples * full.length * hidden * width * sum(full.layers.values())
+    disk = moments + states
+    yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, 2 * samples, 2 * samples)
+    yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
+    if config.repair is not None:
+        case, steps = replace(large, batch=config.repair.batch_size, micro_batch=None), config.repair.steps
+        row = Row("repair", "", case, STEPS["repair"])
+        yield Work(row, steps, s.bridge * 4, steps, steps * case.batch)
+    steps = config.couple.steps
+    runs = steps if find_mode(config.couple.mode).runs_large else 0
+    row = Row(f"couple ({config.couple.mode})", "", coupled, STEPS[f"couple, {config.couple.mode}"])
+    yield Work(row, steps, 0, runs, runs * coupled.batch)
+    if config.polish is not None:
+        rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
+        times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
+        yield Work(Row("polish", "", replace(large, batch=batch), STEPS["polish"]), times, 0, times, rows)
+    row = Row("evaluate (a batch)", "", replace(large, batch=config.evaluate.batch_size), STEPS["evaluate"])
+    yield Work(row, 1, 0, 1, row.case.batch)
+
+
+def rivals_of(s: Subjects) -> Iterator[Work]:
+    """Other ways to tune the large model, with as many steps on batches of the same size."""
+    case, steps = replace(s.large, bits=None, trained={}, streamed=False, micro_batch=None), s.config.couple.steps
+    for row in baselines(case):
+        yield Work(row, steps, 0, steps, steps * case.batch)

@@ -135,3 +135,15 @@ def test_padding_changes_no_likelihood(family: str) -> None:
 
 def test_the_likeliest_option_wins_and_the_first_of_equals() -> None:
     assert predictions([[-1.0, -0.5, -2.0], [-1.0, -1.0], [-3.0]]) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_head_is_one_product_for_all_rows(family: str) -> None:
+    """States that are not contiguous make it one product a row, each with a copy of a bfloat16 head."""
+    model, whole = tuned(family, None), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, given: whole.append(given[0].is_contiguous()))
+    encoder = Encoder(make_tokenizer(), "causal", None)
+    rows = [rows_of("causal", [(1, 1), (1, 1)])[1]] * 3
+    option_scores(model, encoder, rows, 4, Silent(), "")
+    mean_loss(model, gold(encoder, rows), "causal")
+    assert whole == [True, True]

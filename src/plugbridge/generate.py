@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from plugbridge.models import last_positions
 from plugbridge.progress import Progress
 from plugbridge.tasks.encode import Encoded, Encoder
 
@@ -57,6 +58,7 @@ def _continue(
         num_beams=1,
         eos_token_id=encoder.tokenizer.eos_token_id,
         pad_token_id=encoder.pad,
+        **({"logits_to_keep": last_positions(1, device)} if causal else {}),
     )
     # a decoder's own start token comes first in a seq2seq answer, the prompt in a causal one
     return cast(list[list[int]], found[:, width if causal else 1 :].tolist())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,6 +49,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         known.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     else:
         known.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+def last_positions(count: int, device: torch.device | str) -> Tensor:
+    """The last positions of a row, as a causal model's `logits_to_keep`; returns (count,).
+
+    Given the number, transformers takes a slice of the states, which is not contiguous; the head's product with it is
+    then one product a row, for which PyTorch copies a bfloat16 head on the CPU row by row.
+    """
+    return torch.arange(-count, 0, device=device)
 
 
 def quiet_transformers() -> None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from plugbridge.models import last_positions
 from plugbridge.tasks.encode import Batch, Encoder, collate, pad_right
 
 
@@ -51,7 +52,8 @@ def _read_causal(model: nn.Module, batch: Batch, opening: int) -> Reading:
     lengths = mask.sum(-1)
     # counted from the end: virtual tokens in front shift nothing, and the head runs on the last positions only
     ends = (lengths - tokens.shape[1] - 1)[:, None] + torch.arange(-opening, 1, device=tokens.device)
-    output = model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=-int(ends.min()))
+    kept = last_positions(-int(ends.min()), tokens.device)
+    output = model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=kept)
     logits = output.logits[torch.arange(len(tokens), device=tokens.device)[:, None], ends]
     virtual = output.past_key_values.get_seq_length() - tokens.shape[1]
     return Reading(logits, output.past_key_values, _behind_virtual(mask, virtual), after=lengths + virtual)

@@ -115,3 +115,13 @@ def test_no_weight_of_the_large_model_ever_gets_a_gradient(family: str, method: 
     gradients = {name: tensor.grad for name, tensor in coupling.parameters().items()}
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients.values())
     assert sum(float(g.abs().sum()) > 0 for g in gradients.values() if g is not None) > len(gradients) // 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_head_whose_output_is_not_used_is_one_product_for_all_rows(family: str) -> None:
+    coupling, whole = _double(coupling_of(family, "lora"), family), []
+    large = coupling.large_model
+    assert large is not None
+    large.get_output_embeddings().register_forward_pre_hook(lambda _, given: whole.append(given[0].is_contiguous()))
+    MODES["feedback"].start(coupling)(ROWS)
+    assert whole == [True, True]  # forward, and its gradient

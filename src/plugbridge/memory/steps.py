@@ -19,7 +19,7 @@ from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.memory.case import TARGETS, Case, scored
 from plugbridge.memory.packed import pack_weights
-from plugbridge.models import checkpoint_activations
+from plugbridge.models import checkpoint_activations, last_positions
 from plugbridge.progress import Silent
 from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
 from plugbridge.shrink.shelf import Place, Shelf
@@ -280,7 +280,7 @@ def evaluate(case: Case) -> Step:
     tokens: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if case.kind == "seq2seq":
         tokens["decoder_input_ids"] = batch.labels[:, :1]
-    last = {"logits_to_keep": 1} if case.kind == "causal" else {}
+    last = {"logits_to_keep": last_positions(1, case.device)} if case.kind == "causal" else {}
 
     def work() -> None:
         with torch.no_grad():

@@ -24,6 +24,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from plugbridge.evaluate import at_least_float32
 from plugbridge.families.spec import Layout, Place, Sublayer
+from plugbridge.models import last_positions
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.residual import Width, head_loss
@@ -257,7 +258,9 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     layout, narrow = coupling.large, coupling.bridge_layout()
     width = Width(layout, coupling.plan)
     kind = coupling.encoder.kind
-    spared: dict[str, Any] = {"logits_to_keep": 1} if kind == "causal" else {}  # the head runs in `head_gradient`
+    spared: dict[str, Any] = {}
+    if kind == "causal":
+        spared["logits_to_keep"] = last_positions(1, large.device)  # the head runs in `head_gradient`
     if not coupling.method.stacked:
         spared["use_cache"] = False
     wrapped, _ = attach(large, coupling.method, layout, coupling.settings)

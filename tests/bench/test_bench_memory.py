@@ -10,7 +10,8 @@ import torch
 
 from plugbridge.bench import memory, reproduce
 from plugbridge.bench.memory import Count, Machine, count_shape, read_counts, rows_of, write_counts
-from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page, paper_bytes
+from plugbridge.bench.memory_figure import draw_steps, step_name
+from plugbridge.bench.memory_page import MEMORY, memory_page, named_runs, paper_bytes
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import Measurement
@@ -146,7 +147,7 @@ def test_a_page_has_every_step_and_the_papers_number(tmp_path: Path) -> None:
         "command",
     }
     assert all(keys <= row.keys() for row in json.loads((tmp_path / "x.json").read_text()))
-    draw_memory(counts, [tmp_path / "x.png", tmp_path / "x.svg"])
+    draw_steps(counts, [tmp_path / "x.png", tmp_path / "x.svg"])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "x.svg").read_text()
 
@@ -163,3 +164,23 @@ def test_table_seven_is_reproduced_on_the_t5_shape(tmp_path: Path, monkeypatch: 
     assert "## T5-3B, batch 1 x 8; the paper's Table 7 beside it" in text
     assert "52,134" in text
     assert all(page.with_suffix(ending).is_file() for ending in (".json", ".png", ".svg"))
+
+
+def test_figure_1a_has_whole_runs_beside_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "find_shapes", lambda _name: (TINY, TINY))
+    monkeypatch.setattr(reproduce, "free_memory", lambda _device: 0)
+    page = tmp_path / "fig1a.md"
+    asked = reproduce.Asked("fig1a", None, True, "standalone", None, 0, (), None, tmp_path, page, False, "a command")
+    text = "".join(reproduce.reproduce(asked, Silent(), lambda _run, _what: None))
+    runs = named_runs(list(read_counts(page.with_suffix(".json")).values()))
+    assert {"LoRA", "full fine-tuning", "ours: feedback", "ours: standalone", "ours: feedback, streamed"} <= set(runs)
+    assert all(f"| {name} | " in text for name in runs)
+    counts = read_counts(page.with_suffix(".json"))
+    feedback = runs["ours: feedback"].top.peak_bytes
+    assert feedback == max(c.peak_bytes for key, c in counts.items() if key[3] in ("ours", "ours: LoRA, feedback"))
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_two_bars_have_one_name() -> None:
+    names = [step_name(row.method, row.stage) for row in rows_of(TINY, "cpu")]
+    assert len(set(names)) == len(names)

@@ -1,11 +1,11 @@
-"""Counts of memory and time as a Markdown page and as a picture, the paper's numbers beside ours."""
+"""Counts of memory and time as Markdown pages, the paper's numbers beside ours."""
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 from plugbridge.bench.memory import Count
-from plugbridge.files import write_atomically
-from plugbridge.memory.rows import LORA, OURS, QLORA, jobs
+from plugbridge.memory.rows import LORA, OURS, QLORA, Job, jobs, resident_jobs
 from plugbridge.memory.shapes import PAPER, SHAPES
 
 TABLES = {shape.name: shape.paper for shapes in SHAPES.values() for shape in shapes if shape.paper is not None}
@@ -68,55 +68,80 @@ def _line(count: Count, same: Sequence[Count]) -> str:
 
 def _jobs(same: Sequence[Count]) -> list[str]:
     """Whole runs of ours: the largest of their stages, and whether it keeps to the targets."""
-    peaks = {(count.method, count.stage): count for count in same}
     rivals = [next((count for count in same if count.method == name), None) for name in (LORA, QLORA)]
     lines: list[str] = []
-    for job in jobs():
-        stages = [peaks[stage] for stage in job.stages if stage in peaks]
-        if len(stages) < len(job.stages):
-            continue
-        top = max(stages, key=lambda count: count.peak_bytes)
-        ratios = [(top.ratio_to_large_bf16, job.limit)]
-        ratios += [(top.peak_bytes / r.peak_bytes, most) for r, most in zip(rivals, (0.1, 0.5), strict=True) if r]
+    for run in whole_runs(jobs(), same):
+        ratios = [(run.top.ratio_to_large_bf16, run.limit or math.inf)]
+        ratios += [(run.top.peak_bytes / r.peak_bytes, most) for r, most in zip(rivals, (0.1, 0.5), strict=True) if r]
         cells = [f"{ratio:.2f} (target {most:g}: {'kept' if ratio <= most else 'missed'})" for ratio, most in ratios]
-        how = "measured" if all(count.measured for count in stages) else "predicted in part"
-        lines.append(f"| {job.name} | {top.stage} | {top.peak_bytes / 2**20:,.0f} | {' | '.join(cells)} | {how} |")
+        how = "measured" if run.measured else "predicted in part"
+        peak = f"{run.top.peak_bytes / 2**20:,.0f}"
+        lines.append(f"| {run.name} | {run.top.stage} | {peak} | {' | '.join(cells)} | {how} |")
     return [*JOBS, *lines] if lines else []
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """A run whose stages are counted: the one with the largest peak, and whether all were measured.
+
+    `paper` are the MiB that the paper reports for its training step.
+    """
+
+    name: str
+    top: Count
+    measured: bool
+    limit: float | None
+    paper: int | None
+
+
+def whole_runs(wanted: Sequence[Job], same: Sequence[Count]) -> list[WholeRun]:
+    """Runs on one model, without those of which a stage is not counted."""
+    peaks = {(count.method, count.stage): count for count in same}
+    found: list[WholeRun] = []
+    for job in wanted:
+        stages = [peaks[stage] for stage in job.stages if stage in peaks]
+        if len(stages) == len(job.stages):
+            top = max(stages, key=lambda count: count.peak_bytes)
+            paper = next(filter(None, map(paper_bytes, stages)), None)
+            found.append(WholeRun(job.name, top, all(count.measured for count in stages), job.limit, paper))
+    return found
+
+
+RUNS = """
+Peak memory of whole runs: of ours the largest of all stages, tuning the small model and scoring the large one included,
+of other ways their training step. Every count is as in Tables 6 and 7. In `streamed` runs the large model stays on disk
+and steps go through it row by row. The paper counts the coupling step alone; dots are its numbers.
+"""
+
+
+def runs_page(counts: Sequence[Count], command: str) -> str:
+    """Figure 1(a) as a Markdown table."""
+    lines = ["# Figure 1(a): memory", "", RUNS.strip(), "", "Made by", "", f"    {command}", ""]
+    for model in dict.fromkeys(count.model for count in counts):
+        same = [count for count in counts if count.model == model]
+        lora = next((count.peak_bytes for count in same if count.method == LORA), None)
+        lines += [f"## {model}, batch {same[0].batch} x {same[0].length}", ""]
+        lines += ["| | stage of the peak | MiB | x LoRA | | paper MiB |", "|---|---|---|---|---|---|"]
+        for name, run in named_runs(same).items():
+            ratio = "" if lora is None else f"{run.top.peak_bytes / lora:.2f}"
+            paper = "" if run.paper is None else f"{run.paper:,}"
+            how = "measured" if run.measured else "predicted"
+            lines.append(
+                f"| {name} | {run.top.stage} | {run.top.peak_bytes / 2**20:,.0f} | {ratio} | {how} | {paper} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def named_runs(same: Sequence[Count]) -> dict[str, WholeRun]:
+    """Other ways to tune a model, and whole runs of ours, by name."""
+    others = [Job(count.method, ((count.method, count.stage),)) for count in same if not count.method.startswith(OURS)]
+    ours = [*resident_jobs(), *jobs()]
+    found = {run.name: run for run in whole_runs(others, same)}
+    return found | {f"{OURS}: {run.name}": run for run in whole_runs(ours, same)}
 
 
 def paper_bytes(count: Count) -> int | None:
     """The paper's MiB for the same method on the same model; its plug-in stands beside every mode of ours."""
     numbers = PAPER.get(TABLES.get(count.model) or "", {})
     return numbers.get(count.method.partition(",")[0] if count.method.startswith(f"{OURS}:") else count.method)
-
-
-def draw_memory(counts: Sequence[Count], paths: Sequence[Path]) -> None:
-    """Bars of peak memory, a panel for each model; hatched bars are predictions, dots the paper's numbers."""
-    from matplotlib.figure import Figure
-
-    models = list(dict.fromkeys(count.model for count in counts))
-    most = max(sum(count.model == model for count in counts) for model in models)
-    figure = Figure(figsize=(7.4 * len(models), 0.28 * most + 1.4), layout="constrained")
-    for column, model in enumerate(models):
-        same = [count for count in counts if count.model == model]
-        axes = figure.add_subplot(1, len(models), column + 1)
-        names = [f"{count.method}: {count.stage}" if count.method == OURS else count.method for count in same]
-        bars = axes.barh(
-            names, [count.peak_bytes / 2**30 for count in same], edgecolor="white",
-            color=["#c1440e" if count.method.startswith(OURS) else "#3b6ea5" for count in same],
-        )  # fmt: skip
-        for bar, count in zip(bars, same, strict=True):
-            bar.set_hatch("" if count.measured else "//")
-        known = [(name, paper_bytes(count)) for name, count in zip(names, same, strict=True)]
-        dots = [(name, value / 2**10) for name, value in known if value is not None]
-        if dots:
-            axes.plot([x for _, x in dots], [y for y, _ in dots], "o", ms=4, color="#1b1b1b", label="the paper")
-            axes.legend(fontsize=8, frameon=False)
-        axes.invert_yaxis()
-        axes.tick_params(labelsize=8)
-        axes.set_title(f"{model}, batch {same[0].batch} x {same[0].length}", fontsize=10, loc="left")
-        axes.set_xlabel("peak GiB of a step (hatched: predicted)", fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    for path in paths:
-        with write_atomically(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:], dpi=140)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, named, run_table
 from plugbridge.bench.memory import Machine, count_shape, rows_of
-from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
+from plugbridge.bench.memory_figure import draw_runs, draw_steps
+from plugbridge.bench.memory_page import MEMORY, memory_page, runs_page
 from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper
 from plugbridge.bench.similarity import compare, draw_likeness, mean_by_comparison, similarity_configs
 from plugbridge.bench.tables import latex, markdown
 from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
 from plugbridge.files import write_json, write_text
+from plugbridge.memory.rows import OURS, run_stages
 from plugbridge.memory.shapes import Shape, find_shapes
 from plugbridge.models import load_config, pick_device
 from plugbridge.progress import Progress
@@ -66,9 +68,13 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
     device = pick_device("auto")
     machine = Machine(free_memory(device), device, 1, asked.root / "weights")
     path = asked.page.with_suffix(".json")
-    counts = count_shape(shape, rows_of(shape, device), machine, path, asked.command, progress)
-    write_text(asked.page, memory_page(counts, MEMORY, asked.command))
-    draw_memory(counts, [asked.page.with_suffix(ending) for ending in (".png", ".svg")])
+    rows, pictures = rows_of(shape, device), [asked.page.with_suffix(ending) for ending in (".png", ".svg")]
+    if asked.table == "fig1a":
+        rows = [row for row in rows if not row.method.startswith(OURS) or (row.method, row.stage) in run_stages()]
+    counts = count_shape(shape, rows, machine, path, asked.command, progress)
+    page = runs_page(counts, asked.command) if asked.table == "fig1a" else memory_page(counts, MEMORY, asked.command)
+    write_text(asked.page, page)
+    (draw_runs if asked.table == "fig1a" else draw_steps)(counts, pictures)
     yield asked.page.read_text(encoding="utf-8")
     yield f"{asked.page}, .png, .svg and .json beside it"
 

@@ -112,7 +112,8 @@ def memory(
     found = find_shapes("check" if check else shapes)
     setup(quiet)
     from plugbridge.bench.memory import Machine, count_shape, rows_of
-    from plugbridge.bench.memory_page import MEMORY, draw_memory, memory_page
+    from plugbridge.bench.memory_figure import draw_steps
+    from plugbridge.bench.memory_page import MEMORY, memory_page
     from plugbridge.cost import free_memory
     from plugbridge.files import write_text
     from plugbridge.models import pick_device
@@ -134,7 +135,7 @@ def memory(
     ]
     left = sum(len(some) for _, some in rows) - len(counts)
     write_text(target, memory_page(counts, MEMORY, command))
-    draw_memory(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
+    draw_steps(counts, [target.with_suffix(".png"), target.with_suffix(".svg")])
     worst = max((abs(c.predicted_bytes / c.peak_bytes - 1) for c in counts if c.measured), default=None)
     out.print(f"{len(counts)} counts in {target}, and beside it as JSON, PNG and SVG")
     if left > 0:

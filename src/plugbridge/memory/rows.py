@@ -124,11 +124,18 @@ def small_steps(large: Case, small: Case, modes: tuple[str, ...], half: bool) ->
 
 @dataclass(frozen=True)
 class Job:
-    """A whole run of ours: its stages' rows, and how much of the large model's bf16 weights it may take."""
+    """A whole run: its stages' rows, and how much of the large model's bf16 weights it may take, if that matters."""
 
     name: str
     stages: tuple[tuple[str, str], ...]
-    limit: float
+    limit: float | None = None
+
+
+def resident_jobs() -> list[Job]:
+    """Runs of ours that have the whole large model in memory."""
+    common = tuple((OURS, stage) for stage in ("tune (small)", "score (fisher)", "prune", "evaluate"))
+    lora = METHODS["lora"].title
+    return [Job(mode, (*common, (f"{OURS}: {lora}, {mode}", "couple"))) for mode in ("feedback", "standalone")]
 
 
 def jobs() -> list[Job]:
@@ -141,6 +148,11 @@ def jobs() -> list[Job]:
             stages.append((f"{OURS}: {METHODS['lora'].title}, {mode}, {words}, {PARTS}", "couple"))
             found.append(Job(f"{mode}, {words}", tuple(stages), limit))
     return found
+
+
+def run_stages() -> set[tuple[str, str]]:
+    """Method and stage of every row that a whole run of ours has."""
+    return {stage for job in (*resident_jobs(), *jobs()) for stage in job.stages}
 
 
 def common_stages(large: Case, small: Case) -> list[Row]:

@@ -163,7 +163,12 @@ def test_table_seven_is_reproduced_on_the_t5_shape(tmp_path: Path, monkeypatch: 
     text = "".join(reproduce.reproduce(asked, Silent(), lambda _run, _what: None))
     assert "## T5-3B, batch 1 x 8; the paper's Table 7 beside it" in text
     assert "52,134" in text
-    assert all(page.with_suffix(ending).is_file() for ending in (".json", ".png", ".svg"))
+    assert all(page.with_suffix(ending).is_file() for ending in (".json", ".png", ".svg", ".tex"))
+    (lora,) = (count for count in read_counts(page.with_suffix(".json")).values() if count.method == "LoRA")
+    mib = lora.peak_bytes / 2**20
+    assert f"| LoRA | {mib:.1f} (52134.0, -{52134 - mib:.1f}) |" in text
+    assert "| Adapter | (54324.0) |" in text  # not counted
+    assert f"LoRA & {mib:.1f} (52134.0, --{52134 - mib:.1f})" in page.with_suffix(".tex").read_text()
 
 
 def test_figure_1a_has_whole_runs_beside_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from plugbridge.bench.cells import Reproduced
 from plugbridge.bench.memory import Count
 from plugbridge.memory.rows import LORA, OURS, QLORA, Job, jobs, resident_jobs
 from plugbridge.memory.shapes import PAPER, SHAPES
@@ -104,6 +105,21 @@ def whole_runs(wanted: Sequence[Job], same: Sequence[Count]) -> list[WholeRun]:
             top = max(stages, key=lambda count: count.peak_bytes)
             paper = next(filter(None, map(paper_bytes, stages)), None)
             found.append(WholeRun(job.name, top, all(count.measured for count in stages), job.limit, paper))
+    return found
+
+
+def paper_cells(counts: Sequence[Count], table: str, mode: str) -> list[Reproduced]:
+    """The rows of the paper's table: a training step's MiB, the plug-in's in a coupling mode; empty if not counted."""
+    found: list[Reproduced] = []
+    for model in dict.fromkeys(count.model for count in counts):
+        known = {count.method: count for count in counts if count.model == model}
+        for method in PAPER["Table 6"]:
+            count = known.get(f"{method}, {mode}" if method.startswith(f"{OURS}:") else method)
+            value = None if count is None else count.peak_bytes / 2**20
+            printed = PAPER[TABLES[model]][method] if model in TABLES else None
+            less = None if value is None or printed is None else value - printed
+            how = "not run" if count is None else "measured" if count.measured else "predicted"
+            found.append(Reproduced(table, method, model, "MiB", printed, value, less, None, how))
     return found
 
 

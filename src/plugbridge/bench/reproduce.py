@@ -7,7 +7,7 @@ from pathlib import Path
 from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, named, run_table
 from plugbridge.bench.memory import Machine, count_shape, rows_of
 from plugbridge.bench.memory_figure import draw_runs, draw_steps
-from plugbridge.bench.memory_page import MEMORY, memory_page, runs_page
+from plugbridge.bench.memory_page import MEMORY, memory_page, paper_cells, runs_page
 from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper
 from plugbridge.bench.similarity import compare, draw_likeness, mean_by_comparison, similarity_configs
 from plugbridge.bench.tables import latex, markdown
@@ -72,11 +72,19 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
     if asked.table == "fig1a":
         rows = [row for row in rows if not row.method.startswith(OURS) or (row.method, row.stage) in run_stages()]
     counts = count_shape(shape, rows, machine, path, asked.command, progress)
-    page = runs_page(counts, asked.command) if asked.table == "fig1a" else memory_page(counts, MEMORY, asked.command)
-    write_text(asked.page, page)
-    (draw_runs if asked.table == "fig1a" else draw_steps)(counts, pictures)
+    if asked.table == "fig1a":
+        write_text(asked.page, runs_page(counts, asked.command))
+        draw_runs(counts, pictures)
+    else:
+        title = f"Table {asked.table.removeprefix('table')}: peak memory of a training step"
+        cells = paper_cells(counts, asked.table, asked.mode)
+        note = f"Plug-in rows (ours) are coupled in mode `{asked.mode}`; every step, and how it was counted, below."
+        every = memory_page(counts, MEMORY, asked.command).replace("# Memory and time", "## Every step", 1)
+        write_text(asked.page, f"{markdown(cells, title, note, asked.command)}\n{every}")
+        write_text(asked.page.with_suffix(".tex"), latex(cells, title))
+        draw_steps(counts, pictures)
     yield asked.page.read_text(encoding="utf-8")
-    yield f"{asked.page}, .png, .svg and .json beside it"
+    yield f"{asked.page}, {'' if asked.table == 'fig1a' else '.tex, '}.png, .svg and .json beside it"
 
 
 def _choice(asked: Asked, pair: str) -> Choice:

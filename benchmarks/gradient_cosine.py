@@ -21,8 +21,9 @@ from plugbridge.families.spec import Layout
 from plugbridge.files import write_text
 from plugbridge.models import load_model, quiet_transformers
 from plugbridge.prepare import Prepared, prepare
+from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import fisher, record_second_moments
-from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, prune_model, reduced_sizes
+from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, reduced_sizes
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling

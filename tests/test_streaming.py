@@ -16,8 +16,9 @@ from plugbridge.evaluate import option_scores
 from plugbridge.families.spec import Layout
 from plugbridge.models import find_checkpoint, layout_for, load_model, parameter_count
 from plugbridge.progress import Silent
+from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import activation, magnitude, record_second_moments, residual_energy
-from plugbridge.shrink.prune import plan_bridge, prune_model, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge, reduced_sizes
 from plugbridge.streaming import Absent, Window, load_streamed, whole, window_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.transfer.start import record_states

@@ -4,23 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import FAMILIES, logits_of, make_model, make_tokenizer, token_inputs
 from plugbridge.errors import ConfigError, ModelError
 from plugbridge.memory.alive import Alive
-from plugbridge.models import layout_for, parameter_count
+from plugbridge.models import layout_for, load_model, parameter_count
+from plugbridge.shrink.bridge import bridge_weights, empty_bridge, prune_model, shuffled, write_bridge
 from plugbridge.shrink.importance import magnitude, residual_energy
 from plugbridge.shrink.prune import (
     budgeted_sizes,
     count_parameters,
     plan_bridge,
     principal_basis,
-    prune_model,
     reduced_sizes,
-    shuffle_blocks,
 )
 from plugbridge.tensors.axes import axis_names
+from plugbridge.tensors.writer import write_tensors
 
 
 def _energy(model, layout):
@@ -180,8 +181,7 @@ def _shuffled(family: str, seed: int, fill: bool = False) -> tuple[dict[str, tor
     for parameter in bridge.parameters() if fill else ():
         parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape))
     before = {name: parameter.detach().clone() for name, parameter in bridge.named_parameters()}
-    shuffle_blocks(bridge, layout, seed)
-    return before, {name: parameter.detach() for name, parameter in bridge.named_parameters()}
+    return before, dict(shuffled(before.items(), layout, seed))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,6 +226,49 @@ def test_a_bridge_of_other_shapes_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     model = make_model("gpt2")
     layout = layout_for(model)
     plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 2))
-    monkeypatch.setattr("plugbridge.shrink.prune.bridge_config", lambda config, *_: config)
+    monkeypatch.setattr("plugbridge.shrink.bridge.bridge_config", lambda config, *_: config)
     with pytest.raises(ModelError, match=r"'transformer\.wte\.weight' has shape \(\d+, 8\) in the Bridge, not"):
         prune_model(model, layout, plan, {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bridge_written_weight_by_weight_is_what_transformers_saves(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    with Alive() as alive:
+        model = make_model(family, hidden=64, layers=8).to(dtype)
+        layout = layout_for(model)
+        plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 2))
+        empty = empty_bridge(model, layout, plan)
+        before = alive.now
+        alive.peaks.clear()
+        (tmp_path / "written").mkdir()
+        write_bridge(empty, bridge_weights(model, layout, plan, {}), tmp_path / "written")
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert alive.peak - before <= 3 * largest
+    bridge = prune_model(model, layout, plan, {})
+    bridge.save_pretrained(str(tmp_path / "saved"))
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {path.name for path in (tmp_path / "written").iterdir()} == names
+    for name in names - {"model.safetensors"}:
+        assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes(), name
+    written, saved = (load_file(str(tmp_path / folder / "model.safetensors")) for folder in ("written", "saved"))
+    assert written.keys() == saved.keys()
+    assert all(torch.equal(written[name], saved[name]) for name in saved)
+    again = load_model(str(tmp_path / "written"), dtype=dtype).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in bridge.state_dict().items())
+
+
+def test_a_bridge_with_a_missing_or_wrong_weight_is_refused(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    layout = layout_for(model)
+    plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 2))
+    weights = list(bridge_weights(model, layout, plan, {}))
+    with pytest.raises(ModelError, match="has no counterpart in the large model"):
+        write_bridge(empty_bridge(model, layout, plan), weights[:-1], tmp_path)
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights}
+    with pytest.raises(ModelError, match=rf"'{weights[1][0]}' is torch.float32"):
+        write_tensors(tmp_path / "x", shapes, weights[1:])
+    with pytest.raises(ModelError, match=f"'{weights[-1][0]}' was not written"):
+        write_tensors(tmp_path / "x", shapes, weights[:-1])

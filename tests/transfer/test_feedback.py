@@ -8,7 +8,7 @@ from test_transfer import ROWS, SETTINGS, coupling_of
 
 from conftest import FAMILIES, METHODS, make_model
 from plugbridge.evaluate import mean_loss
-from plugbridge.shrink.prune import prune_model
+from plugbridge.shrink.bridge import prune_model
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conftest import FAMILIES, METHODS
 from plugbridge.evaluate import log_likelihood, mean_loss, option_scores
 from plugbridge.progress import Silent
-from plugbridge.shrink.prune import prune_model
+from plugbridge.shrink.bridge import prune_model
 from plugbridge.tasks.encode import Encoded, collate, gold
 from plugbridge.tensors.axes import Project
 from plugbridge.transfer.cache import CacheKind, make_cache

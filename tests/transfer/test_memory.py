@@ -13,8 +13,9 @@ from torch import Tensor
 from conftest import make_tokenizer
 from plugbridge.evaluate import mean_loss
 from plugbridge.models import layout_for
+from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import magnitude
-from plugbridge.shrink.prune import plan_bridge, prune_model, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients

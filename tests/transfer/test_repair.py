@@ -8,7 +8,8 @@ from test_coupling import large_model
 from test_transfer import ROWS, coupling_of
 
 from conftest import FAMILIES
-from plugbridge.shrink.prune import BridgePlan, prune_model
+from plugbridge.shrink.bridge import prune_model
+from plugbridge.shrink.prune import BridgePlan
 from plugbridge.transfer.coupling import Coupling
 from plugbridge.transfer.repair import RepairTarget, repair_loss, repaired_parameters
 

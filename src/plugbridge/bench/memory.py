@@ -16,9 +16,10 @@ from plugbridge.memory.predict import predict
 from plugbridge.memory.rates import Rates, measure_rates
 from plugbridge.memory.rows import Row, baselines, common_stages, coupled, small_steps
 from plugbridge.memory.shapes import Shape
-from plugbridge.memory.weights import NAMES, write_weights
+from plugbridge.memory.weights import write_weights
 from plugbridge.models import parameter_count
 from plugbridge.progress import Progress
+from plugbridge.tensors.writer import NAMES
 
 log = logging.getLogger(__name__)
 

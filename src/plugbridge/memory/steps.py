@@ -21,7 +21,8 @@ from plugbridge.memory.case import TARGETS, Case, scored
 from plugbridge.memory.packed import pack_weights
 from plugbridge.models import checkpoint_activations, last_positions
 from plugbridge.progress import Silent
-from plugbridge.shrink.prune import BridgePlan, bridge_config, plan_bridge, principal_basis, prune_model
+from plugbridge.shrink.bridge import bridge_config, bridge_weights
+from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis
 from plugbridge.shrink.shelf import Place, Shelf
 from plugbridge.stages.shrink import units_of
 from plugbridge.tasks.encode import Encoded, gold
@@ -194,7 +195,8 @@ def prune(case: Case) -> Step:
             hidden = layout.sizes["hidden"]
             moments = torch.stack([torch.eye(hidden, dtype=torch.double) for _ in range(2)]).sum(0)
             plan = BridgePlan(plan.sizes, plan.keep, {"hidden": principal_basis(moments, sizes["hidden"])})
-        prune_model(model, layout, plan, energy)
+        for _ in bridge_weights(model, layout, plan, energy):  # each goes to disk
+            pass
 
     return Step({"prune": work}, [], 0, held=[model])
 

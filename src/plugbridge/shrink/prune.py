@@ -1,25 +1,21 @@
-"""From scores to a Bridge: which units stay, and the pruned model as a Hugging Face directory.
+"""From scores to a plan of the Bridge: how large it is, and which units stay.
 
 Residual-consistent: one set of hidden channels for the whole model, whole heads, MLP rows and
 columns together. Scores are sums, so an axis shared by many weights is ranked by all of them.
 """
 
-import copy
 import math
 from bisect import bisect_left
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from plugbridge.errors import ConfigError, ModelError
-from plugbridge.families.spec import Layout, Place, check_constraints, config_changes
+from plugbridge.errors import ConfigError
+from plugbridge.families.spec import Layout, Place, check_constraints
 from plugbridge.shrink.importance import Scores, scope_key
-from plugbridge.streaming import whole
-from plugbridge.tensors.axes import Op, Project, Select, axis_names, shape_of, transform
+from plugbridge.tensors.axes import Op, Project, Select, axis_names, shape_of
 
 
 @dataclass(frozen=True)
@@ -124,97 +120,3 @@ def principal_basis(moments: Tensor, size: int) -> Tensor:
     """The `size` leading eigenvectors of a second moment, as rows. moments: (d, d) -> (size, d)."""
     vectors = torch.linalg.eigh(moments.double()).eigenvectors[:, -size:]
     return vectors.flip(1).mT.float().contiguous()
-
-
-def pruned_weights(
-    weights: Iterable[tuple[str, Tensor]],
-    layout: Layout,
-    plan: BridgePlan,
-    energy: Mapping[str, Tensor],
-    scaled: bool,
-) -> Iterator[tuple[str, Tensor]]:
-    """Prune weights, given by name, one after another.
-
-    Each norm's weight is multiplied by the ratio of the kept channels' root mean square to that
-    of all channels (`energy`, see `residual_energy`), so that pruning channels that are always
-    zero changes nothing. `scaled` says that the model's `logit_scale` flag is set.
-    """
-    factors = {f"{norm}.weight": _norm_ratio(values, plan.keep["hidden"]) for norm, values in energy.items()}
-    scale = layout.family.logit_scale
-    if scale is not None and scaled:
-        change = layout.sizes[scale.axis] / plan.sizes[scale.axis]
-        factors[scale.weight] = factors.get(scale.weight, 1.0) * change**scale.power
-    table = layout.table()
-    for name, tensor in weights:
-        weight = table[name]
-        ops = plan.ops(layout, weight.pattern, weight.place)
-        pruned = transform(tensor, weight.pattern, ops, layout.sizes, name)
-        yield name, pruned * factors[name] if name in factors else pruned
-
-
-def _norm_ratio(energy: Tensor, kept: Tensor) -> float:
-    whole = energy.mean()
-    return 1.0 if whole == 0 else float((energy[kept].mean() / whole).sqrt())
-
-
-def bridge_config(config: PreTrainedConfig, layout: Layout, plan: BridgePlan) -> PreTrainedConfig:
-    """The Bridge's configuration. The norm's epsilon grows with the width that is taken away."""
-    changed = copy.deepcopy(config)
-    for attribute, value in config_changes(layout.family, plan.sizes).items():
-        if getattr(changed, attribute, None) is not None or plan.sizes != layout.sizes:
-            setattr(changed, attribute, value)
-    eps = layout.family.norm_eps
-    width = layout.sizes["hidden"] / plan.sizes["hidden"]
-    setattr(changed, eps, getattr(config, eps) * width)
-    return changed
-
-
-@torch.no_grad()
-def prune_model(
-    model: PreTrainedModel, layout: Layout, plan: BridgePlan, energy: Mapping[str, Tensor]
-) -> PreTrainedModel:
-    """The Bridge as a model of the same class and dtype, in evaluation mode.
-
-    Its tensors are made once and filled one by one, so that it takes no more than itself and one weight of the large
-    model, which may be streamed.
-    """
-    scale = layout.family.logit_scale
-    scaled = scale is not None and bool(getattr(model.config, scale.flag, False))
-    with _default_dtype(model.dtype), torch.device(model.device):
-        bridge = type(model)(bridge_config(model.config, layout, plan))
-    bridge.generation_config = copy.deepcopy(model.generation_config)
-    empty = dict(bridge.named_parameters(remove_duplicate=False))
-    weights = ((name, whole(weight)) for name, weight in model.named_parameters(remove_duplicate=False))
-    for name, pruned in pruned_weights(weights, layout, plan, energy, scaled):
-        bare = empty.pop(name)
-        if bare.shape != pruned.shape:
-            raise ModelError(f"'{name}' has shape {tuple(pruned.shape)} in the Bridge, not {tuple(bare.shape)}")
-        bare.copy_(pruned)
-    if empty:
-        raise ModelError(f"the Bridge's '{next(iter(empty))}' has no counterpart in the large model")
-    return bridge.eval()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Generator[None]:
-    """New tensors are of this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def shuffle_blocks(bridge: PreTrainedModel, layout: Layout, seed: int) -> None:
-    """A control: permute the entries of every weight inside the blocks, in place.
-
-    Each keeps its values' distribution and loses what it has learned.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    table = layout.table()
-    for name, parameter in bridge.named_parameters():
-        if table[name].place.stack is not None:
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            parameter.copy_(parameter.flatten()[order].reshape(parameter.shape))

@@ -17,6 +17,7 @@ from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import load_config, parameter_count
 from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.progress import Progress
+from plugbridge.shrink.bridge import bridge_weights, empty_bridge, shuffled, write_bridge
 from plugbridge.shrink.importance import (
     Importance,
     SecondMoments,
@@ -26,7 +27,7 @@ from plugbridge.shrink.importance import (
     record_second_moments,
     residual_energy,
 )
-from plugbridge.shrink.prune import plan_bridge, principal_basis, prune_model, shuffle_blocks
+from plugbridge.shrink.prune import plan_bridge, principal_basis
 from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
 from plugbridge.shrink.sweep import Done, blocks_of, sweep
@@ -182,11 +183,12 @@ def prune(work: Work) -> dict[str, Any]:
     plan = plan_bridge(layout, scores, bridge_sizes(p.config, model, layout))
     if p.config.prune.channels != "select":
         plan = replace(plan, basis={"hidden": _basis(work, plan.sizes["hidden"])})
-    bridge = prune_model(model, layout, plan, energy)
+    bridge = empty_bridge(model, layout, plan)
+    weights = bridge_weights(model, layout, plan, energy)
     if p.config.prune.shuffle:
-        shuffle_blocks(bridge, layout, p.config.seed)
+        weights = shuffled(weights, layout, p.config.seed)
     with folder_atomically(work.folder / "bridge") as folder:
-        bridge.save_pretrained(str(folder))
+        write_bridge(bridge, weights, folder)
         p.large_encoder.tokenizer.save_pretrained(str(folder))
     with write_atomically(work.folder / "keep.safetensors") as path:
         save_file({**plan.keep, **{f"{BASIS}{key}": matrix for key, matrix in plan.basis.items()}}, str(path))

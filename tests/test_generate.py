@@ -54,8 +54,29 @@ def test_texts_equal_a_plain_loop_whatever_the_batch(family: str, method: str | 
         assert generate_texts(model, encoder, rows, 6, batch_size, Silent(), "") == expected
 
 
+class Plain(torch.nn.Module):
+    """A network without `generate`."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_end_mark_ends_a_text(family: str) -> None:
+def test_a_network_without_a_cache_writes_the_same(family: str) -> None:
+    kind, model = KIND[family], make_model(family)
+    rows, encoder = rows_of(kind), Encoder(make_tokenizer(), kind, None)
+    for batch_size in (1, 3, 100):
+        own = generate_texts(model, encoder, rows, 6, batch_size, Silent(), "")
+        assert generate_texts(Plain(model), encoder, rows, 6, batch_size, Silent(), "") == own
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_end_mark_ends_a_text(family: str, plain: bool) -> None:
     kind, model = KIND[family], make_model(family)
     rows, encoder = rows_of(kind), Encoder(make_tokenizer(), kind, None)
     calls = 0
@@ -69,6 +90,6 @@ def test_an_end_mark_ends_a_text(family: str) -> None:
         return logits
 
     model.get_output_embeddings().register_forward_hook(end_at_the_third)
-    together = generate_texts(model, encoder, rows, 6, 100, Silent(), "")
+    together = generate_texts(Plain(model) if plain else model, encoder, rows, 6, 100, Silent(), "")
     assert calls == 3
     assert [len(text.split()) for text in together] == [2] * 7

@@ -1,4 +1,4 @@
-"""The one writer: greedy continuation of every prompt, by transformers' own `generate`."""
+"""The one writer: greedy continuation of every prompt, by transformers' own `generate` where a network has it."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,7 +8,7 @@ from torch import nn
 
 from plugbridge.models import last_positions
 from plugbridge.progress import Progress
-from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.encode import Encoded, Encoder, collate
 
 
 @torch.no_grad()
@@ -33,7 +33,8 @@ def generate_texts(
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             prompts = [rows[i].prompt for i in chunk]
-            for i, tokens in zip(chunk, _continue(model, encoder, prompts, max_new_tokens, device), strict=True):
+            go_on = _continue if hasattr(model, "generate") else _continue_plainly
+            for i, tokens in zip(chunk, go_on(model, encoder, prompts, max_new_tokens, device), strict=True):
                 texts[i] = cast(str, encoder.tokenizer.decode(tokens, skip_special_tokens=True))
             advance(len(chunk))
     return texts
@@ -62,3 +63,36 @@ def _continue(
     )
     # a decoder's own start token comes first in a seq2seq answer, the prompt in a causal one
     return cast(list[list[int]], found[:, width if causal else 1 :].tolist())
+
+
+def _continue_plainly(
+    model: Any, encoder: Encoder, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, device: torch.device
+) -> list[list[int]]:
+    """One whole forward pass a token, for a network that keeps no cache (a ladder beside its model)."""
+    end = encoder.tokenizer.eos_token_id
+    written: list[list[int]] = [[] for _ in prompts]
+    for _ in range(max_new_tokens):
+        open_ = [i for i, tokens in enumerate(written) if end not in tokens]
+        if not open_:
+            break
+        pairs = [(prompts[i], tuple(written[i])) for i in open_]
+        for i, token in zip(open_, _likeliest(model, encoder, pairs, device), strict=True):
+            written[i].append(token)
+    return written
+
+
+def _likeliest(
+    model: Any, encoder: Encoder, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], device: torch.device
+) -> list[int]:
+    """The next token after every prompt and what is written so far, as much for each."""
+    if encoder.kind == "causal":
+        batch = collate(encoder, [((*prompt, *written), ()) for prompt, written in pairs]).to(device)
+        states = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = states[torch.arange(len(pairs), device=device), batch.attention_mask.sum(-1) - 1]
+    else:
+        batch = collate(encoder, [(prompt, ()) for prompt, _ in pairs]).to(device)
+        start = model.config.decoder_start_token_id
+        begun = torch.tensor([[start, *written] for _, written in pairs], device=device)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        logits = model(**inputs, decoder_input_ids=begun).logits[:, -1]
+    return cast(list[int], logits.argmax(-1).tolist())

@@ -187,6 +187,21 @@ def test_the_users_own_texts_are_written(
     assert values["large_tuned"]["exact_match"] == pytest.approx(sum(t in a for t, a in answers) / len(answers))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_models_with_a_side_network_write_too(
+    run_config: Callable[..., Raw], texts: Raw, tmp_path: Path, family: str
+) -> None:
+    ladders = {f"{size}_ladder": {**SHORT, "reduction": 2} for size in ("small", "large")}
+    raw = run_config(family, task=texts, tune=SHORT, couple={**SHORT, "mode": "ladder"}, ceiling=None,
+                     baselines=ladders, evaluate={"batch_size": 3, "split": "validation"})  # fmt: skip
+    report = execute(raw, tmp_path / "run", None)
+    values = {row["name"]: row["metrics"] for row in report["rows"]}
+    assert {"small_ladder", "large_ladder", "bridge_coupled"} <= set(values)
+    for name in ("large_ladder", "bridge_coupled"):
+        lines = (tmp_path / "run" / "evaluate" / "predictions" / f"{name}.jsonl").read_text().splitlines()
+        assert any(json.loads(line)["text"] for line in lines)
+
+
 @pytest.mark.parametrize(("family", "end"), [("gpt2", [1]), ("t5", [1])])
 def test_training_writes_the_first_text_and_an_end_mark(
     run_config: Callable[..., Raw], texts: Raw, family: str, end: list[int]

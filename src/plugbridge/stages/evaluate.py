@@ -110,8 +110,7 @@ def candidates(work: Work) -> list[Candidate]:
         Candidate("large_plugged", lambda: with_module(work, p.load_run_only(), root / "plug" / "checkpoint"), *large),
     ]
     mode = find_mode(p.config.couple.mode)
-    climbs_only = mode.runs_large and p.task.form(p.large_encoder.kind).generate is not None  # a ladder cannot write
-    if mode.trains_bridge and not climbs_only:
+    if mode.trains_bridge:
         found.append(Candidate("bridge_coupled", lambda: _coupled_bridge(work, mode.runs_large), *large))
     if p.config.ceiling is not None:
         tuned = root / "ceiling" / "module"  # of the weights it was tuned with
@@ -122,8 +121,7 @@ def candidates(work: Work) -> list[Candidate]:
             (f"{size}_finetuned", partial(load_finetuned, work, f"{size}_finetuned")),
             (f"{size}_ladder", partial(load_ladder, work, f"{size}_ladder", size)),
         ):
-            writes = p.task.form(subject.encoder.kind).generate is not None  # which a ladder cannot
-            if getattr(p.config.baselines, name) is not None and not (writes and name.endswith("ladder")):
+            if getattr(p.config.baselines, name) is not None:
                 found.append(Candidate(name, load, subject.encoder, subject.rows))
     return found
 

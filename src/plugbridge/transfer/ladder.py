@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.families.spec import Layout
 from plugbridge.shrink.prune import BridgePlan
@@ -249,6 +249,11 @@ class LadderNetwork(nn.Module):
         self.large, self.bridge, self.inner = large, bridge, inner
         self.rungs = rungs_of(layout)
         self.ladder = ladder
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The large model's."""
+        return self.large.config
 
     def forward(self, **inputs: Any) -> Any:
         """As the Bridge's own forward pass."""

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from conftest import VOCAB, save_model, toy_rows
 from plugbridge.bench import paper
 from plugbridge.bench.cells import Reproduced, collect, count_table, run_table
 from plugbridge.bench.paper import Choice, Column, Pair, load_paper, planned, run_configs
-from plugbridge.bench.similarity import changes, cosine
+from plugbridge.bench.similarity import changes, cosine, similarity_configs
 from plugbridge.bench.tables import latex, markdown
 from plugbridge.cli import main
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, TrainingDiverged
 from plugbridge.models import load_model, parameter_count
 from plugbridge.progress import Silent
+from plugbridge.run import execute
 from plugbridge.tasks.spec import load_task
 
 CHOICE = Choice(Pair(small="small", large="large"), "standalone", 0)
@@ -147,7 +149,8 @@ def test_markdown_shows_ours_the_printed_value_and_the_difference() -> None:
     page = markdown(CELLS, "Table 1: x", "a note", "plugbridge reproduce table1")
     assert "| large_a | 71.2 (80.0, -8.8) | (70.0) |" in page
     assert "    plugbridge reproduce table1" in page
-    assert "- wic: task 'wic' needs its files" in page
+    assert "- large_a: task 'wic' needs its files" in page
+    assert "- large_a: runs/x: large_tuned, 100 rows" in page
 
 
 def test_latex_is_escaped_and_empty_cells_stay_empty() -> None:
@@ -170,6 +173,52 @@ def test_counts_are_the_models_own(pairs: Callable[[str], tuple[Path, Path]], tm
     assert 0 < bridge <= whole / 16
     assert found["t5-3b", "large"].value is None
     assert "does not exist" in found["t5-3b", "large"].obtained
+
+
+def test_counts_of_models_that_are_not_at_hand_are_of_their_published_shapes() -> None:
+    paper = load_paper()
+    cells = {(c.row, c.task): c for c in count_table(paper.counts, paper.pairs, printed=True)}
+    counted = {name: cells[name, "large"].value for name in paper.pairs}
+    # openai-community/gpt2-xl, google-t5/t5-3b and t5-11b as they are published
+    assert counted == {
+        "gpt2": 1557.6112,
+        "t5-3b": pytest.approx(2851.6, abs=0.1),
+        "t5-xxl": pytest.approx(11307.3, abs=0.1),
+    }
+    assert [cells[name, "small"].value for name in paper.pairs] == [
+        pytest.approx(124.44, abs=0.01), pytest.approx(222.9, abs=0.1), pytest.approx(737.67, abs=0.1),
+    ]  # fmt: skip
+    assert all("of the published shape of" in cell.obtained for cell in cells.values())
+
+
+def test_a_run_that_fails_leaves_its_cells_empty_and_the_others_go_on(
+    small_table: tuple[paper.Table, Choice, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, choice, folder = small_table
+
+    def failing(root: Path, *args: Any) -> None:
+        if "-lora-" in root.name:
+            raise TrainingDiverged("loss is nan\nmore")
+        execute(root, *args)
+
+    monkeypatch.setattr("plugbridge.bench.cells.execute", failing)
+    told: list[tuple[str, str]] = []
+    reasons = run_table(
+        table, choice, ["rte"], folder / "data", folder / "runs", Silent(), lambda run, what: told.append((run, what))
+    )
+    assert reasons == {"rte-lora-r16-random": "loss is nan"}
+    assert ("rte-lora-r16-random", "loss is nan") in told
+    cells = {(c.row, c.task): c for c in collect("table1", table, choice, ["rte"], folder / "runs", reasons)}
+    assert cells["small FT", "rte"].value is None
+    assert cells["large Adapter", "rte"].value is not None
+
+
+def test_figure_1b_compares_plugs_that_were_not_coupled_whatever_is_set() -> None:
+    sets = ("couple.steps=400", "tune={steps: 7}")
+    for config in similarity_configs(replace(CHOICE, sets=sets), "rte", "lora").values():
+        assert (config.couple.steps, config.tune.steps) == (0, 7)
+    with pytest.raises(ConfigError, match="expected key=value"):
+        similarity_configs(replace(CHOICE, sets=("tune.steps",)), "rte", "lora")
 
 
 def test_what_a_module_adds_does_not_depend_on_how_it_is_factored() -> None:

@@ -6,10 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from plugbridge.bench.paper import Choice, Counts, Pair, Planned, Table, planned, run_configs
 from plugbridge.config import RunConfig, load_config
-from plugbridge.errors import ConfigError, DataError, ModelError, RunError
+from plugbridge.errors import ConfigError, DataError, ModelError, PlugbridgeError, RunError
 from plugbridge.files import write_text
+from plugbridge.memory.case import Case
+from plugbridge.memory.shapes import PUBLISHED
 from plugbridge.models import layout_for, load_model, parameter_count
 from plugbridge.prepare import prepare, resolve
 from plugbridge.progress import Progress
@@ -46,8 +51,8 @@ def run_table(
 ) -> dict[str, str]:  # fmt: skip
     """Do a table's runs that are not done; `announce(run, what)` is told ``running`` or why one cannot be.
 
-    A task whose files are not there and a model that cannot be loaded leave their runs out: returned are their
-    reasons by run. Everything else is raised. Stages that runs share are done once.
+    A task whose files are not there, a model that cannot be loaded and a stage that fails (its loss is not finite, say)
+    leave their runs out: returned are their reasons by run. Stages that runs share are done once.
     """
     return do_runs(run_configs(table, choice, tasks), _home(root, choice), data, progress, announce)
 
@@ -55,7 +60,7 @@ def run_table(
 def do_runs(
     configs: Mapping[str, RunConfig], root: Path, data: Path | None, progress: Progress, announce: Announce
 ) -> dict[str, str]:
-    """Do runs by name, each in a folder of its own; returns why some could not be."""
+    """Do runs by name, each in a folder of its own; returns why some could not be or did not end."""
     reasons: dict[str, str] = {}
     donors: list[Path] = sorted(p for p in root.parent.glob("*/*") if p.is_dir())
     for name, config in configs.items():
@@ -71,7 +76,12 @@ def do_runs(
             write_text(folder / "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
             stages = build_stages(prepared, folder, progress)
             borrow(folder, [donor for donor in donors if donor != folder], stages)
-            execute(folder, stages, None, lambda _stage, _what: None)
+            try:
+                execute(folder, stages, None, lambda _stage, _what: None)
+            except (PlugbridgeError, torch.OutOfMemoryError) as error:
+                reasons[name] = str(error).partition("\n")[0]
+                announce(name, reasons[name])
+                continue
         donors.append(folder)
     return reasons
 
@@ -138,15 +148,28 @@ def count_table(counts: Counts, pairs: Mapping[str, Pair], printed: bool) -> lis
 
 
 def _counted(pair: Pair) -> tuple[tuple[float | None, ...], str]:
+    shaped: list[str] = []
     try:
-        small, large = (load_model(source, device="meta") for source in (pair.small, pair.large))
+        small, large = (_without_weights(source, shaped) for source in (pair.small, pair.large))
     except ModelError as error:
         return (None, None, None), str(error)
     layout = layout_for(large)
     names = {name for name, _ in large.named_parameters()}
     whole = parameter_count(large)
     bridge = count_parameters(layout, names, budgeted_sizes(layout, names, whole // 16))
-    return tuple(count / 1e6 for count in (parameter_count(small), whole, bridge)), named(pair)
+    how = f"of the published shape of {' and '.join(shaped)}" if shaped else named(pair)
+    return tuple(count / 1e6 for count in (parameter_count(small), whole, bridge)), how
+
+
+def _without_weights(source: str, shaped: list[str]) -> PreTrainedModel:
+    """A model on the meta device: of its own files, or of its published shape where they are not at hand."""
+    try:
+        return load_model(source, device="meta")
+    except ModelError:
+        if source not in PUBLISHED:
+            raise
+    shaped.append(source)
+    return Case(PUBLISHED[source], 1, 1).on_meta()[0]
 
 
 def as_rows(cells: Sequence[Reproduced]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from plugbridge.memory.rows import OURS, run_stages
 from plugbridge.memory.shapes import Shape, find_shapes
 from plugbridge.models import load_config, pick_device
 from plugbridge.progress import Progress
+from plugbridge.report import read_report
 
 MEMORY_TABLES = ("table6", "table7", "fig1a")
 MODE_NOTE = (
@@ -144,9 +145,12 @@ def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
     task = (asked.tasks or ((DEMO_TASK,) if asked.demo else ("rte",)))[0]
     configs = similarity_configs(choice, task, "lora")
     folder = asked.root / "fig1b"
-    if not asked.summary:
-        do_runs(configs, folder, asked.data, progress, announce)
-    fitted, random, other = (folder / name for name in configs)
+    reasons = {} if asked.summary else do_runs(configs, folder, asked.data, progress, announce)
+    if reasons:
+        raise ConfigError("figure 1b needs all three runs; " + "; ".join(f"{n}: {why}" for n, why in reasons.items()))
+    fitted, random, other = folders = [folder / name for name in configs]
+    for done in folders:
+        read_report(done)
     found = compare("lora", fitted, random, other)
     title = f"What LoRA adds on {task}: {named(choice.pair)}"
     for ending in (".png", ".svg"):

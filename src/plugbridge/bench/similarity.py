@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plugbridge.bench.grid import nested
 from plugbridge.bench.paper import Choice
-from plugbridge.config import RunConfig, parse_config
+from plugbridge.config import RunConfig, apply_override, parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.files import write_atomically
 
@@ -48,10 +48,12 @@ def similarity_configs(choice: Choice, task: str, method: str) -> dict[str, RunC
     def config(plug: str, seed: int) -> RunConfig:
         settings: dict[str, Any] = {
             "small": choice.pair.small, "large": choice.pair.large, "task": task, "seed": seed, "method.name": method,
-            "prune.budget": 1 / 16, "couple.mode": "standalone", "couple.plug": plug, "couple.steps": 0,
+            "prune.budget": 1 / 16, "couple.mode": "standalone", "couple.plug": plug,
             "ceiling": {}, "evaluate.models": ["small_tuned", "large_tuned"],
         }  # fmt: skip
-        raw = nested({**settings, **dict(s.split("=", 1) for s in choice.sets)})
+        raw = nested(settings)
+        for override in (*choice.sets, "couple.steps=0"):  # whatever was asked: plugs are compared, not couplings
+            raw = apply_override(raw, override)
         return parse_config(raw, "reproduce")
 
     return {

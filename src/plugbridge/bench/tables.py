@@ -13,11 +13,13 @@ def markdown(cells: Sequence[Reproduced], title: str, note: str, command: str) -
     lines += ["| | " + " | ".join(_heading(column) for column in columns) + " |", "|---|" + "---|" * len(columns)]
     for row in _rows(cells):
         lines.append(f"| {row} | " + " | ".join(_text(cells, row, column, "-") for column in columns) + " |")
-    missing = list(
-        dict.fromkeys(f"- {c.task}: {c.obtained}" for c in cells if c.value is None and "not run" not in c.obtained)
-    )
-    if missing:
-        lines += ["", "Not run:", "", *missing]
+    missing = [cell for cell in cells if cell.value is None and cell.obtained != "not run"]
+    for title, some in (
+        ("Not run:", missing),
+        ("How each was obtained:", [cell for cell in cells if cell.value is not None]),
+    ):
+        if some:
+            lines += ["", title, "", *_origins(some)]
     return "\n".join(lines) + "\n"
 
 
@@ -36,6 +38,20 @@ def latex(cells: Sequence[Reproduced], title: str) -> str:
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _origins(cells: Sequence[Reproduced]) -> list[str]:
+    """Where cells come from: a line for a row, or for each of its tasks where they differ."""
+    lines: list[str] = []
+    for row in _rows(cells):
+        same = {
+            cell.task: cell.obtained if cell.n is None else f"{cell.obtained}, {cell.n:,} rows"
+            for cell in cells
+            if cell.row == row
+        }
+        alike = len(set(same.values())) == 1
+        lines += [f"- {row}: {text}" if alike else f"- {row}, {task}: {text}" for task, text in same.items()]
+    return list(dict.fromkeys(lines))
 
 
 def _columns(cells: Sequence[Reproduced]) -> list[tuple[str, str]]:

@@ -56,6 +56,16 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 }
 """Pairs by the name of their set."""
 
+PUBLISHED: dict[str, PreTrainedConfig] = {
+    "openai-community/gpt2": gpt2(768, 12, 12),
+    "openai-community/gpt2-xl": gpt2(1600, 48, 25),
+    "google-t5/t5-base": t5(768, 12, 12, 64, 3072),
+    "google-t5/t5-large": t5(1024, 24, 16, 64, 4096),
+    "google-t5/t5-3b": t5(1024, 24, 32, 128, 16384),
+    "google-t5/t5-11b": t5(1024, 24, 128, 128, 65536),
+}
+"""The paper's models by their hub names: their published shapes (Radford et al. 2019; Raffel et al. 2020)."""
+
 PAPER: dict[str, dict[str, int]] = {
     "Table 6": {
         "full fine-tuning": 73746, "Adapter": 57903, "Prefix tuning": 56051, "LoRA": 54593,

@@ -1,7 +1,9 @@
 """Rows of the hub, from a stand-in for `datasets`: the same rows as from the official files."""
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,17 +68,49 @@ def test_the_same_rows_as_from_the_files(hub: Callable[..., Any], tmp_path: Path
     assert found["test"][4].where == "aps/super_glue/rte:validation:4"
 
 
+def record_rows(raw: Raw) -> list[Raw]:
+    """ReCoRD's rows as the hub's loader makes them: texts of a list once each, in sorted order."""
+    text = raw["passage"]["text"]
+    spans = [(entity["start"], entity["end"] + 1) for entity in raw["passage"]["entities"]]
+    return [
+        {
+            "passage": text, "query": query["query"], "entities": sorted({text[a:b] for a, b in spans}),
+            "entity_spans": {"text": [text[a:b] for a, b in spans], "start": [a for a, _ in spans],
+                             "end": [b for _, b in spans]},
+            "answers": sorted({answer["text"] for answer in query["answers"]}),
+            "idx": {"passage": raw["idx"], "query": query["idx"]},
+        }
+        for query in raw["qas"]
+    ]  # fmt: skip
+
+
+def records(count: int) -> list[Raw]:
+    """Objects of ReCoRD's file, all entities and answers out of order."""
+    queries = [[{**query, "idx": 2 * i + j} for j, query in enumerate(RECORD["qas"])] for i in range(count)]
+    return [{**RECORD, "idx": i, "qas": queries[i]} for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_record_rows_are_equal_whichever_source(hub: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    objects = records(10)
+    hub([row for raw in objects for row in record_rows(raw)])
+    for file in ("train", "val"):
+        write_jsonl(tmp_path / f"{file}.jsonl", objects)
+    found, _ = hub_rows(load_task("record"), kind, 3)
+    local = load_rows(load_task("record"), kind, tmp_path, 3)
+    assert {split: [replace(row, where="") for row in rows] for split, rows in found.items()} == {
+        split: [replace(row, where="") for row in rows] for split, rows in local.items()
+    }
+    assert found["test"][1].accepted == ((" Costa", " Zouma") if kind == "causal" else ("Costa", "Zouma"))
+
+
 def test_nested_rows_are_those_of_the_files() -> None:
     [first, *_] = UNFOLD["multirc"](MULTIRC, "here")
     theirs = {k: v for k, v in first.items() if not k.endswith("idx")}
     ids = {"paragraph": 6, "question": 12, "answer": 30}
-    assert flat(load_task("multirc"), {**theirs, "idx": ids}, "here") == {**first, "answer_idx": 30, "label": "1"}
-    [first, *_] = UNFOLD["record"](RECORD, "here")
-    theirs = {
-        "passage": RECORD["passage"]["text"], "query": first["query"], "answers": first["answers"],
-        "entities": ["Costa", "Olimpija", "Costa", "Zouma"], "idx": {"passage": 3, "query": 40},
-    }  # fmt: skip
-    assert flat(load_task("record"), theirs, "here") == {**first, "query_idx": 40}
+    assert flat(load_task("multirc"), {**theirs, "idx": ids}, "here") == {**first, "label": "1"}
+    rows = [flat(load_task("record"), row, "here") for row in record_rows(RECORD)]
+    assert rows == list(UNFOLD["record"](RECORD, "here"))
     [first] = UNFOLD["wsc"](WSC, "here")
     theirs = {"text": WSC["text"], **WSC["target"], "idx": 5, "label": 1}
     assert flat(load_task("wsc"), theirs, "here") == {**first, "label": "true"}
@@ -106,6 +140,58 @@ def test_mistakes(hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)
     with pytest.raises(DataError, match=r"^cannot read aps/super_glue/rte:train from the hub: no network$"):
         hub_rows(load_task("rte"), "causal", 0)
+
+
+NESTED: Raw = {
+    "paragraph": "Reb came.", "question": "Who?", "answer": "Reb", "label": 1,
+    "idx": {"paragraph": 0, "question": 0, "answer": 0},
+}  # fmt: skip
+
+
+def less(row: Raw, *names: str) -> Raw:
+    return {key: value for key, value in row.items() if key not in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("rte", less(PAIRS[1], "idx"), "field 'idx' is missing; the row has "),
+        ("rte", less(PAIRS[1], "premise"), "field 'premise' is missing; the row has "),
+        ("rte", {**PAIRS[1], "premise": None}, "field 'premise' is null; expected a text"),
+        ("rte", PAIRS[0], "idx 0 was that of aps/super_glue/rte:train:0 already; every row needs its own"),
+        ("multirc", less(NESTED, "idx"), "'idx' is missing; found "),
+        ("multirc", {**NESTED, "idx": 3}, "'idx' is int; expected dict"),
+        (
+            "multirc",
+            {**NESTED, "idx": {"paragraph": 0, "question": 0}},
+            "'answer' is missing; found paragraph, question",
+        ),
+        ("multirc", NESTED, "idx 0 was that of aps/super_glue/multirc:train:0 already; every row needs its own"),
+        ("record", less(record_rows(RECORD)[1], "entities"), "'entities' is missing; found "),
+        ("record", {**record_rows(RECORD)[1], "entities": None}, "'entities' is NoneType; expected list"),
+        (
+            "record",
+            {**record_rows(RECORD)[1], "entities": ["Costa", None]},
+            "'entities' holds NoneType; expected texts",
+        ),
+        ("record", {**record_rows(RECORD)[1], "answers": None}, "'answers' is NoneType; expected list"),
+        ("record", {**record_rows(RECORD)[1], "passage": None}, "'passage' is NoneType; expected str"),
+        ("record", {**record_rows(RECORD)[1], "query": "Who lost?"}, "the query has no @placeholder: 'Who lost?'"),
+        ("record", {**record_rows(RECORD)[1], "idx": {"passage": 3}}, "'query' is missing; found passage"),
+        ("record", record_rows(RECORD)[0], "idx 40 was that of aps/super_glue/record:train:0 already; every row needs"),
+        ("wsc", {"text": "he", "span1_text": "Mark", "label": 1, "idx": 1}, "'span2_text' is missing; found "),
+    ],
+)
+def test_bad_rows_are_refused_by_split_and_row(hub: Callable[..., Any], name: str, row: Raw, message: str) -> None:
+    good = {
+        "rte": PAIRS[0], "multirc": NESTED, "record": record_rows(RECORD)[0],
+        "wsc": {"text": WSC["text"], **WSC["target"], "idx": 0, "label": 1},
+    }  # fmt: skip
+    hub([good[name], row])
+    task = load_task(name)
+    assert task.hub is not None
+    with pytest.raises(DataError, match=f"^{task.hub.path}/{re.escape(task.hub.name)}:train:1: {re.escape(message)}"):
+        hub_rows(task, "causal", 0)
 
 
 def test_a_run_may_read_the_hub(hub: Callable[..., Any], run_config: Callable[..., Raw], tmp_path: Path) -> None:

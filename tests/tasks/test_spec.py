@@ -40,7 +40,7 @@ def test_every_shipped_task_is_whole(name: str) -> None:
         ("rte", "causal", {**PAIR, "label": "not_entailment"},
          "It rained.\nQuestion: It was wet. True or False?\nAnswer:", (" True", " False"), 1),
         ("rte", "seq2seq", {**PAIR, "label": "entailment"},
-         "rte premise: It rained. hypothesis: It was wet.", ("entailment", "not_entailment"), 0),
+         "rte sentence1: It rained. sentence2: It was wet.", ("entailment", "not_entailment"), 0),
         ("cb", "causal", {**PAIR, "label": "neutral"},
          "It rained.\nQuestion: It was wet. True, False, or Neither?\nAnswer:", (" True", " False", " Neither"), 2),
         ("cb", "seq2seq", {**PAIR, "label": "contradiction"},
@@ -87,6 +87,11 @@ def test_prompts_word_by_word(
         ("copa", {k: v for k, v in CHOICE.items() if k != "choice2"}, "here: field 'choice2' is missing"),
         ("rte", {**PAIR, "label": "neutral"}, "here: label 'neutral' has no label word; known labels: entailment,"),
         ("rte", {}, "here: field 'premise' is missing; the row has none"),
+        ("rte", {**PAIR, "premise": " \n"}, "here: field 'premise' is blank; expected a text$"),
+        ("rte", {**PAIR, "hypothesis": None}, "here: field 'hypothesis' is null; expected a text, a number or a truth"),
+        ("copa", {**CHOICE, "choice2": ""}, "here: field 'choice2' is blank; expected a text$"),
+        ("copa", {**CHOICE, "choice1": ["icy"]}, "here: field 'choice1' is a list; expected a text, a number"),
+        ("copa", {**CHOICE, "question": None}, "here: question is 'None'; expected one of"),
     ],
 )
 def test_bad_rows_are_named(name: str, raw: dict[str, Any], message: str) -> None:
@@ -95,15 +100,30 @@ def test_bad_rows_are_named(name: str, raw: dict[str, Any], message: str) -> Non
         make_row(task, task.form("causal"), "here", raw)
 
 
-def test_values_that_are_not_text_are_written_as_json() -> None:
-    raw = {"n": 3, "yes": True, "list": [1, "a"], "text": "as {it} is"}
-    assert fill("{n} {yes} {list} {text} {{n}}", raw, "here") == '3 true [1, "a"] as {it} is {n}'
+def test_numbers_and_truth_values_are_written_as_json() -> None:
+    raw = {"n": 3, "part": 0.5, "yes": True, "list": [1, "a"], "text": "as {it} is"}
+    assert fill("{n} {part} {yes} {text} {{n}}", raw, "here") == "3 0.5 true as {it} is {n}"
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [(None, "null"), ([], "a list"), (["a"], "a list"), ({"a": "b"}, "an object"), ("", "blank"), (" \t\n", "blank")],
+)
+def test_what_is_no_text_fills_no_template(value: Any, fault: str) -> None:
+    with pytest.raises(DataError, match=f"^here: field 'x' is {fault}; expected a text"):
+        fill("{y} {x}", {"x": value, "y": "a", "z": None}, "here")
+    if fault == "blank":
+        assert fill("{y} {x}.", {"x": value, "y": "a"}, "here", ["x"]) == f"a {value}."
+    else:
+        with pytest.raises(DataError, match=f"^here: field 'x' is {fault}"):
+            fill("{y} {x}", {"x": value, "y": "a"}, "here", ["x"])
 
 
 def test_refill_changes_the_passage_alone() -> None:
     task = load_task("rte")
     row = make_row(task, task.causal, "here", {**PAIR, "label": "entailment"})
     assert refill(task, task.causal, row, "It") == "It\nQuestion: It was wet. True or False?\nAnswer:"
+    assert refill(task, task.causal, row, "") == "\nQuestion: It was wet. True or False?\nAnswer:"  # cut to nothing
 
 
 TASK: dict[str, Any] = {
@@ -262,6 +282,7 @@ def test_later_keys_do_not_touch_the_digest_of_a_task_without_them() -> None:
     assert set(load_task("subj").model_dump(mode="json")) == old | {"format", "holdout_test"}
     assert set(load_task("sst2").model_dump(mode="json")) == old | {"format", "limit"}
     assert set(load_task("record").model_dump(mode="json")) == old | {"unfold", "group"}
+    assert set(load_task("multirc").model_dump(mode="json")) == old | {"unfold", "group"}
     forms = {"prompt", "prompts", "prompt_by", "words", "options"}
     assert set(load_task("rte").causal.model_dump(mode="json")) == forms
     assert set(load_task("record").causal.model_dump(mode="json")) == forms | {"options_from", "option"}
@@ -285,6 +306,25 @@ def test_one_file_of_own_rows_is_split_by_the_seed(tmp_path: Path) -> None:
     assert len({line for rows in splits.values() for line in rows}) == 50
     assert splits == where(0)
     assert splits != where(1)
+
+
+@pytest.mark.parametrize("answer", [{"words": {"even": "yes", "odd": "no"}}, {"generate": " {label}"}])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"label": None}, "field 'label' is null; expected a label"),
+        ({"word": None}, "field 'word' is null; expected a text, a number or a truth value"),
+        ({"word": ["w1"]}, "field 'word' is a list; expected a text, a number or a truth value"),
+        ({"word": ""}, "field 'word' is blank; expected a text"),
+    ],
+)
+def test_bad_own_rows_are_refused_by_file_and_line(
+    tmp_path: Path, bad: dict[str, Any], message: str, answer: dict[str, Any]
+) -> None:
+    path = write_jsonl(tmp_path / "all.jsonl", [*toy_rows(20, 0), {"word": "w1", "label": "odd", **bad}])
+    config = TaskConfig.model_validate({"file": str(path), "prompt": "{word}", **answer})
+    with pytest.raises(DataError, match=f"^{re.escape(f'{path}:21: {message}')}$"):
+        own_rows(config, own_task(config), "causal", 0)
 
 
 @pytest.mark.parametrize("layout", [".", "RTE", "superglue/RTE"])

@@ -29,6 +29,7 @@ QUERY = {
     "entity_list": "Costa, Zouma", "answers": ["Zouma", "Costa"], "idx": 0,
 }  # fmt: skip
 PAIR = {"premise": "It rained.", "hypothesis": "It was wet.", "label": "entailment", "idx": 0}
+CHOICE = {"premise": "He fell.", "choice1": "It was icy.", "choice2": "It was dry.", "question": "cause", "label": 0}
 PARAPHRASE = {"sentence1": "It rained.", "sentence2": "Rain fell.", "label": "1"}
 NO_YES, FALSE_TRUE = (" no", " yes"), ("False", "True")
 
@@ -48,8 +49,10 @@ NO_YES, FALSE_TRUE = (" no", " yes"), ("False", "True")
          "Mark lied, so *he* ran.\nQuestion: Does *he* refer to Mark?\nAnswer:", NO_YES, 1),
         ("ax-b", "causal", PAIR,
          "It rained.\nQuestion: It was wet. True or False?\nAnswer:", (" True", " False"), 0),
+        ("ax-b", "seq2seq", PAIR,
+         "rte sentence1: It rained. sentence2: It was wet.", ("entailment", "not_entailment"), 0),
         ("ax-g", "seq2seq", PAIR,
-         "rte premise: It rained. hypothesis: It was wet.", ("entailment", "not_entailment"), 0),
+         "rte sentence1: It rained. sentence2: It was wet.", ("entailment", "not_entailment"), 0),
         ("cola", "causal", {"sentence": "They runs.", "label": "0"},
          "They runs.\nIs this sentence good English? Answer:", NO_YES, 0),
         ("cola", "seq2seq", {"sentence": "They runs.", "label": "0"},
@@ -103,6 +106,12 @@ def test_record_is_chosen_or_written() -> None:
         ("wic", {k: v for k, v in SENSES.items() if k != "word"}, "field 'word' is missing"),
         ("record", {**QUERY, "answers": ["Kane"]}, "answer 'Kane' is none of the row's 2 options"),
         ("record", {**QUERY, "answers": []}, "field 'answers' is an empty list"),
+        ("record", {**QUERY, "answers": [None]}, "field 'answers' holds None; expected texts"),
+        ("record", {**QUERY, "answers": " "}, "field 'answers' is blank; expected a text"),
+        ("record", {**QUERY, "entities": None}, "field 'entities' is null; expected a text"),
+        ("record", {**QUERY, "entities": {"a": 1}}, "field 'entities' is an object; expected a text"),
+        ("multirc", {**ANSWER, "question": ""}, "field 'question' is blank"),
+        ("multirc", {**ANSWER, "answer": None}, "field 'answer' is null"),
         ("record", {**QUERY, "entities": ["Costa", 3]}, "field 'entities' holds 3; expected texts"),
         ("record", {**QUERY, "entities": [" "]}, "field 'entities' holds ' '; expected texts that are not empty"),
     ],
@@ -111,6 +120,48 @@ def test_bad_rows_are_named(name: str, raw: dict[str, Any], message: str) -> Non
     task = load_task(name)
     with pytest.raises(DataError, match=f"^here: {message}"):
         make_row(task, task.causal, "here", raw)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize(
+    ("name", "raw"), [("boolq", PASSAGE), ("copa", CHOICE), ("multirc", ANSWER), ("wsc", PRONOUN), ("record", QUERY)]
+)
+def test_only_unlabelled_rows_go_without_a_label(name: str, kind: str, raw: dict[str, Any]) -> None:
+    task = load_task(name)
+    null = {**raw, task.label: None}
+    bare = {key: value for key, value in raw.items() if key != task.label}
+    for changed, fault in ((null, "null; expected a label$"), (bare, "missing; the row has ")):
+        with pytest.raises(DataError, match=f"^here: field '{task.label}' is {fault}"):
+            make_row(task, task.form(kind), "here", changed)
+        row = make_row(task, task.form(kind), "here", changed, labelled=False)
+        assert (row.answer, row.target, row.accepted) == (UNLABELLED, None, ())
+
+
+@pytest.mark.parametrize("file", ["train", "val"])
+def test_a_null_label_is_refused_by_file_and_line(tmp_path: Path, file: str) -> None:
+    rows = [{**PAIR, "idx": i} for i in range(9)]
+    for name in ("train", "val"):
+        bad = [{**row, "label": None} if i == 4 else row for i, row in enumerate(rows)]
+        write_jsonl(tmp_path / f"{name}.jsonl", bad if name == file else rows)
+    with pytest.raises(DataError, match=rf"/{file}\.jsonl:5: field 'label' is null; expected a label$"):
+        load_rows(load_task("rte"), "causal", tmp_path, 0)
+
+
+def test_t5_is_not_taught_a_blank_phrase() -> None:
+    task = load_task("wsc")
+    with pytest.raises(DataError, match=r"^here: field 'span1_text' is blank; expected a text$"):
+        make_row(task, task.form("seq2seq"), "here", {**PRONOUN, "span1_text": " "})
+
+
+def test_a_blank_answer_of_multirc_is_an_answer() -> None:
+    task = load_task("multirc")
+    prompts = [
+        make_row(task, task.form(kind), "here", {**ANSWER, "answer": ""}).prompt for kind in ("causal", "seq2seq")
+    ]
+    assert prompts == [
+        "Reb came.\nQuestion: Who came?\nAnswer: \nIs the answer right?",
+        "multirc question: Who came? answer:  paragraph: Reb came.",
+    ]
 
 
 def test_questions_of_a_paragraph_are_held_out_together() -> None:
@@ -224,7 +275,9 @@ def test_every_official_pronoun_is_marked_once() -> None:
 def test_official_test_files_have_no_labels(name: str) -> None:
     task = load_task(name)
     path = data_directory() / "superglue" / SUPERGLUE[name] / "test.jsonl"
-    where, raw = next(read_flat(task, path))
-    assert make_row(task, task.causal, where, raw, labelled=False).answer == UNLABELLED
+    found = list(read_flat(task, path))
+    for kind in ("causal", "seq2seq"):
+        assert {make_row(task, task.form(kind), *row, labelled=False).answer for row in found} == {UNLABELLED}
+    where, raw = found[0]
     with pytest.raises(DataError, match=r"test\.jsonl:1: field 'label' is missing"):
         make_row(task, task.causal, where, raw)

@@ -29,16 +29,16 @@ RECORD: dict[str, Any] = {
     "source": "Daily mail",
     "idx": 3,
     "passage": {
-        "text": "Costa beat Olimpija.\n@highlight\nCosta scored\n@highlight\nZouma too",
+        "text": "Olimpija beat Costa.\n@highlight\nCosta scored\n@highlight\nZouma too",
         "entities": [
-            {"start": 0, "end": 4}, {"start": 11, "end": 18}, {"start": 32, "end": 36}, {"start": 56, "end": 60},
+            {"start": 0, "end": 7}, {"start": 14, "end": 18}, {"start": 32, "end": 36}, {"start": 56, "end": 60},
         ],
     },
     "qas": [
-        {"query": "@placeholder lost.", "idx": 40, "answers": [
-            {"start": 11, "end": 18, "text": "Olimpija"}, {"start": 11, "end": 18, "text": "Olimpija"}]},
-        {"query": "@placeholder won.", "idx": 41, "answers": [
-            {"start": 0, "end": 4, "text": "Costa"}, {"start": 56, "end": 60, "text": "Zouma"}]},
+        {"query": "@placeholder won.", "idx": 40, "answers": [
+            {"start": 0, "end": 7, "text": "Olimpija"}, {"start": 0, "end": 7, "text": "Olimpija"}]},
+        {"query": "@placeholder lost.", "idx": 41, "answers": [
+            {"start": 56, "end": 60, "text": "Zouma"}, {"start": 14, "end": 18, "text": "Costa"}]},
     ],
 }  # fmt: skip
 WSC: dict[str, Any] = {
@@ -63,15 +63,15 @@ def test_multirc_is_one_row_an_answer() -> None:
     ]
 
 
-def test_record_is_one_row_a_query() -> None:
+def test_record_is_one_row_a_query_and_its_lists_are_sorted() -> None:
     shared = {
-        "passage": "Costa beat Olimpija. Costa scored. Zouma too", "entities": ["Costa", "Olimpija", "Zouma"],
+        "passage": "Olimpija beat Costa. Costa scored. Zouma too", "entities": ["Costa", "Olimpija", "Zouma"],
         "entity_list": "Costa, Olimpija, Zouma", "passage_idx": 3,
     }  # fmt: skip
     rows = unfolded("record", RECORD)
     assert rows == [
-        {**shared, "query": "@placeholder lost.", "idx": 40, "answers": ["Olimpija"]},
-        {**shared, "query": "@placeholder won.", "idx": 41, "answers": ["Costa", "Zouma"]},
+        {**shared, "query": "@placeholder won.", "idx": 40, "answers": ["Olimpija"]},
+        {**shared, "query": "@placeholder lost.", "idx": 41, "answers": ["Costa", "Zouma"]},
     ]
     assert rows[0]["passage"] is rows[1]["passage"]  # a passage is in memory once, however many ask about it
 
@@ -139,6 +139,18 @@ def test_test_rows_have_no_label() -> None:
         ("wsc", without(WSC, "target", "span2_text", put="she"), "the text does not hold span2_text 'she'; "),
         ("wsc", without(WSC, "idx"), "field 'idx' is missing; the row has label, marked"),
         ("multirc", without(MULTIRC, "passage", "questions", 1, "answers", 0, "idx", put=30), "idx 30 was that of "),
+        ("multirc", without(MULTIRC, "passage", "questions", 1, "idx", put=12),
+         "two questions have idx 12; every question of a paragraph needs its own"),
+        ("multirc", without(MULTIRC, "passage", "questions", put=[]), "'questions' is an empty list; expected"),
+        ("multirc", without(MULTIRC, "passage", "questions", 1, "answers", put=[]), "'answers' is an empty list; exp"),
+        ("record", without(RECORD, "qas", put=[]), "'qas' is an empty list; expected at least one object"),
+        ("record", without(RECORD, "passage", "entities", put=[]), "'entities' is an empty list; expected at least"),
+        ("record", without(RECORD, "passage", "entities", 3, "end", put=65),
+         "an entity is from 56 to 65, not within the text's 65 characters"),
+        ("record", without(RECORD, "passage", "entities", 0, "start", put=-8), "an entity is from -8 to 7, not within"),
+        ("record", without(RECORD, "passage", "entities", 0, "start", put=8), "an entity is from 8 to 7, not within"),
+        ("record", without(RECORD, "qas", 1, "query", put="Costa lost."),
+         "the query has no @placeholder: 'Costa lost.'"),
         ("record", without(RECORD, "qas", 1, "idx", put=40), "idx 40 was that of "),
     ],
 )  # fmt: skip
@@ -149,6 +161,21 @@ def test_bad_objects_are_refused_by_file_and_line(tmp_path: Path, task: str, raw
     path.write_text("\n" + (tmp_path / "more.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(DataError, match=f"^{re.escape(f'{path}:2: {message}')}"):
         list(read_flat(load_task(task), path))
+
+
+def test_an_entity_may_end_with_the_text() -> None:
+    raw = without(RECORD, "passage", "entities", 3, put={"start": 62, "end": 64})
+    assert unfolded("record", raw)[0]["entities"] == ["Costa", "Olimpija", "too"]
+
+
+def test_two_paragraphs_of_one_idx_are_refused_by_file_and_line(tmp_path: Path) -> None:
+    other = without(MULTIRC, "passage", "questions", put=[
+        {"question": "Why?", "idx": 14, "answers": [{"text": "No idea", "idx": 33, "label": 0}]}
+    ])  # fmt: skip
+    path = write_jsonl(tmp_path / "rows.jsonl", [MULTIRC, {**other, "idx": 7}, other])
+    message = f"{path}:3: idx 6 was that of {path}:1 already; every paragraph needs its own"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        list(read_flat(load_task("multirc"), path))
 
 
 @pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic", "ax-b", "ax-g"])

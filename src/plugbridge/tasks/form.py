@@ -2,7 +2,7 @@
 
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -106,20 +106,35 @@ def template_fields(template: str) -> list[str]:
     return [str(name) for _, name, _, _ in parts]
 
 
-def fill(template: str, raw: Mapping[str, Any], where: str) -> str:
-    """Fill a template with a row's fields. Raises DataError for a missing field."""
-    values = {name: text_of(field_of(raw, name, where)) for name in template_fields(template)}
+def fill(template: str, raw: Mapping[str, Any], where: str, blank: Collection[str] = ()) -> str:
+    """Fill a template with a row's fields. Raises DataError for a field that `text_field` refuses."""
+    values = {name: text_field(raw, name, where, name in blank) for name in template_fields(template)}
     return template.format(**values)
 
 
-def prompt_of(form: PromptForm, raw: Mapping[str, Any], where: str) -> str:
-    """A row's prompt. Raises DataError for a missing field, or a value of `prompt_by` that has no prompt."""
+def prompt_of(form: PromptForm, raw: Mapping[str, Any], where: str, blank: Collection[str] = ()) -> str:
+    """A row's prompt. Raises DataError as `fill`, and for a value of `prompt_by` that has no prompt."""
     if form.prompts is None or form.prompt_by is None:
-        return fill(form.prompt or "", raw, where)
+        return fill(form.prompt or "", raw, where, blank)
     choice = str(field_of(raw, form.prompt_by, where))
     if choice not in form.prompts:
         raise DataError(f"{where}: {form.prompt_by} is '{choice}'; expected one of {sorted(form.prompts)}")
-    return fill(form.prompts[choice], raw, where)
+    return fill(form.prompts[choice], raw, where, blank)
+
+
+def text_field(raw: Mapping[str, Any], name: str, where: str, blank: bool = False) -> str:
+    """A field as text: a text, a number or a truth value.
+
+    Raises DataError for one that is missing, null, a list or an object, or blank unless `blank`.
+    """
+    value = field_of(raw, name, where)
+    if not isinstance(value, str | int | float):
+        found = {type(None): "null", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+        raise DataError(f"{where}: field '{name}' is {found}; expected a text, a number or a truth value")
+    text = text_of(value)
+    if not blank and not text.strip():
+        raise DataError(f"{where}: field '{name}' is blank; expected a text")
+    return text
 
 
 def text_of(value: Any) -> str:

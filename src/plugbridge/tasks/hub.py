@@ -1,13 +1,13 @@
 """Rows of the Hugging Face hub, by the library `datasets`, an extra."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.errors import ConfigError, DataError
-from plugbridge.tasks.rows import Row, split_rows
+from plugbridge.tasks.rows import Row, check_id, split_rows
 from plugbridge.tasks.spec import Split, Task
-from plugbridge.tasks.unfold import UNFOLD, without_bullets
+from plugbridge.tasks.unfold import UNFOLD, article, cloze, part, sorted_texts
 
 HUB = "hub"  # what to give as --data or `data:`
 _SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}  # the hub's test rows have no labels
@@ -35,9 +35,13 @@ def hub_rows(task: Task, kind: str, seed: int) -> tuple[dict[Split, list[Row]], 
             raise DataError(f"cannot read {path}/{name}:{theirs} from the hub: {error}") from error
 
     def read(split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
+        seen: dict[str, str] = {}
         for i, raw in enumerate(found[split]):
             where = f"{path}/{name}:{_SPLITS[split]}:{i}"
-            yield where, flat(task, cast(Mapping[str, Any], raw), where)
+            row = flat(task, cast(Mapping[str, Any], raw), where)
+            if task.id is not None:
+                check_id(task.id, row, where, seen)
+            yield where, row
 
     sources = {split: f"{path}/{name}:{theirs}" for split, theirs in _SPLITS.items()}
     prints = {sources[split]: str(getattr(rows, "_fingerprint", "unknown")) for split, rows in found.items()}
@@ -45,7 +49,10 @@ def hub_rows(task: Task, kind: str, seed: int) -> tuple[dict[Split, list[Row]], 
 
 
 def flat(task: Task, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A hub row as the official files' row unfolds: label by name, ids by part, WSC's pronoun marked."""
+    """A hub row as the official files' row unfolds: label by name, ids by part, WSC's pronoun marked.
+
+    Raises DataError for a part that is missing or of the wrong kind.
+    """
     row = dict(raw)
     labels = () if task.hub is None else task.hub.labels
     if labels:
@@ -53,13 +60,30 @@ def flat(task: Task, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(number, int) or not 0 <= number < len(labels):
             raise DataError(f"{where}: label {number!r} is not a number below {len(labels)}")
         row[task.label] = labels[number]
-    if isinstance(row.get("idx"), dict):  # of a nested row: its own id is that of its innermost part
-        ids = cast(dict[str, int], row.pop("idx"))
-        row |= {f"{part}_idx": idx for part, idx in ids.items()}
-        row["idx"] = ids["answer" if "answer" in ids else "query"]
-    if task.unfold == "record":
-        entities = list(dict.fromkeys(row["entities"]))
-        row |= {"passage": without_bullets(row["passage"]), "entities": entities, "entity_list": ", ".join(entities)}
     if task.unfold == "wsc":
         [row] = UNFOLD["wsc"]({**row, "target": row}, where)
+    elif task.unfold == "record":
+        row = _record(row, where)
+    elif task.unfold == "multirc":
+        row |= _ids(row, ("paragraph", "question"), "answer", where)
     return row
+
+
+def _record(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    shared = article(part(row, "passage", str, where), _texts(row, "entities", where))
+    answers = sorted_texts(_texts(row, "answers", where))
+    return {**shared, **_ids(row, ("passage",), "query", where), "query": cloze(row, where), "answers": answers}
+
+
+def _ids(row: Mapping[str, Any], outer: Sequence[str], own: str, where: str) -> dict[str, int]:
+    """Ids of a nested row: `idx` is that of its innermost part."""
+    ids = part(row, "idx", dict, where)
+    return {**{f"{name}_idx": part(ids, name, int, where) for name in outer}, "idx": part(ids, own, int, where)}
+
+
+def _texts(row: Mapping[str, Any], name: str, where: str) -> list[str]:
+    values = cast(list[Any], part(row, name, list, where))
+    for value in values:
+        if not isinstance(value, str):
+            raise DataError(f"{where}: '{name}' holds {type(value).__name__}; expected texts")
+    return values

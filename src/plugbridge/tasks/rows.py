@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from plugbridge.errors import DataError
-from plugbridge.tasks.form import PromptForm, field_of, fill, prompt_of, text_of
+from plugbridge.tasks.form import PromptForm, field_of, fill, prompt_of, text_field, text_of
 from plugbridge.tasks.read import parts_of, read_rows
 from plugbridge.tasks.spec import SPLITS, Split, Task
 from plugbridge.tasks.unfold import UNFOLD
@@ -78,17 +78,21 @@ def input_files(task: Task, data: Path | None) -> dict[str, Path]:
 def read_flat(task: Task, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, fields) of every row of a file, nested ones unfolded. Raises DataError on the first bad one."""
     seen: dict[str, str] = {}
+    paragraphs: dict[str, str] = {}
     for where, raw in read_rows(path, task.format):
+        if task.unfold == "multirc":  # its questions are told apart by the paragraph's idx
+            check_id("idx", raw, where, paragraphs, "paragraph")
         for flat in UNFOLD[task.unfold](raw, where) if task.unfold is not None else (raw,):
             if task.id is not None:
-                _check_id(task.id, flat, where, seen)
+                check_id(task.id, flat, where, seen)
             yield where, flat
 
 
-def _check_id(name: str, raw: Mapping[str, Any], where: str, seen: dict[str, str]) -> None:
+def check_id(name: str, raw: Mapping[str, Any], where: str, seen: dict[str, str], what: str = "row") -> None:
+    """Take note of an id in `seen`. Raises DataError for one that is there already, or missing."""
     value = text_of(field_of(raw, name, where))
     if value in seen:
-        raise DataError(f"{where}: {name} {value} was that of {seen[value]} already; every row needs its own")
+        raise DataError(f"{where}: {name} {value} was that of {seen[value]} already; every {what} needs its own")
     seen[value] = where
 
 
@@ -152,27 +156,37 @@ def draw(rows: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
 
 
 def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any], labelled: bool = True) -> Row:
-    """Put one row into words. Raises DataError for a missing field or an unknown label."""
-    prompt = prompt_of(form, raw, where)
-    label = field_of(raw, task.label, where) if labelled else None
+    """Put one row into words. Raises DataError for an unusable field, or a missing, null or unknown label.
+
+    A row that is not `labelled` is `UNLABELLED`, whatever its label.
+    """
+    prompt = prompt_of(form, raw, where, task.blank)
+    label = _label(raw, task.label, where) if labelled else ""
     if form.words is not None:
         options = tuple(form.words.values())
-        right = () if label is None else (_number_of_word(form.words, str(label), where),)
+        right = (_number_of_word(form.words, label, where),) if labelled else ()
     elif form.options is not None:
-        options = tuple(fill(option, raw, where) for option in form.options)
-        right = () if label is None else (_number_of_option(str(label), len(options), where),)
+        options = tuple(fill(option, raw, where, task.blank) for option in form.options)
+        right = (_number_of_option(label, len(options), where),) if labelled else ()
     elif form.options_from is not None:
         texts = _texts(raw, form.options_from, where)
-        options = tuple(fill(form.option, {**raw, "option": text}, where) for text in texts)
-        right = () if label is None else _numbers_of_texts(texts, _texts(raw, task.label, where), where)
+        options = tuple(fill(form.option, {**raw, "option": text}, where, task.blank) for text in texts)
+        right = _numbers_of_texts(texts, _texts(raw, task.label, where), where) if labelled else ()
     else:
-        texts = () if label is None else _texts(raw, task.label, where)
-        options = tuple(fill(form.generate or "", {**raw, task.label: text}, where) for text in texts)
+        texts = _texts(raw, task.label, where) if labelled else ()
+        options = tuple(fill(form.generate or "", {**raw, task.label: text}, where, task.blank) for text in texts)
         right = tuple(range(len(options)))
     target = None
-    if form.generate is not None and label is not None:
-        target = fill(form.generate, raw, where) if form.judge is not None else options[0]
+    if form.generate is not None and labelled:
+        target = fill(form.generate, raw, where, task.blank) if form.judge is not None else options[0]
     return Row(prompt, options, right[0] if right else UNLABELLED, raw, where, right[1:], target)
+
+
+def _label(raw: Mapping[str, Any], name: str, where: str) -> str:
+    label = field_of(raw, name, where)
+    if label is None:
+        raise DataError(f"{where}: field '{name}' is null; expected a label")
+    return str(label)
 
 
 def _number_of_word(words: Mapping[str, str], label: str, where: str) -> int:
@@ -198,7 +212,7 @@ def _numbers_of_texts(options: Sequence[str], right: Sequence[str], where: str) 
 def _texts(raw: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     """The texts of a field: a text, or a list of them, at least one and none empty."""
     value = field_of(raw, name, where)
-    values = cast(list[Any], value) if isinstance(value, list) else [text_of(value)]
+    values = cast(list[Any], value) if isinstance(value, list) else [text_field(raw, name, where)]
     if not values:
         raise DataError(f"{where}: field '{name}' is an empty list; expected at least one text")
     for text in values:
@@ -214,6 +228,6 @@ def passage_of(task: Task, row: Row) -> str:
 
 
 def refill(task: Task, form: PromptForm, row: Row, passage: str) -> str:
-    """The row's prompt with another passage: how a prompt is cut to fit without losing its question."""
+    """The row's prompt with another passage, which may be blank: a prompt is cut to fit, its question kept."""
     assert task.passage is not None
-    return prompt_of(form, {**row.fields, task.passage: passage}, row.where)
+    return prompt_of(form, {**row.fields, task.passage: passage}, row.where, (*task.blank, task.passage))

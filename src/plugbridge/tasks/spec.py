@@ -60,8 +60,9 @@ class Task(_Strict):
 
     `folder` is looked up in the data directory, then in the folders of it that `within` names;
     or beside this module if `shipped`. `format` says how the `files` are written, `unfold` how one of
-    their objects becomes rows, and `id` names the field that no two rows of a file share. `holdout_test`
-    is the share of the train rows that becomes the test split where there is no test file;
+    their objects becomes rows, and `id` names the field that no two rows of a file share. Of the fields
+    that a prompt names, only those in `blank` may be blank. `holdout_test` is the share of the train
+    rows that becomes the test split where there is no test file;
     `holdout` is the share of the rest that becomes the validation split where there is no
     validation file; rows with the same `group` field are held out together. `limit` is the most rows a
     split may have, after holding out. Validation rows, and train rows under a limit, are drawn by the
@@ -79,6 +80,7 @@ class Task(_Strict):
     format: Format = Jsonl()
     unfold: Unfolding | None = None
     id: str | None = Field(default=None, exclude=True)  # what is refused changes no result
+    blank: tuple[str, ...] = Field(default=(), exclude=True)  # nor does this
     group: str | None = None
     holdout: float = Field(default=0.0, ge=0, lt=1)
     holdout_test: float = Field(default=0.0, ge=0, lt=1)

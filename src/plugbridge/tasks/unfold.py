@@ -5,7 +5,7 @@ for a part that is missing or of the wrong kind. A label that is not there stays
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 from plugbridge.errors import DataError
@@ -17,36 +17,62 @@ T = TypeVar("T")
 
 def multirc(raw: Raw, where: str) -> Iterator[dict[str, Any]]:
     """One row an answer: paragraph, question, answer; idx is the answer's."""
-    passage = _part(raw, "passage", dict, where)
-    paragraph = _part(passage, "text", str, where)
+    passage = part(raw, "passage", dict, where)
+    paragraph, paragraph_idx = part(passage, "text", str, where), part(raw, "idx", int, where)
+    seen: set[int] = set()
     for question in _objects(passage, "questions", where):
-        ids = {"paragraph_idx": _part(raw, "idx", int, where), "question_idx": _part(question, "idx", int, where)}
-        text = _part(question, "question", str, where)
+        text, idx = part(question, "question", str, where), part(question, "idx", int, where)
+        if idx in seen:
+            raise DataError(f"{where}: two questions have idx {idx}; every question of a paragraph needs its own")
+        seen.add(idx)
+        ids = {"paragraph_idx": paragraph_idx, "question_idx": idx}
         for answer in _objects(question, "answers", where):
-            row = {"paragraph": paragraph, "question": text, "answer": _part(answer, "text", str, where)}
-            yield {**row, **ids, "idx": _part(answer, "idx", int, where), **_kept(answer, "label")}
+            row = {"paragraph": paragraph, "question": text, "answer": part(answer, "text", str, where)}
+            yield {**row, **ids, "idx": part(answer, "idx", int, where), **_kept(answer, "label")}
 
 
 def record(raw: Raw, where: str) -> Iterator[dict[str, Any]]:
-    """One row a query: the entities, each once, in the passage's order; the accepted answers' texts, each once.
+    """One row a query: the entities' and the accepted answers' texts, each once and sorted, as the hub has them.
 
     The bullet points below an article ("@highlight") become sentences of the passage, as Raffel et al. 2020 read them.
     """
-    passage = _part(raw, "passage", dict, where)
-    text = _part(passage, "text", str, where)
-    found = [text[_part(e, "start", int, where) : _part(e, "end", int, where) + 1] for e in
-             _objects(passage, "entities", where)]  # fmt: skip
-    entities = list(dict.fromkeys(entity.strip() for entity in found if entity.strip()))
-    shared = {"passage": without_bullets(text), "entities": entities, "entity_list": ", ".join(entities)}
+    passage = part(raw, "passage", dict, where)
+    text = part(passage, "text", str, where)
+    found = [_span(text, entity, where) for entity in _objects(passage, "entities", where)]
+    shared = {**article(text, found), "passage_idx": part(raw, "idx", int, where)}
     for query in _objects(raw, "qas", where):
-        row: dict[str, Any] = {
-            **shared, "query": _part(query, "query", str, where), "idx": _part(query, "idx", int, where),
-            "passage_idx": _part(raw, "idx", int, where),
-        }  # fmt: skip
+        row: dict[str, Any] = {**shared, "query": cloze(query, where), "idx": part(query, "idx", int, where)}
         if "answers" in query:
-            texts = [_part(answer, "text", str, where).strip() for answer in _objects(query, "answers", where)]
-            row["answers"] = list(dict.fromkeys(texts))
+            answers = _objects(query, "answers", where, empty=True)
+            row["answers"] = sorted_texts(part(answer, "text", str, where) for answer in answers)
         yield row
+
+
+def _span(text: str, raw: Raw, where: str) -> str:
+    """An entity's text; `end` is its last character. Raises DataError for a span that is not within the text."""
+    start, end = part(raw, "start", int, where), part(raw, "end", int, where)
+    if not 0 <= start <= end < len(text):
+        raise DataError(f"{where}: an entity is from {start} to {end}, not within the text's {len(text)} characters")
+    return text[start : end + 1]
+
+
+def article(text: str, entities: Iterable[str]) -> dict[str, Any]:
+    """What ReCoRD's rows about one article share: passage, entities, and those as one text."""
+    found = [entity for entity in sorted_texts(entities) if entity]
+    return {"passage": without_bullets(text), "entities": found, "entity_list": ", ".join(found)}
+
+
+def cloze(raw: Raw, where: str) -> str:
+    """ReCoRD's query. Raises DataError for one without a placeholder."""
+    query = part(raw, "query", str, where)
+    if "@placeholder" not in query:
+        raise DataError(f"{where}: the query has no @placeholder: {query[:80]!r}")
+    return query
+
+
+def sorted_texts(texts: Iterable[str]) -> list[str]:
+    """Texts less the blanks around them, each once, in the order of their code points."""
+    return sorted({text.strip() for text in texts})
 
 
 def without_bullets(text: str) -> str:
@@ -57,12 +83,12 @@ def without_bullets(text: str) -> str:
 
 def wsc(raw: Raw, where: str) -> Iterator[dict[str, Any]]:
     """The text with the pronoun between stars as `marked` (Raffel et al. 2020, D.13), and both spans."""
-    target = _part(raw, "target", dict, where)
-    pronoun = _part(target, "span2_text", str, where)
-    words = _part(raw, "text", str, where).split()
-    at = _nearest(words, pronoun, _part(target, "span2_index", int, where), where)
+    target = part(raw, "target", dict, where)
+    pronoun = part(target, "span2_text", str, where)
+    words = part(raw, "text", str, where).split()
+    at = _nearest(words, pronoun, part(target, "span2_index", int, where), where)
     marked = [*words[:at], words[at].replace(pronoun, f"*{pronoun}*", 1), *words[at + 1 :]]
-    spans = {"span1_text": _part(target, "span1_text", str, where), "span2_text": pronoun}
+    spans = {"span1_text": part(target, "span1_text", str, where), "span2_text": pronoun}
     yield {"text": raw["text"], "marked": " ".join(marked), **spans, **_kept(raw, "idx", "label")}
 
 
@@ -97,7 +123,8 @@ UNFOLD: dict[Unfolding, Callable[[Raw, str], Iterator[dict[str, Any]]]] = {
 }
 
 
-def _part(raw: Raw, name: str, kind: type[T], where: str) -> T:
+def part(raw: Raw, name: str, kind: type[T], where: str) -> T:
+    """A part of an object. Raises DataError if it is missing or not of the kind."""
     if name not in raw:
         raise DataError(f"{where}: '{name}' is missing; found {', '.join(sorted(raw)) or 'nothing'}")
     value = raw[name]
@@ -106,8 +133,10 @@ def _part(raw: Raw, name: str, kind: type[T], where: str) -> T:
     return value
 
 
-def _objects(raw: Raw, name: str, where: str) -> list[dict[str, Any]]:
-    values = cast(list[Any], _part(raw, name, list, where))
+def _objects(raw: Raw, name: str, where: str, empty: bool = False) -> list[dict[str, Any]]:
+    values = cast(list[Any], part(raw, name, list, where))
+    if not values and not empty:
+        raise DataError(f"{where}: '{name}' is an empty list; expected at least one object")
     for value in values:
         if not isinstance(value, dict):
             raise DataError(f"{where}: '{name}' holds {type(value).__name__}; expected objects")

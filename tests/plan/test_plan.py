@@ -14,6 +14,7 @@ from plugbridge.memory.predict import Trace, predict
 from plugbridge.plan.advice import Advice, advise, changed
 from plugbridge.plan.make import make_plan
 from plugbridge.plan.works import rivals_of, subjects_of, works_of
+from plugbridge.transfer.couple import find_mode
 
 Raw = dict[str, Any]
 
@@ -23,7 +24,7 @@ def test_every_stage_and_every_other_way_is_in_the_plan(run_config: Callable[...
     assert [stage.name for stage in plan.stages if stage.ours] == [
         "tune (small)", "score", "prune", "repair", "couple (feedback)", "polish", "evaluate (a batch)",
     ]  # fmt: skip
-    assert [stage.name for stage in plan.stages if not stage.ours] == [
+    assert [stage.name for stage in plan.stages if not stage.ours and not stage.reference] == [
         f"large: {name}" for name in (
             "full fine-tuning", "LoRA", "LoRA, checkpointing", "LoRA, checkpointing, bf16",
             "QLoRA (4 bit, checkpointing, bf16)", "Ladder Side-Tuning",
@@ -117,3 +118,47 @@ def test_a_streamed_model_is_the_first_advice(run_config: Callable[..., Raw]) ->
     quantised = changed(config, {"large": {"load_in": "4bit"}})
     assert changed(quantised, {"": {"resident": "none"}}).load_in == "4bit"
     assert advise(quantised, 8, peak - 1, {"prune": peak}) == Advice(("dtype: bfloat16",))
+
+
+def test_references_are_planned_where_the_run_makes_them(run_config: Callable[..., Raw]) -> None:
+    train = {"steps": 3, "batch_size": 2}
+    asked = {"large_finetuned": train, "small_ladder": {**train, "reduction": 2}}
+    config = parse_config(run_config(ceiling={**train, "micro_batch": 1}, baselines=asked), "x")
+    plan = make_plan(config, 8, 1000, 1)
+    found = {stage.name: stage for stage in plan.stages if stage.reference}
+    assert list(found) == [
+        "reference: ceiling", "reference: small_ladder", "reference: small_ladder: score", "reference: large_finetuned",
+    ]  # fmt: skip
+    assert not any(stage.ours or stage.fits for stage in found.values())
+    assert (found["reference: ceiling"].passes, found["reference: ceiling"].large_rows) == (3, 6)
+    assert found["reference: small_ladder"].large_rows == 0
+    bare = make_plan(parse_config(run_config(ceiling=None), "x"), 8, None, 1)
+    assert not any(stage.reference for stage in bare.stages)
+
+
+def test_passes_and_disk_follow_importance_and_cache(run_config: Callable[..., Raw]) -> None:
+    def works(**changes: Any) -> dict[str, Any]:
+        config = parse_config(run_config(**changes), "x")
+        return {work.row.method: work for work in works_of(subjects_of(config, 8, None))}
+
+    samples = parse_config(run_config(), "x").score.samples
+    assert works()["score"].passes == 2 * samples
+    prune = {"reduction": 2, "channels": "pca"}
+    assert works(score={"importance": "magnitude", "samples": samples}, prune=prune)["score"].passes == samples
+    couple = {"steps": 4, "batch_size": 4, "mode": "ladder"}
+    assert works(couple=couple)["couple (ladder)"].disk == 0
+    config = parse_config(run_config(couple={**couple, "cache": "disk"}), "x")
+    subjects = subjects_of(config, 8, None)
+    places = find_mode("ladder").caches
+    assert places is not None
+    rungs = len(places(subjects.layout))
+    kept = {work.row.method: work for work in works_of(subjects)}["couple (ladder)"].disk
+    assert kept == 16 * rungs * 8 * subjects.hidden * 4
+
+
+def test_lora_beside_another_method_is_lora(run_config: Callable[..., Raw]) -> None:
+    config = parse_config(run_config(method="adapter"), "x")
+    methods = {work.row.method: work.row.case.method.name for work in rivals_of(subjects_of(config, 8, None))}
+    named = {name: method for name, method in methods.items() if "LoRA" in name}
+    assert len(named) == 4
+    assert set(named.values()) == {"lora"}

@@ -45,18 +45,23 @@ def _print_plan(found: Any) -> None:
     table.add_column("stage")  # whose lines break on a narrow terminal; numbers never do
     for column in ("peak\nMiB", "\nhours", "disk\nMiB", "forward\npasses", "large\nrows", "\nfits"):
         table.add_column(column, justify="right", no_wrap=True)
-    for stage in found.stages:
+    kinds = {index: (stage.ours, stage.reference) for index, stage in enumerate(found.stages)}
+    for index, stage in enumerate(found.stages):
         fits = {None: "", True: "yes", False: "no"}[stage.fits]
         table.add_row(
             stage.name, f"{stage.peak_bytes / 2**20:,.0f}", f"{stage.seconds / 3600:.2f}",
             f"{stage.disk_bytes / 2**20:,.0f}", f"{stage.passes:,}", f"{stage.large_rows:,}", fits,
-            end_section=stage.ours and not found.stages[found.stages.index(stage) + 1].ours,
+            end_section=kinds.get(index + 1, kinds[index]) != kinds[index],
         )  # fmt: skip
     out.print(table)
     out.print(
-        f"hours at this machine's rates: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
-        f"{found.rates.moved / 1e9:.1f} GB/s in all else"
+        f"hours at the rates of this machine's processor: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
+        f"{found.rates.moved / 1e9:.1f} GB/s in all else; reading a model from disk is not in them"
     )
+    out.print("peaks are over what Python and its libraries take (on a processor about 0.5 GiB)")
+    tight = [stage.name for stage in found.stages if stage.reference and stage.fits is False]
+    if tight:
+        out.print(f"not needed for the transfer and does not fit, leave it out: {', '.join(tight)}")
     if found.advice is not None:
         stuck = found.advice.stuck
         what = f"no setting tried makes '{stuck}' fit" if stuck else f"it fits with {', '.join(found.advice.settings)}"

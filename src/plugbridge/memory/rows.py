@@ -40,11 +40,12 @@ class Row:
 
 def baselines(case: Case, methods: tuple[str, ...] = ("lora",)) -> list[Row]:
     """Ways to tune the large model itself, on the same batch and length."""
-    half = replace(case, dtype=torch.bfloat16)
+    lora = _with(case, METHODS["lora"])
+    half = replace(lora, dtype=torch.bfloat16)
     rows = [Row("full fine-tuning", "train", case, STEPS["full fine-tuning"])]
     rows += [Row(METHODS[name].title, "train", _with(case, METHODS[name]), STEPS["tuned"]) for name in methods]
     rows += [
-        Row("LoRA, checkpointing", "train", case, STEPS["tuned, checkpointing"]),
+        Row("LoRA, checkpointing", "train", lora, STEPS["tuned, checkpointing"]),
         Row("LoRA, checkpointing, bf16", "train", half, STEPS["tuned, checkpointing"]),
         Row(QLORA, "train", replace(half, bits="4bit"), STEPS["tuned, checkpointing"],
             real=False),

@@ -9,20 +9,21 @@ from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, measure_rates
 from plugbridge.plan.advice import Advice, advise
 from plugbridge.plan.predictions import Predictions
-from plugbridge.plan.works import Work, rivals_of, subjects_of, works_of
+from plugbridge.plan.works import REFERENCE, Work, references_of, rivals_of, subjects_of, works_of
 
 
 @dataclass(frozen=True)
 class PlannedStage:
     """One line of a plan.
 
-    `peak_bytes` holds model and optimizer, `disk_bytes` is what the stage leaves and, where it trains, its step
-    checkpoint. `large_rows` are the rows that the large model reads, `passes` its forward passes. `fits` is None where
-    no memory was given.
+    A `reference` is no part of the transfer. `peak_bytes` holds model and optimizer, `disk_bytes` is what the stage
+    leaves and, where it trains, its step checkpoint. `large_rows` are the rows that the large model reads, `passes` its
+    forward passes. `fits` is None where no memory was given.
     """
 
     name: str
     ours: bool
+    reference: bool
     peak_bytes: int
     seconds: float
     disk_bytes: int
@@ -59,7 +60,7 @@ def make_plan(config: RunConfig, length: int, memory: int | None, threads: int, 
     """
     predictions = Predictions(beside)
     subjects = subjects_of(config, length, memory)
-    works = [*works_of(subjects), *rivals_of(subjects)]
+    works = [*works_of(subjects), *references_of(subjects), *rivals_of(subjects)]
     traces = predictions.all([work.row for work in works])
     rates = measure_rates(subjects.large.dtype, "cpu", threads)  # while nothing else is at work
     stages = [_planned(work, trace, rates, memory) for work, trace in zip(works, traces, strict=True)]
@@ -70,8 +71,9 @@ def make_plan(config: RunConfig, length: int, memory: int | None, threads: int, 
 
 def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> PlannedStage:
     disk = work.disk + 12 * counts.trained  # the step checkpoint: parameters and AdamW's two moments
-    name = f"{work.row.method}" if work.row.stage == "" else f"large: {work.row.method}"
+    before = {"": "", REFERENCE: "reference: "}.get(work.row.stage, "large: ")
     return PlannedStage(
-        name, work.row.stage == "", counts.peak, work.times * rates.seconds(counts), round(disk), work.passes,
-        work.large_rows, None if memory is None else counts.peak <= memory,
+        f"{before}{work.row.method}", work.row.stage == "", work.row.stage == REFERENCE, counts.peak,
+        work.times * rates.seconds(counts), round(disk), work.passes, work.large_rows,
+        None if memory is None else counts.peak <= memory,
     )  # fmt: skip

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from plugbridge.config import RunConfig
+from plugbridge.config.stages import PartsConfig
 from plugbridge.cost import free_memory
+from plugbridge.families.spec import Layout
 from plugbridge.memory.case import Case
 from plugbridge.memory.rows import Row, baselines, top_layers
 from plugbridge.memory.steps import STEPS
@@ -16,6 +18,9 @@ from plugbridge.stages.shrink import rows_at_once
 from plugbridge.streaming import block_bytes
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import MethodSettings, find_method
+
+REFERENCE = "reference"
+"""The stage of rows that a run makes only to compare with."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Subjects:
     """A configuration met with the shapes of its models; `at_once` is of a streamed model that is scored."""
 
     config: RunConfig
+    layout: Layout
     small: Case
     large: Case
     at_once: int
@@ -71,6 +77,7 @@ def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
     )  # fmt: skip
     return Subjects(
         config,
+        layout,
         replace(base, config=small, batch=config.tune.batch_size, bits=None, micro_batch=config.tune.micro_batch),
         large_case,
         0 if config.score.keep == "disk" else min(at_once, config.score.samples),
@@ -95,7 +102,8 @@ def works_of(s: Subjects) -> Iterator[Work]:
     if full.streamed and s.at_once == 0:  # a row leaves one at every block
         states = samples * full.length * hidden * width * sum(full.layers.values())
     disk = moments + states
-    yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, 2 * samples, 2 * samples)
+    passes = samples if config.score.importance == "magnitude" else 2 * samples  # the last for the residual stream
+    yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes)
     yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:
         case, steps = replace(large, batch=config.repair.batch_size, micro_batch=None), config.repair.steps
@@ -104,7 +112,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
     steps = config.couple.steps
     runs = steps if find_mode(config.couple.mode).runs_large else 0
     row = Row(f"couple ({config.couple.mode})", "", coupled, STEPS[f"couple, {config.couple.mode}"])
-    yield Work(row, steps, 0, runs, runs * coupled.batch)
+    yield Work(row, steps, _cache_bytes(s, runs * coupled.batch), runs, runs * coupled.batch)
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
@@ -113,8 +121,41 @@ def works_of(s: Subjects) -> Iterator[Work]:
     yield Work(row, 1, 0, 1, row.case.batch)
 
 
+def _cache_bytes(s: Subjects, rows: int) -> int:
+    """Bytes on disk of the activations of so many rows, if coupling keeps them there."""
+    places = find_mode(s.config.couple.mode).caches
+    if s.config.couple.cache != "disk" or places is None:
+        return 0
+    return rows * len(places(s.layout)) * s.large.length * s.hidden * s.large.dtype.itemsize
+
+
+def references_of(s: Subjects) -> Iterator[Work]:
+    """What a run makes only to compare with, where it is asked for: all of it with the whole model in memory."""
+    cases = {"small": replace(s.small, micro_batch=None), "large": _resident(s)}
+    if s.config.ceiling is not None:
+        yield _reference("ceiling", "tuned", cases["large"], s.config.ceiling, large=True)
+    for size, case in cases.items():
+        finetuned = getattr(s.config.baselines, f"{size}_finetuned")
+        if finetuned is not None:
+            yield _reference(f"{size}_finetuned", "full fine-tuning", case, finetuned, large=size == "large")
+        ladder = getattr(s.config.baselines, f"{size}_ladder")
+        if ladder is not None:
+            side = replace(case, sizes=None, reduction=ladder.reduction)
+            yield _reference(f"{size}_ladder", "ladder side-tuning", side, ladder, large=size == "large")
+            yield Work(Row(f"{size}_ladder: score", REFERENCE, case, STEPS["score"]), s.config.score.samples, 0, 0, 0)
+
+
+def _reference(name: str, step: str, case: Case, settings: PartsConfig, large: bool) -> Work:
+    steps, case = settings.steps, replace(case, batch=settings.batch_size, micro_batch=settings.micro_batch)
+    return Work(Row(name, REFERENCE, case, STEPS[step]), steps, 0, steps * large, steps * case.batch * large)
+
+
+def _resident(s: Subjects) -> Case:
+    return replace(s.large, bits=None, trained={}, streamed=False, micro_batch=None)
+
+
 def rivals_of(s: Subjects) -> Iterator[Work]:
     """Other ways to tune the large model, with as many steps on batches of the same size."""
-    case, steps = replace(s.large, bits=None, trained={}, streamed=False, micro_batch=None), s.config.couple.steps
+    case, steps = _resident(s), s.config.couple.steps
     for row in baselines(case):
         yield Work(row, steps, 0, steps, steps * case.batch)

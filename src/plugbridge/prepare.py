@@ -1,6 +1,8 @@
 """Everything a run depends on, read and checked before anything is written."""
 
 import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,16 +63,29 @@ class Prepared:
     inputs: dict[str, Any]
     streamed: Checkpoint | None
     """The large model's weights on disk; None where it is in memory as a whole."""
+    checkpoints: Mapping[str, Checkpoint]
+    """Both models' safetensors files as they were found, by source."""
 
     def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
-        """Load a model and meet it with its family."""
-        model = load_model(
-            source,
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        """Load a model and meet it with its family. Raises ModelError if its files have changed since the start."""
+        with self._unchanged(source):
+            model = load_model(
+                source,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.config.trust_remote_code,
+            )
         return model, layout_for(model)
+
+    @contextmanager
+    def _unchanged(self, source: str) -> Generator[None]:
+        """Files are the same before and after the block."""
+        checkpoint = self.checkpoints.get(source)
+        if checkpoint is not None:
+            checkpoint.require_unchanged()
+        yield
+        if checkpoint is not None:
+            checkpoint.require_unchanged()
 
     def load_large(self) -> tuple[PreTrainedModel, Layout]:
         """The large model with full weights, not to be trained: streamed from disk or in memory."""
@@ -90,13 +105,14 @@ class Prepared:
         config = self.config
         if config.load_in is None:
             return self.load_large()
-        return load_quantised(
-            config.large_path,
-            config.load_in,
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=config.trust_remote_code,
-        )
+        with self._unchanged(config.large_path):
+            return load_quantised(
+                config.large_path,
+                config.load_in,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=config.trust_remote_code,
+            )
 
 
 def prepare(config: RunConfig, data: Path | None) -> Prepared:
@@ -123,7 +139,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     check_same_tokenizer(*tokenizers)
     for source, tokenizer, model in zip((config.small, config.large_path), tokenizers, (small, large), strict=True):
         check_vocabulary(source, tokenizer, model)
-    streamed = _check_weights(config, device)
+    checkpoints, streams = _check_weights(config, device)
     reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     encoders = [
         Encoder(tokenizer, kind, _room(positions_of(model), reserved))
@@ -159,7 +175,8 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
             "large": _model_digest(config.large_path),
             "task": {"spec": task.model_dump(mode="json"), "files": digests},
         },
-        streamed=streamed,
+        streamed=checkpoints[config.large_path] if streams else None,
+        checkpoints=checkpoints,
     )
 
 
@@ -227,12 +244,12 @@ def _check_models(config: RunConfig) -> None:
             raise ConfigError(f"evaluate.models names '{name}', which needs {section}")
 
 
-def _check_weights(config: RunConfig, device: str) -> Checkpoint | None:
+def _check_weights(config: RunConfig, device: str) -> tuple[dict[str, Checkpoint], bool]:
     """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work.
 
-    Returns the large model's weights on disk if it shall be streamed.
+    Returns their weights on disk, where those are safetensors, and whether the large model shall be streamed.
     """
-    _, checkpoint = (find_checkpoint(source) for source in (config.small, config.large_path))
+    found = {source: find_checkpoint(source) for source in (config.small, config.large_path)}
     small, large = (
         load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
         for source in (config.small, config.large_path)
@@ -242,7 +259,8 @@ def _check_weights(config: RunConfig, device: str) -> Checkpoint | None:
     bridge_sizes(config, large, layout)
     if config.load_in is not None:
         check_load_in(config.large_path, large, layout, config.load_in, device)
-    return checkpoint if _streams(config, checkpoint, parameter_count(large), device) else None
+    streams = _streams(config, found[config.large_path], parameter_count(large), device)
+    return {source: checkpoint for source, checkpoint in found.items() if checkpoint is not None}, streams
 
 
 def _streams(config: RunConfig, checkpoint: Checkpoint | None, parameters: int, device: str) -> bool:

@@ -113,19 +113,20 @@ def test_quantised_weights_are_not_streamed(run_config: Callable[..., Raw]) -> N
         prepare(parse_config(raw, "test"), None)
 
 
-def test_a_model_that_changes_between_two_stages_is_noticed(run_config: Callable[..., Raw], tmp_path: Path) -> None:
-    raw = run_config(resident="none", ceiling=None)
-    large = tmp_path / "large"
-    load_model(raw["large"]).save_pretrained(large)
-    for file in Path(raw["large"]).glob("tokenizer*"):
-        (large / file.name).write_bytes(file.read_bytes())
-    stages = build_stages(prepare(parse_config({**raw, "large": str(large)}, "test"), None), tmp_path / "run", Silent())
+@pytest.mark.parametrize(("resident", "size"), [("none", "large"), ("all", "large"), ("all", "small")])
+def test_a_model_that_changes_between_two_stages_is_noticed(
+    run_config: Callable[..., Raw], tmp_path: Path, resident: str, size: str
+) -> None:
+    raw = run_config(resident=resident, ceiling=None, couple={"steps": 2, "plug": "ridge", "mode": "standalone"})
+    own = tmp_path / size
+    shutil.copytree(raw[size], own)
+    stages = build_stages(prepare(parse_config({**raw, size: str(own)}, "test"), None), tmp_path / "run", Silent())
     said: dict[str, str] = {}
 
     def announce(stage: str, what: str) -> None:
         said[stage] = what
         if stage == "couple":
-            os.utime(large / "model.safetensors", ns=(0, 0))
+            os.utime(own / "model.safetensors", ns=(0, 0))
 
     with pytest.raises(ModelError, match=r"model\.safetensors has changed while the run was going on"):
         execute(tmp_path / "run", stages, None, announce)

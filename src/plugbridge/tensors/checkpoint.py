@@ -24,6 +24,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 AGAIN = "download or copy the checkpoint again"
+CHANGED = "has changed while the run was going on; leave the model's files alone and run again"
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,19 @@ class Checkpoint:
             raise ModelError(f"{entry.shard} ends inside tensor '{name}'; {AGAIN}")
         return tensor if dtype in (None, tensor.dtype) else _allocate(entry.shape, dtype)[0].copy_(tensor)
 
+    def require_unchanged(self) -> None:
+        """Raises ModelError that names a file which has changed since it was opened, or is gone."""
+        for shard, stamp in self.stamps.items():
+            try:
+                changed = _stamp(shard) != stamp
+            except OSError:
+                changed = True
+            if changed:
+                raise ModelError(f"{shard} {CHANGED}")
+
     def _check(self, shard: Path, now: Stamp, name: str) -> None:
         if now != self.stamps[shard]:
-            raise ModelError(
-                f"{shard} has changed while the run was going on, found when reading tensor '{name}'; "
-                "leave the model's files alone and run again"
-            )
+            raise ModelError(f"{shard} {CHANGED} (found when reading tensor '{name}')")
 
 
 def open_checkpoint(shards: Iterable[Path]) -> Checkpoint:

@@ -1,6 +1,10 @@
 """What a block of work took: measurements inside of others, and what earlier work left behind."""
 
-from plugbridge.cost import measure, settle
+from pathlib import Path
+
+import pytest
+
+from plugbridge.cost import GROUPS, _left_by_groups, measure, settle
 
 SIZE = 48 * 2**20
 
@@ -32,3 +36,19 @@ def test_what_earlier_work_left_counts_over_a_baseline_from_before() -> None:
     with measure("cpu") as nothing:
         pass
     assert nothing.peak_bytes < 0.5 * SIZE
+
+
+@pytest.mark.parametrize(("folder", "files"), GROUPS.items())
+def test_a_containers_limit_bounds_what_is_free(folder: str, files: tuple[str, str, str], tmp_path: Path) -> None:
+    limit, used, cached = files
+    group = tmp_path / folder
+    group.mkdir(parents=True)
+    assert _left_by_groups(tmp_path) == []
+    (group / limit).write_text("max\n")
+    (group / used).write_text("700\n")
+    (group / "memory.stat").write_text(f"anon 500\n{cached} 150\nfile 200\n")
+    assert _left_by_groups(tmp_path) == []
+    (group / limit).write_text("1000\n")
+    assert _left_by_groups(tmp_path) == [450]
+    (group / limit).write_text("100\n")
+    assert _left_by_groups(tmp_path) == [0]

@@ -39,6 +39,8 @@ class Cost:
 def settle() -> int:
     """Give back to the system what nobody uses any more; returns the resident bytes that stay."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # or the next stage's reserved bytes hold this one's
     with suppress(OSError, AttributeError):  # glibc's own
         ctypes.CDLL(None).malloc_trim(0)
     return int(psutil.Process().memory_info().rss)
@@ -57,10 +59,29 @@ def baseline_memory() -> int:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that the device has free."""
+    """Bytes that the device has free; in a container with a memory limit, those that it leaves."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_left_by_groups(Path("/"))])
+
+
+GROUPS = {
+    "sys/fs/cgroup": ("memory.max", "memory.current", "inactive_file"),
+    "sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Linux control groups, version 2 and 1, as a container sees its own: the limit's file, the use's, cached files' key."""
+
+
+def _left_by_groups(root: Path) -> list[int]:
+    """Bytes that each control group with a memory limit leaves; files it holds in cache can be given back."""
+    found: list[int] = []
+    for folder, (limit, used, cached) in GROUPS.items():
+        with suppress(OSError, ValueError):  # not there, or "max"
+            most, now = (int((root / folder / name).read_text()) for name in (limit, used))
+            lines = (line.split() for line in (root / folder / "memory.stat").read_text().splitlines())
+            back = sum(int(line[1]) for line in lines if line[0] == cached)
+            found.append(max(0, most - now + back))
+    return found
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from plugbridge.cost import GROUPS, _left_by_groups, measure, settle
+from plugbridge.cost import GROUPS, left_by_groups, measure, settle
 
 SIZE = 48 * 2**20
 
@@ -43,12 +43,12 @@ def test_a_containers_limit_bounds_what_is_free(folder: str, files: tuple[str, s
     limit, used, cached = files
     group = tmp_path / folder
     group.mkdir(parents=True)
-    assert _left_by_groups(tmp_path) == []
+    assert left_by_groups(tmp_path) == []
     (group / limit).write_text("max\n")
     (group / used).write_text("700\n")
     (group / "memory.stat").write_text(f"anon 500\n{cached} 150\nfile 200\n")
-    assert _left_by_groups(tmp_path) == []
+    assert left_by_groups(tmp_path) == []
     (group / limit).write_text("1000\n")
-    assert _left_by_groups(tmp_path) == [450]
+    assert left_by_groups(tmp_path) == [450]
     (group / limit).write_text("100\n")
-    assert _left_by_groups(tmp_path) == [0]
+    assert left_by_groups(tmp_path) == [0]

@@ -62,17 +62,17 @@ def free_memory(device: str) -> int:
     """Bytes that the device has free; in a container with a memory limit, those that it leaves."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info()[0])
-    return min([int(psutil.virtual_memory().available), *_left_by_groups(Path("/"))])
+    return min([int(psutil.virtual_memory().available), *left_by_groups(Path("/"))])
 
 
 GROUPS = {
     "sys/fs/cgroup": ("memory.max", "memory.current", "inactive_file"),
     "sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""Linux control groups, version 2 and 1, as a container sees its own: the limit's file, the use's, cached files' key."""
+"""Linux control groups, version 2 and 1, as a container sees its own: files of limit and use, cached files' key."""
 
 
-def _left_by_groups(root: Path) -> list[int]:
+def left_by_groups(root: Path) -> list[int]:
     """Bytes that each control group with a memory limit leaves; files it holds in cache can be given back."""
     found: list[int] = []
     for folder, (limit, used, cached) in GROUPS.items():

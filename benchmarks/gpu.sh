@@ -4,15 +4,17 @@
 #   benchmarks/gpu.sh           every part in its order
 #   benchmarks/gpu.sh PART ...  these parts; --list names them
 #
-# Nothing is downloaded. A part takes 9 minutes at most; one that did not end says so, and goes on when it is called
-# again. Results are JSON and Markdown under OUT; everything else (the pair, runs, pictures) is under WORK, which the
-# later parts need: quality reads the pair that the pretrain parts left there.
+# Nothing is downloaded. A part takes 9 minutes at most; one that did not end says so, leaves what it has, and goes on
+# when it is called again. Results are JSON and Markdown under OUT; everything else (the pair, runs, pictures) is under
+# WORK, which the later parts need: quality reads the pair that the pretrain parts left there. Where WORK is empty, memory
+# and steps go on from the results in FROM. A part that fails does not keep the others from running.
 #
 #   PYTHON  an interpreter with torch for CUDA and plugbridge's dependencies (python3); wheels of what it lacks may
 #           lie in WORK/wheels
-#   OUT     docs/results/gpu      WORK  runs/gpu
+#   OUT     docs/results/gpu      WORK  runs/gpu      FROM  docs/results/gpu
 #   DATA    the texts (see pairs/README.md): a directory ($PLUGBRIDGE_DATA), else what `pack` wrote, WORK/text.tar.xz
 #   JOBS    runs of the quality bench at a time (6)
+#   LIMIT   seconds of a part's work (510); what is left of 9 minutes is for starting and writing
 #   GPU_REHEARSAL=1  every part on the CPU at a size of seconds; the tests do this
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,24 +37,28 @@ EOF
 }
 
 fail() { echo "error: $*" >&2; exit 2; }
-absolute() { mkdir -p "$1" && (cd "$1" && pwd); }
+absolute() { case "$1" in "" | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
-python=${PYTHON:-python3}
 case "${1:-}" in -h | --help | --list) list; exit ;; esac
 for part in "$@"; do
   case " $parts pack " in *" $part "*) ;; *) fail "no part '$part'; known: $parts pack" ;; esac
 done
-command -v "$python" >/dev/null || fail "$python not found; set PYTHON"
+python=$(command -v "${PYTHON:-python3}") || fail "${PYTHON:-python3} not found; set PYTHON"
+python=$(absolute "$python")
+data=$(absolute "${DATA:-${PLUGBRIDGE_DATA:-}}")
 OUT=$(absolute "${OUT:-$ROOT/docs/results/gpu}")
 WORK=$(absolute "${WORK:-$ROOT/runs/gpu}")
+FROM=$(absolute "${FROM:-$ROOT/docs/results/gpu}")
+mkdir -p "$OUT" "$WORK"
 cd "$ROOT"
 export PYTHONPATH="$ROOT/src:$WORK/site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-seconds=510 # of a part's work; what is left of 9 minutes is for starting and writing
+seconds=${LIMIT:-510}
+most=$((64 << 20)) # bytes of a checkout and what goes along with it
 if [ -n "${GPU_REHEARSAL:-}" ]; then
   device=cpu dtypes=bfloat16
   tiny_model="--width 16 --heads 2 --layers 1 --inner 32 --tokens 3000 --rows 4 --vocabulary 512 --pieces 50 --warmup 1000 --workers 1"
-  tiny_steps="--hidden 64 --layers 2 --batch 1 --length 16 --steps 2 --rounds 1 --here"
+  tiny_steps="--hidden 64 --layers 2 --vocabulary 2048 --batch 1 --length 16 --steps 2 --rounds 1 --here"
   tiny_runs="--set device=cpu --set tune.steps=1 --set couple.steps=1 --set ceiling.steps=1 --set score.samples=2
     --set evaluate.limit=8 --set evaluate.split=validation --set tune.batch_size=2 --set couple.batch_size=2
     --set ceiling.batch_size=2 --set prune.budget=0.9"
@@ -61,11 +67,33 @@ else
   device=cuda dtypes="float32 bfloat16" tiny_model="" tiny_steps="" tiny_runs="" groups=-
 fi
 
+checked=() # what docs/results/plan_accuracy.md measures
+for row in "full fine-tuning" "LoRA: train" "checkpointing: train" "Side-Tuning: train" "ours, streamed: " \
+  "LoRA, feedback: couple" "LoRA, standalone: couple" "LoRA, feedback, streamed: couple"; do
+  checked+=(--only "$row")
+done
+
 plugbridge() { "$python" -W ignore -m plugbridge "$@"; }
 
-publish() { # FILE NAME: a page and its JSON to OUT
-  cp "$1.json" "$OUT/$2.json"
-  cp "$1.md" "$OUT/$2.md"
+limited() { timeout --kill-after 10 "$@"; } # SECONDS COMMAND: 124 or 137 if it did not end
+
+publish() { # PAGE NAME: what there is of a page and its JSON, to OUT
+  [ ! -e "$1.json" ] || cp "$1.json" "$OUT/$2.json"
+  [ ! -e "$1.md" ] || cp "$1.md" "$OUT/$2.md"
+}
+
+resume() { # PAGE NAME: begin with the counts of an earlier call; its page comes from all of them, at the end
+  mkdir -p "$(dirname "$1")"
+  rm -f "$1.md"
+  [ -e "$1.json" ] || [ ! -e "$FROM/$2.json" ] || cp "$FROM/$2.json" "$1.json"
+}
+
+verdict() { # NAME STATUS
+  case "$2" in
+    0) ;;
+    124 | 137) echo "$1 did not end; run it again" ;;
+    *) echo "error: $1 failed with status $2" >&2 && return "$2" ;;
+  esac
 }
 
 check() {
@@ -75,46 +103,57 @@ check() {
   "$python" benchmarks/machine.py --device "$device" --json "$OUT/machine.json"
 }
 
-memory() { # NAME OPTIONS: the counts are kept under WORK and go on from there
-  local page="$WORK/$1/memory" minutes=$((seconds / 60 - 1))
+memory() { # NAME OPTIONS: counts a row after another and goes on from those that are there
+  local page="$WORK/$1/memory" minutes=$(((seconds - 90) / 60)) status=0
   if [ "$device" = cpu ]; then
-    [ "$2" = --check ] || set -- "$1" --shapes tiny
-    set -- "$@" --budget 1K
     minutes=0
+    case "$2" in
+      --check) set -- "$@" --budget 1K ;;
+      *) set -- "$1" --shapes tiny --only "ours, streamed, bf16: score (fisher)" ;;
+    esac
   fi
-  plugbridge bench memory "${@:2}" --minutes "$minutes" --threads 4 --table "$page.md" --quiet
+  resume "$page" "$1"
+  limited "$seconds" "$python" -W ignore -m plugbridge bench memory "${@:2}" --threads 4 --table "$page.md" \
+    --minutes "$((minutes > 0 ? minutes : 0))" --out "$WORK/memory" --remove-weights || status=$?
   publish "$page" "$1"
+  verdict "$1" "$status"
 }
 
-steps() {
-  local dtype
+steps() { # the last dtype has what the others leave of the time
+  local dtype page left end=$((SECONDS + seconds)) status failed=0
   for dtype in $dtypes; do
+    page="$WORK/steps/$dtype" left=$((end - SECONDS)) status=0
+    [ "$dtype" = bfloat16 ] || left=$((left / 2))
+    resume "$page" "steps-$dtype"
     # shellcheck disable=SC2086  # options, split on purpose
-    timeout "$((seconds / 2))" "$python" -W ignore benchmarks/step_memory.py --device "$device" --dtype "$dtype" \
-      --hidden 1600 --layers 48 --batch 8 --length 512 --steps 6 --rounds 2 $tiny_steps \
-      --table "$WORK/steps/$dtype.md" || fail "steps in $dtype did not end; run it again"
-    publish "$WORK/steps/$dtype" "steps-$dtype"
+    limited "$((left > 1 ? left : 1))" "$python" -W ignore benchmarks/step_memory.py --device "$device" \
+      --dtype "$dtype" --hidden 1600 --layers 48 --vocabulary 50257 --batch 8 --length 512 --steps 6 --rounds 2 \
+      $tiny_steps --table "$page.md" || status=$?
+    publish "$page" "steps-$dtype"
+    verdict "steps in $dtype" "$status" || failed=$status
   done
+  return "$failed"
 }
 
 texts() { # the directory of texts
-  local data=${DATA:-${PLUGBRIDGE_DATA:-}}
-  if [ -z "$data" ]; then
-    data=$WORK/text
-    if [ ! -d "$data" ]; then
-      [ -f "$WORK/text.tar.xz" ] || fail "no texts; set DATA, or bring $WORK/text.tar.xz, which 'gpu.sh pack' writes"
-      "$python" -W ignore -m tarfile -e "$WORK/text.tar.xz" "$data.part"
-      mv "$data.part" "$data"
-    fi
+  local unpacked=$WORK/text
+  if [ -n "$data" ]; then
+    echo "$data"
+    return
   fi
-  echo "$data"
+  if [ ! -d "$unpacked" ]; then
+    [ -f "$WORK/text.tar.xz" ] || fail "no texts; set DATA, or bring $WORK/text.tar.xz, which 'gpu.sh pack' writes"
+    "$python" -W ignore -m tarfile -e "$WORK/text.tar.xz" "$unpacked.part" >&2
+    mv "$unpacked.part" "$unpacked"
+  fi
+  echo "$unpacked"
 }
 
 pretrain() { # SIZE RECIPE
-  local data
-  data=$(texts)
+  local texts
+  texts=$(texts)
   # shellcheck disable=SC2086  # options, split on purpose
-  "$python" -W ignore pairs/pretrain.py "$2" --data "$data" --out "$WORK/pairs" --device "$device" --dtype bfloat16 \
+  "$python" -W ignore pairs/pretrain.py "$2" --data "$texts" --out "$WORK/pairs" --device "$device" --dtype bfloat16 \
     --workers 4 --minutes "$((seconds / 60))" --save-every 120 $tiny_model
   cp "$WORK/pairs/gpt2/$1-work/summary.json" "$OUT/pretrain-$1.json"
 }
@@ -128,8 +167,8 @@ quality() { # NAME METHOD...: runs go on where they were; what is finished is wr
   # shellcheck disable=SC2086  # options, split on purpose
   set -- configs/quality_gpu.yaml --full "${only[@]}" --set "small=$pair/small" --set "large=$pair/large" $tiny_runs \
     --out "$WORK/quality" --table "$WORK/$name.md" --quiet
-  timeout "$seconds" "$python" -W ignore -m plugbridge bench quality "$@" --jobs "${JOBS:-6}" || status=$?
-  if [ "$status" = 124 ]; then
+  limited "$seconds" "$python" -W ignore -m plugbridge bench quality "$@" --jobs "${JOBS:-6}" || status=$?
+  if [ "$status" = 124 ] || [ "$status" = 137 ]; then
     plugbridge bench quality "$@" --summary
     echo "$name: runs are left; run it again"
   elif [ "$status" != 0 ]; then
@@ -138,23 +177,27 @@ quality() { # NAME METHOD...: runs go on where they were; what is finished is wr
   publish "$WORK/$name" "$name"
 }
 
+along() { # bytes of the checkout and of WORK/wheels
+  { git ls-files -z --cached --others --exclude-standard; find "$WORK" -path '*/wheels/*.whl' -print0; } |
+    { xargs -0 cat 2>/dev/null || true; } | wc -c
+}
+
 pack() {
-  local data=${DATA:-${PLUGBRIDGE_DATA:-}}
+  local text=$WORK/text.tar.xz size all
   [ -d "$data" ] || fail "no texts; set DATA or PLUGBRIDGE_DATA to their directory"
-  (cd "$data" && "$python" -m tarfile -c "$WORK/text.tar.xz" wordnet/synsets.jsonl \
+  (cd "$data" && "$python" -m tarfile -c "$text" wordnet/synsets.jsonl \
     pretrain_wordnet/wordnet_glosses_examples.txt pretrain_enwiki_part pretrain_classics_easy \
     pretrain_fairytales/fairytales_train.txt)
-  echo "$WORK/text.tar.xz: $(($(wc -c <"$WORK/text.tar.xz") / 1000000)) MB"
+  size=$(wc -c <"$text") all=$(($(along) + size))
+  echo "$text: $((size / 1000000)) MB; with the checkout and wheels $((all / 1000000)) MB"
+  [ "$all" -le "$most" ] || fail "$all bytes are more than the $most that may go along; leave some texts or wheels out"
 }
 
 run() {
   case "$1" in
-    check | pack) ;;
-    *) check ;;
-  esac
-  case "$1" in
-    check | steps | pack) "$1" ;;
-    memory-check) memory "$1" --check ;;
+    check) ;; # done once, before the parts
+    steps | pack) "$1" ;;
+    memory-check) memory "$1" --check "${checked[@]}" ;;
     memory-*) memory "$1" --shapes "${1#memory-}" ;;
     pretrain-small) pretrain small gpt2-20m ;;
     pretrain-large) pretrain large gpt2-120m ;;
@@ -165,7 +208,14 @@ run() {
 
 # shellcheck disable=SC2086  # names, split on purpose
 [ $# -gt 0 ] || set -- $parts
+[ "$*" = pack ] || check
+failed=0
 for part in "$@"; do
   echo "== $part"
-  run "$part"
+  set +e
+  (set -e; run "$part")
+  status=$?
+  set -e
+  [ "$failed" != 0 ] || failed=$status
 done
+exit "$failed"

@@ -7,6 +7,8 @@ random weights, LoRA is r = 8 on the attention inputs, rows are full length. Fee
 quarters of the layers, its default, or in all; `kept` has `couple.recompute: false`. The Bridge is a quarter as wide.
 
     python benchmarks/step_memory.py --table docs/results/step_memory.md
+
+What the table's JSON has of the same steps is not measured again; remove the file to begin anew.
 """
 
 import argparse
@@ -41,13 +43,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LORA, CHECKPOINTING = "LoRA", "LoRA, checkpointing"
 KINDS = (LORA, CHECKPOINTING, "feedback", "feedback, kept", "feedback, all layers", "feedback, all layers, kept")
 SETTINGS = MethodSettings(8, 16.0)
+SAME = ("hidden", "layers", "vocabulary", "batch", "length", "steps", "threads", "device", "dtype", "here")
+"""Arguments that two calls must share for measurements of one to stand in the other's table."""
+Done = dict[str, list[dict[str, Any] | None]]
+"""A kind's measurements, round by round; none where it failed."""
 
 
 def model_of(args: argparse.Namespace) -> PreTrainedModel:
     """A GPT-2 with random weights."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=2048, n_positions=args.length, n_embd=args.hidden, n_layer=args.layers, n_head=args.hidden // 64,
+        vocab_size=args.vocabulary, n_positions=args.length,
+        n_embd=args.hidden, n_layer=args.layers, n_head=args.hidden // 64,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.device(args.device):
@@ -116,29 +123,61 @@ def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured_apart(kind: str) -> dict[str, Any]:
-    """The same in a process of its own."""
+    """The same in a process of its own. Raises CalledProcessError."""
     command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--kind", kind]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each kind, from rounds with rows in the same order: medians, also of ratios to the first two kinds."""
+def measure_rounds(args: argparse.Namespace, done: Done, settings: dict[str, Any]) -> set[str]:
+    """Measure what is not done, all kinds taking turns; returns those that failed, which are not tried twice."""
+    failed: set[str] = set()
+    for number in range(args.rounds):
+        for kind in KINDS:
+            mine = done.setdefault(kind, [])
+            mine += [None] * (number + 1 - len(mine))
+            if mine[number] is not None or kind in failed:
+                continue
+            try:
+                mine[number] = measured(kind, args) if args.here else measured_apart(kind)
+            except subprocess.CalledProcessError as error:
+                failed.add(kind)
+                print(f"error: {kind}: {error}", file=sys.stderr)
+                continue
+            print(mine[number], flush=True)
+            if args.table:
+                write_json(args.table.with_suffix(".json"), summary(done, settings))
+    return failed
+
+
+def read_done(path: Path | None, settings: dict[str, Any]) -> Done:
+    """What an earlier call with the same settings measured."""
+    rows = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else []
+    return {row["kind"]: row["measured"] for row in rows if row.get("settings") == settings}
+
+
+def summary(done: Done, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each kind that was measured: medians over rounds, also of ratios to the first two kinds."""
     found: list[dict[str, Any]] = []
-    for number, first in enumerate(rounds[0]):
-        row = {"kind": first["kind"]}
+    for kind in KINDS:
+        own = [one for one in done.get(kind, []) if one is not None]
+        if not own:
+            continue
+        row: dict[str, Any] = {"kind": kind, "settings": settings, "measured": done[kind]}
         for key in ("peak_bytes", "seconds"):
-            row[key] = median(rows[number][key] for rows in rounds)
-            for other, base in enumerate(KINDS[:2]):
-                ratios = [rows[number][key] / rows[other][key] for rows in rounds]
-                row[f"{key} to {base}"] = {"rounds": ratios, "median": median(ratios)}
+            row[key] = median(one[key] for one in own)
+            for base in KINDS[:2]:
+                pairs = zip(done[kind], done.get(base, []), strict=False)
+                ratios = [one[key] / other[key] for one, other in pairs if one is not None and other is not None]
+                row[f"{key} to {base}"] = {"rounds": ratios, "median": median(ratios) if ratios else None}
         found.append(row)
     return found
 
 
 def _ratios(row: dict[str, Any], key: str) -> str:
-    return " | ".join(f"{row[f'{key} to {base}']['median']:.2f}" for base in KINDS[:2])
+    medians = [row[f"{key} to {base}"]["median"] for base in KINDS[:2]]
+    return " | ".join("" if found is None else f"{found:.2f}" for found in medians)
 
 
 def main() -> None:
@@ -146,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=2048, help="the model's, 2048 (its default) or more")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
@@ -160,21 +200,18 @@ def main() -> None:
     if args.kind:
         print(json.dumps(measured(args.kind, args)))
         return
-    rounds: list[list[dict[str, Any]]] = []
-    for _ in range(args.rounds):
-        rounds.append([])
-        for kind in KINDS:
-            rounds[-1].append(measured(kind, args) if args.here else measured_apart(kind))
-            print(rounds[-1][-1], flush=True)
-    found = summary(rounds)
+    settings = {name: getattr(args, name) for name in SAME}
+    done = read_done(args.table and args.table.with_suffix(".json"), settings)
+    failed = measure_rounds(args, done, settings)
+    found = summary(done, settings)
     lines = [
         f"| {row['kind']} | {row['peak_bytes'] / 2**20:.0f} | {_ratios(row, 'peak_bytes')} "
         f"| {row['seconds']:.3g} | {_ratios(row, 'seconds')} |"
         for row in found
     ]
     about = (__doc__ or "").partition("    python")[0].strip()
-    size = f"{args.layers} layers x {args.hidden}, batch {args.batch} x {args.length}, {args.dtype}, {args.device}"
-    size += f", {args.threads} thread(s), {args.rounds} round(s)"
+    size = f"{args.layers} layers x {args.hidden}, vocabulary {args.vocabulary}, batch {args.batch} x {args.length}"
+    size += f", {args.dtype}, {args.device}, {args.threads} thread(s), {args.rounds} round(s)"
     args.device = "meta"  # shapes are enough to count
     weights = sum(parameter.nbytes for parameter in model_of(args).parameters())
     table = [
@@ -186,8 +223,10 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if args.table:
-        write_text(args.table, "\n".join(table) + "\n")
         write_json(args.table.with_suffix(".json"), found)
+        write_text(args.table, "\n".join(table) + "\n")
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(KINDS)} steps failed: {'; '.join(sorted(failed))}")
 
 
 if __name__ == "__main__":

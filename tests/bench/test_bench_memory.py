@@ -1,8 +1,11 @@
 """Memory of steps side by side: predicted where there is no room, measured where there is, with the paper's beside."""
 
 import json
+import shutil
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from plugbridge.bench.memory_figure import draw_steps, step_name
 from plugbridge.bench.memory_page import MEMORY, memory_page, named_runs, paper_bytes
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
-from plugbridge.memory.measure import Measurement
+from plugbridge.memory.measure import Measurement, lasting
 from plugbridge.memory.rows import QLORA, Row, jobs
 from plugbridge.memory.shapes import PAPER, Shape, gpt2, t5
 from plugbridge.memory.weights import write_weights
@@ -83,6 +86,7 @@ def test_with_a_time_to_end_a_call_counts_a_row_at_least_and_the_next_goes_on(
         return count_shape(TINY, rows, machine, path, command, Silent())
 
     (first,) = call(0)
+    assert (first.method, first.stage) == ("ours, streamed, bf16", "score (fisher)")  # the targets are about it
     assert list(read_counts(path).values()) == [first]
     page = memory_page([first], MEMORY, "a later command")
     assert f"| {first.method} |" in page  # LoRA, the measure, is not there yet
@@ -90,6 +94,147 @@ def test_with_a_time_to_end_a_call_counts_a_row_at_least_and_the_next_goes_on(
     assert [(count.method, count.stage) for count in call(3600)] == [(row.method, row.stage) for row in rows]
     assert len(asked) == len(rows)
     assert len(call(0, "another command")) == 1
+
+
+STREAMED = ("ours, streamed", "ours, streamed, bf16")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Cases that were measured; nothing is."""
+    cases: list[Case] = []
+
+    def measured(case: Case, _make: object, _threads: int) -> Measurement:
+        cases.append(case)
+        return Measurement(123, 4.0)
+
+    monkeypatch.setattr(memory, "measured", measured)
+    return cases
+
+
+def _soon() -> float:
+    return time.monotonic() + 3600
+
+
+def test_weights_are_on_disk_only_while_rows_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, seen = tmp_path / "weights", list[list[str]]()
+    (folder / ".left-by-a-call-that-was-killed.part").mkdir(parents=True)
+
+    def measured(case: Case, _make: object, _threads: int) -> Measurement:
+        seen.append([path.name for path in folder.iterdir()])
+        assert case.weights == str(folder / seen[-1][0])
+        return Measurement(123, 4.0)
+
+    monkeypatch.setattr(memory, "measured", measured)
+    _counts(tmp_path, 1 << 40, *STREAMED, keep_weights=False, until=_soon())
+    half = [["gpt2-xl-bf16"]] * (len(seen) // 2)
+    assert seen == half + [["gpt2-xl-f32"]] * len(half)
+    assert len(half) > 2
+    assert not list(folder.iterdir())
+
+
+def test_weights_stay_for_rows_that_are_left(tmp_path: Path, asked: list[Case]) -> None:
+    _counts(tmp_path, 1 << 40, *STREAMED, keep_weights=False, until=0.0)
+    assert len(asked) == 1
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["gpt2-xl-bf16"]
+    _counts(tmp_path, 1 << 40, *STREAMED)
+    assert len(list((tmp_path / "weights").iterdir())) == 2
+
+
+def test_a_row_without_room_on_disk_stays_predicted(
+    tmp_path: Path, asked: list[Case], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
+    counts = _counts(tmp_path, 1 << 40, "LoRA", "ours, streamed")
+    assert {count.method for count in counts if count.measured} == {"LoRA"}
+    assert len(asked) == 1
+    assert all("GB for random weights, 0.0 GB are free" in c.failed for c in counts if not c.measured)
+    assert "GPT2-XL, ours, streamed: prune stays predicted: RunError: " in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+        (BrokenProcessPool("terminated\nabruptly"), "BrokenProcessPool: terminated"),
+        (MemoryError(), "MemoryError: "),
+        (TypeError("a bug"), "TypeError: a bug"),
+    ],
+)
+def test_a_row_that_fails_stays_predicted_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, told: str
+) -> None:
+    tried: list[str] = []
+
+    def measured(case: Case, _make: object, _threads: int) -> Measurement:
+        tried.append(case.method.name)
+        if case.method.name == "adapter":
+            raise error
+        return Measurement(123, 4.0)
+
+    monkeypatch.setattr(memory, "measured", measured)
+
+    def call(**changes: Any) -> dict[str, Count]:
+        return {count.method: count for count in _counts(tmp_path, 1 << 40, "Adapter", "LoRA", **changes)}
+
+    counts = call(until=_soon())
+    assert (counts["LoRA"].measured, counts["LoRA"].failed) == (True, "")
+    assert (counts["Adapter"].measured, counts["Adapter"].failed) == (False, told)
+    assert counts["Adapter"].peak_bytes == counts["Adapter"].predicted_bytes
+    assert f"GPT2-XL, Adapter: train stays predicted: {told}" in caplog.text
+    assert ("Traceback" in caplog.text) == isinstance(error, TypeError)
+    assert call(until=_soon()) == counts
+    assert sorted(tried) == ["adapter", "lora"]  # with a time to end it is not tried again
+    call()
+    assert sorted(tried) == ["adapter", "adapter", "lora"]
+
+
+def _fixed(shape: Shape, row: Row, *_: object) -> Count:
+    seconds = 50.0 if row.method == "LoRA" else 0.1
+    return Count(shape.name, shape.batch, shape.length, row.method, row.stage, 2, 2, seconds, False, 1.0, "a command")
+
+
+def test_a_row_that_cannot_end_in_time_is_left_for_the_next_call(
+    tmp_path: Path, asked: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_predicted", _fixed)
+    assert (lasting(10), lasting(50)) == (30, 100)
+
+    def call() -> dict[str, bool]:
+        until = time.monotonic() + 90
+        counts = _counts(tmp_path, 1 << 40, "LoRA", "LoRA, checkpointing", "ours, streamed, bf16", until=until)
+        return {count.method: count.measured for count in counts}
+
+    first = call()
+    assert first == {"LoRA, checkpointing": True, "ours, streamed, bf16": True}
+    assert call() == {"LoRA": True, **first}  # it is the first of its call
+    assert len(asked) == len(read_counts(tmp_path / "counts.json"))
+
+
+def test_a_row_during_which_a_call_was_stopped_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tried = tmp_path / "counts.json", list[str]()
+
+    def killed(_case: Case, _make: object, _threads: int) -> Measurement:
+        shutil.copy(path, tmp_path / "at_the_kill.json")
+        raise KeyboardInterrupt
+
+    def works(case: Case, _make: object, _threads: int) -> Measurement:
+        tried.append(case.method.name)
+        return Measurement(123, 4.0)
+
+    monkeypatch.setattr(memory, "measured", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _counts(tmp_path, 1 << 40, "Adapter", "LoRA", until=_soon())
+    assert not read_counts(path)  # what the user stops is not lost
+    shutil.copy(tmp_path / "at_the_kill.json", path)
+    monkeypatch.setattr(memory, "measured", works)
+    counts = {count.method: count for count in _counts(tmp_path, 1 << 40, "Adapter", "LoRA", until=_soon())}
+    assert tried == ["adapter"]
+    assert (counts["LoRA"].measured, counts["LoRA"].failed) == (False, memory.STOPPED)
+    assert counts["Adapter"].measured
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """benchmarks/gpu.sh, rehearsed on the CPU at a size of seconds, so that it works the first time a card is at hand."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 from string import ascii_lowercase
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,16 @@ KINDS = ("animal", "plant", "person", "artifact", "substance", "food", "body", "
 RECORDER = """#!/bin/sh
 echo "$@" >> "$RECORD"
 """
+COUNTS_AND = (
+    RECORDER
+    + """
+case "$*" in *machine.py*) exit ;; *"$FINE"*) end=exit ;; *) end=$END ;; esac
+while [ "$1" != --table ]; do shift; done
+echo "[]" > "${2%.md}.json"
+$end
+"""
+)
+"""Leaves counts, then does $END unless $FINE is among what it is called with."""
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +57,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """OUT and WORK."""
+    """OUT, where later calls find the results of earlier ones, and WORK."""
     root = tmp_path_factory.mktemp("gpu")
-    return {"OUT": str(root / "out"), "WORK": str(root / "work")}
+    return {"OUT": str(root / "out"), "FROM": str(root / "out"), "WORK": str(root / "work")}
 
 
-def call(*parts: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def call(*parts: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
     environment = {**kept, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *parts]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def rehearse(places: dict[str, str], name: str, *parts: str, **variables: str) -> Any:
@@ -63,30 +76,148 @@ def rehearse(places: dict[str, str], name: str, *parts: str, **variables: str) -
     return json.loads((Path(places["OUT"]) / f"{name}.json").read_text())
 
 
-def test_the_memory_parts_count_a_row_a_call_and_go_on(places: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def streamed(places: dict[str, str]) -> dict[str, Any]:
+    """What a first call counts."""
     (first,) = rehearse(places, "memory-gpt2-xl", "memory-gpt2-xl")
-    assert (first["method"], first["measured"]) == ("full fine-tuning", False)  # there is no room: predicted
-    assert first["peak_bytes"] == first["predicted_bytes"] > 0
+    return first
+
+
+def test_a_streamed_row_is_measured(places: dict[str, str], streamed: dict[str, Any]) -> None:
+    assert (streamed["method"], streamed["stage"]) == ("ours, streamed, bf16", "score (fisher)")
+    assert streamed["measured"]
     machine = json.loads((Path(places["OUT"]) / "machine.json").read_text())
     assert machine["device"] == "cpu"
 
 
-def test_steps_stand_beside_each_other_with_ratios(places: dict[str, str]) -> None:
+def test_a_bare_machine_goes_on(places: dict[str, str], streamed: dict[str, Any], tmp_path: Path) -> None:
+    first, second = rehearse({**places, "WORK": str(tmp_path)}, "memory-gpt2-xl", "memory-gpt2-xl")
+    assert first == streamed
+    assert (second["stage"], second["measured"]) == ("prune", False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_check_counts_only_what_its_page_has(places: dict[str, str]) -> None:
+    counts = rehearse(places, "memory-check", "memory-check")
+    assert len({count["model"] for count in counts}) == len(counts) == 3
+    page = (ROOT / "docs" / "results" / "plan_accuracy.md").read_text()
+    only = {text for line in page.splitlines() if "--check" in line for text in re.findall("--only '([^']+)'", line)}
+    assert only == set(re.findall("--only '([^']+)'", counts[0]["command"]))
+
+
+def test_steps_stand_beside_each_other_with_ratios_and_go_on(places: dict[str, str], tmp_path: Path) -> None:
     rows = rehearse(places, "steps-bfloat16", "steps")
     assert [row["kind"] for row in rows][:3] == ["LoRA", "LoRA, checkpointing", "feedback"]
     assert rows[0]["seconds to LoRA"] == {"rounds": [1], "median": 1}
     assert all(row["seconds"] > 0 for row in rows)
+    stopped = Path(places["OUT"]) / "steps-bfloat16.json"
+    stopped.write_text(json.dumps(rows[:-1]))
+    again = rehearse({**places, "WORK": str(tmp_path)}, "steps-bfloat16", "steps")
+    assert again[:-1] == rows[:-1]
+    assert again[-1]["measured"] != rows[-1]["measured"]
 
 
-def test_a_pair_is_pretrained_and_the_quality_bench_runs_on_it(places: dict[str, str], texts: Path) -> None:
+def test_a_kind_of_step_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("step_memory", ROOT / "benchmarks" / "step_memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    asked: list[str] = []
+    bad = {module.CHECKPOINTING}
+
+    def apart(kind: str) -> dict[str, Any]:
+        asked.append(kind)
+        if kind in bad:
+            raise subprocess.CalledProcessError(1, "a step")
+        return {"kind": kind, "peak_bytes": len(asked), "seconds": 1.0}
+
+    monkeypatch.setattr(module, "measured_apart", apart)
+    args = SimpleNamespace(rounds=2, here=False, table=tmp_path / "steps.md")
+    assert module.measure_rounds(args, {}, {"batch": 8}) == bad
+    assert len(asked) == 2 * len(module.KINDS) - 1  # it is not tried again in the second round
+    done = module.read_done(tmp_path / "steps.json", {"batch": 8})
+    assert set(done) == set(module.KINDS) - bad
+    assert module.read_done(tmp_path / "steps.json", {"batch": 4}) == {}
+    bad.clear()
+    asked.clear()
+    assert not module.measure_rounds(args, done, {"batch": 8})
+    assert asked == [module.CHECKPOINTING] * 2
+    (row,) = [row for row in module.summary(done, {}) if row["kind"] == module.CHECKPOINTING]
+    assert row["seconds to LoRA"] == {"rounds": [1, 1], "median": 1}
+
+
+@pytest.fixture(scope="module")
+def pair(places: dict[str, str], texts: Path) -> dict[str, str]:
+    """Places where a pair was pretrained, from texts that were packed."""
+    assert call("pack", **places, DATA=str(texts)).returncode == 0
+    rehearse(places, "pretrain-large", "pretrain-small", "pretrain-large")
+    return places
+
+
+def test_a_pair_is_pretrained_on_what_was_packed(pair: dict[str, str]) -> None:
     for size in ("small", "large"):
-        summary = rehearse(places, f"pretrain-{size}", f"pretrain-{size}", DATA=str(texts))
+        summary = json.loads((Path(pair["OUT"]) / f"pretrain-{size}.json").read_text())
         assert summary["finished"]
         assert summary["recipe"]["size"] == size
         assert summary["dtype"] == "bfloat16"
-    cells = rehearse(places, "quality", "quality", JOBS="1")
+
+
+def test_the_quality_bench_runs_on_the_pair(pair: dict[str, str]) -> None:
+    cells = rehearse(pair, "quality", "quality", JOBS="1")
     assert {"feedback", "ladder_delta", "standalone", "shuffled Bridge", "no Bridge"} <= {c["variant"] for c in cells}
     assert {cell["control"] for cell in cells} >= {None, "no Bridge", "shuffled Bridge"}
+
+
+def test_packing_takes_relative_paths_and_says_what_goes_along(tmp_path: Path, texts: Path) -> None:
+    python, data = (os.path.relpath(path, tmp_path) for path in (sys.executable, texts))
+    places = {"PYTHON": python, "DATA": data, "OUT": "out", "WORK": "work"}
+    done = call("pack", cwd=tmp_path, **places)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "work" / "text.tar.xz").is_file()
+    assert "with the checkout and wheels " in done.stdout
+    (tmp_path / "work" / "wheels").mkdir()
+    with (tmp_path / "work" / "wheels" / "torch.whl").open("wb") as wheel:
+        wheel.truncate(64 << 20)
+    done = call("pack", cwd=tmp_path, **places)
+    assert done.returncode == 2
+    assert "are more than the 67108864 that may go along" in done.stderr
+
+
+def test_tracked_files_leave_room_for_the_texts() -> None:
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no git checkout")
+    files = [ROOT / name for name in listed.decode().split("\0") if name]
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 20 << 20
+
+
+def _recorder(folder: Path, script: str) -> dict[str, str]:
+    """Variables of a call whose interpreter is a script that writes down what it is called with."""
+    (folder / "python").write_text(script)
+    (folder / "python").chmod(0o755)
+    names = {"RECORD": "calls", "OUT": "out", "FROM": "out", "WORK": "work", "DATA": ".", "PYTHON": "python"}
+    return {key: str(folder / name) for key, name in names.items()}
+
+
+@pytest.mark.parametrize(("end", "status"), [("sleep 60", 0), ("exit 3", 3)])
+def test_a_part_that_is_stopped_or_fails_leaves_its_counts_and_the_next_begins(
+    tmp_path: Path, end: str, status: int
+) -> None:
+    places = _recorder(tmp_path, COUNTS_AND)
+    done = call("memory-t5-3b", "steps", **places, END=end, FINE="bfloat16", LIMIT="2")
+    assert done.returncode == status, done.stderr
+    for name in ("memory-t5-3b", "steps in float32"):
+        if status:
+            assert f"error: {name} failed with status 3" in done.stderr
+        else:
+            assert f"{name} did not end; run it again" in done.stdout
+    assert {path.name for path in Path(places["OUT"]).iterdir()} == {
+        "memory-t5-3b.json", "steps-float32.json", "steps-bfloat16.json",
+    }  # fmt: skip
 
 
 def test_a_part_that_is_not_known_says_so_in_one_line(places: dict[str, str]) -> None:
@@ -110,23 +241,26 @@ def test_quality_without_a_pair_and_pretraining_without_texts_say_what_to_do(tmp
 
 
 def test_all_parts_are_called_at_full_size_on_the_card(tmp_path: Path) -> None:
-    recorder, record = tmp_path / "python", tmp_path / "calls"
-    recorder.write_text(RECORDER)
-    recorder.chmod(0o755)
-    work = tmp_path / "work"
+    places, work = _recorder(tmp_path, RECORDER), tmp_path / "work"
     for name in ("memory-gpt2-xl", "memory-t5-3b", "memory-t5-11b", "memory-check"):
         _leave(work / name / "memory")
     for name in ("steps/float32", "steps/bfloat16", "quality", "quality-methods", "pairs/gpt2/small-work/summary",
                  "pairs/gpt2/large-work/summary", "pairs/gpt2/small/config", "pairs/gpt2/large/config"):  # fmt: skip
         _leave(work / name)
-    done = call(PYTHON=str(recorder), RECORD=str(record), OUT=str(tmp_path / "out"), WORK=str(work), DATA=str(tmp_path))
+    done = call(**places)
     assert done.returncode == 0, done.stderr
-    calls = [line for line in record.read_text().splitlines() if "machine.py" not in line]
+    checked, *calls = (tmp_path / "calls").read_text().splitlines()
+    assert "machine.py --device cuda" in checked
+    assert not any("machine.py" in line for line in calls)
+    memory = [line for line in calls if "bench memory" in line]
+    assert all(f"--minutes 7 --out {work}/memory --remove-weights" in line for line in memory)
     assert [line.split("--shapes ")[1].split()[0] for line in calls if "--shapes" in line] == [
         "gpt2-xl", "t5-3b", "t5-11b",
     ]  # fmt: skip
     assert sum("bench memory --check" in line for line in calls) == 1
-    assert sum("--device cuda --dtype float32 --hidden 1600 --layers 48" in line for line in calls) == 1
+    assert (
+        sum("--device cuda --dtype float32 --hidden 1600 --layers 48 --vocabulary 50257" in line for line in calls) == 1
+    )
     assert [line.split("pretrain.py ")[1].split()[0] for line in calls if "pretrain.py" in line] == [
         "gpt2-20m", "gpt2-120m",
     ]  # fmt: skip

@@ -17,7 +17,7 @@ no dropout; a row's answer is one token (two for T5), prompts are full length. T
 parameters, in standalone and ladder embeddings and head included; in standalone and ladder it trains, in float32,
 unless it is a `frozen Bridge`. Measured rows ran in a process of their own, on the CPU with glibc told to give blocks
 above 128 KiB back (MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up to 32 MiB may stay in the process. `off` is
-how far a prediction is from the measurement. Predicted rows did not fit or were not asked for, or (QLoRA) are a
+how far a prediction is from the measurement. Predicted rows did not fit, were not asked for or failed, or (QLoRA) are a
 stand-in with packed weights; their seconds come from this machine's rates for matrix products and for all other
 operations, which say little of bfloat16 on the CPU. `x LoRA` is the ratio to LoRA without checkpointing in the same
 run. The paper's numbers were measured on an A100 with other kernels: compare ratios. `streamed` rows have the large
@@ -55,7 +55,7 @@ def _line(count: Count, same: Sequence[Count]) -> str:
     lora = next((other for other in same if other.method == LORA), None)  # not counted yet
     ratio = "" if lora is None else f"{count.peak_bytes / lora.peak_bytes:.2f}"
     paper = paper_bytes(count)
-    kind = "measured" if count.measured else "predicted"
+    kind = "measured" if count.measured else f"predicted ({count.failed})" if count.failed else "predicted"
     off = f"{count.predicted_bytes / count.peak_bytes - 1:+.0%}" if count.measured else ""
     beside = "| | |"
     if paper is not None:

@@ -100,6 +100,9 @@ def memory(
         typer.Option("--only", help="run only rows whose `method: stage` holds this, such as ours, and predict all "
                      "others; repeatable", show_default=False),
     ] = None,
+    remove_weights: Annotated[
+        bool, typer.Option("--remove-weights", help="keep random weights on disk only while rows need them")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:  # fmt: skip
     """Peak memory and time of our stages and of other ways to tune, each measured in a process of its own.
@@ -126,7 +129,7 @@ def memory(
     folder = out_dir or Path("runs") / "memory"
     target = table if table is not None else folder / "memory.md"
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    machine = Machine(room, device, threads, folder / "weights", tuple(only or ()), until)
+    machine = Machine(room, device, threads, folder / "weights", tuple(only or ()), until, not remove_weights)
     rows = [(shape, [row for row in rows_of(shape, device) if not check or machine.chooses(row)]) for shape in found]
     counts = [
         count

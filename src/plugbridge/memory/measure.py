@@ -46,6 +46,11 @@ def measured(case: Case, make: MakeStep, threads: int) -> Measurement:
             return pool.submit(run_here, case, make, threads).result()
 
 
+def lasting(seconds: float) -> float:
+    """Seconds that all repetitions of a step take, from those of one."""
+    return (2 if 2 * seconds > LONG else REPETITIONS) * seconds
+
+
 @contextmanager
 def _inherited(variables: dict[str, str]) -> Generator[None]:
     """Environment variables that processes started in the block inherit."""

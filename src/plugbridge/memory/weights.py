@@ -35,6 +35,13 @@ def write_weights(case: Case, folder: Path) -> Path:
     return folder
 
 
+def keep_only(folder: Path, name: str | None) -> None:
+    """Remove every directory of a directory but the one of this name, half-written ones too."""
+    for other in folder.iterdir() if folder.is_dir() else ():
+        if other.is_dir() and other.name != name:
+            shutil.rmtree(other)
+
+
 def _values(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     """Small random matrices, norms of ones, biases of zeros."""
     if like.dim() < 2:

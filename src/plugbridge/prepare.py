@@ -142,7 +142,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     checkpoints, streams = _check_weights(config, device)
     reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     encoders = [
-        Encoder(tokenizer, kind, _room(positions_of(model), reserved))
+        Encoder(tokenizer, kind, _room(positions_of(model), reserved, config.max_length))
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
     task, texts, digests = _read_task(config, data, kind)
@@ -173,7 +173,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         inputs={
             "small": _model_digest(config.small),
             "large": _model_digest(config.large_path),
-            "task": {"spec": task.model_dump(mode="json"), "files": digests},
+            "task": {"spec": task.model_dump(mode="json"), "files": digests, **_most(config)},
         },
         streamed=checkpoints[config.large_path] if streams else None,
         checkpoints=checkpoints,
@@ -301,8 +301,14 @@ def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> d
     return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
 
 
-def _room(positions: int | None, reserved: int) -> int | None:
-    return None if positions is None else positions - reserved
+def _room(positions: int | None, reserved: int, most: int | None) -> int | None:
+    """Tokens that a row may have: what the model's positions leave, and no more than was asked for."""
+    limits = [] if positions is None else [positions - reserved]
+    return min([*limits, *([] if most is None else [most])], default=None)
+
+
+def _most(config: RunConfig) -> dict[str, int]:
+    return {} if config.max_length is None else {"max_length": config.max_length}
 
 
 def _model_digest(source: str) -> dict[str, str]:

@@ -28,6 +28,12 @@ class RunConfig(StrictConfig):
     data: str | None = Field(
         default=None, description="directory of task files, or `hub`; --data and PLUGBRIDGE_DATA override"
     )
+    max_length: int | None = Field(
+        default=None,
+        ge=8,
+        description="tokens of a row at most, an autoregressive model's longest answer included; "
+        "the task's passage is cut to fit, never its question. By default what its positions hold (T5: no limit)",
+    )
     method: MethodConfig = Field(default_factory=MethodConfig)
     tune: PartsConfig = Field(default_factory=PartsConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)

@@ -124,7 +124,7 @@ class Encoder:
         need = len(self._prompt(row.prompt))
         raise DataError(
             f"{row.where}: the prompt takes {need} tokens but the model has room for {room} "
-            "(its positions less the longest option); shorten the prompt, or name the field that "
+            "(its positions, or max_length, less the longest option); shorten the prompt, or name the field that "
             "may be cut as the task's `passage`"
         )
 

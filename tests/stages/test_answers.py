@@ -12,7 +12,7 @@ import test_cli
 from conftest import VOCAB, WORDS, toy_rows, write_jsonl
 from plugbridge.config import parse_config
 from plugbridge.errors import DataError
-from plugbridge.prepare import prepare
+from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Silent
 from plugbridge.report import draw, read_report, recovered
 from plugbridge.stages.build import build_stages
@@ -156,17 +156,24 @@ def test_only_the_passage_is_cut(run_config: Callable[..., Raw], data: Path) -> 
     assert 0 < cut < len(rows)
 
 
-@pytest.mark.parametrize(("family", "most"), [("gpt2", 20), ("t5", 16), ("gpt2", 500)])
-def test_rows_are_no_longer_than_asked_for(run_config: Callable[..., Raw], data: Path, family: str, most: int) -> None:
-    whole = prepare(parse_config(run_config(family, task="multirc"), "test"), data)
-    p = prepare(parse_config(run_config(family, task="multirc", max_length=most), "test"), data)
+@pytest.mark.parametrize(
+    ("family", "name", "most"), [("gpt2", "multirc", 20), ("t5", "record", 20), ("gpt2", "multirc", 500)]
+)
+def test_rows_are_no_longer_than_asked_for(
+    run_config: Callable[..., Raw], data: Path, family: str, name: str, most: int
+) -> None:
+    def prepared(limit: int | None) -> Prepared:
+        return prepare(parse_config(run_config(family, task=name, max_length=limit), "test"), data)
+
+    whole, p = prepared(None), prepared(most)
     answer = 1 if family == "gpt2" else 0  # the longest, in tokens; T5's is not in the prompt's sequence
-    longest = max(len(row.prompt) for row in whole.large_rows["train"])
-    assert longest + answer > most or most == 500
-    assert max(len(row.prompt) for row in p.large_rows["train"]) + answer == min(most, longest + answer)
-    assert (p.inputs["task"] == whole.inputs["task"]) is False
+    longest, cut = (max(len(row.prompt) for row in found.large_rows["train"]) + answer for found in (whole, p))
+    assert longest > most or most == 500
+    assert cut <= most
+    assert cut == longest or cut > most - 3  # whole words
+    assert p.inputs["task"] != whole.inputs["task"]
     with pytest.raises(DataError, match="max_length"):
-        prepare(parse_config(run_config(family, task="multirc", max_length=8), "test"), data)
+        prepared(8)
 
 
 GENERATE: Raw = {"prompt": "is it : {word}", "generate": "{label}", "max_new_tokens": 3}

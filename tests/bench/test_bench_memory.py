@@ -18,6 +18,7 @@ from plugbridge.bench.memory_page import MEMORY, memory_page, named_runs, paper_
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import Measurement, lasting
+from plugbridge.memory.predict import predict
 from plugbridge.memory.rows import QLORA, Row, jobs
 from plugbridge.memory.shapes import PAPER, Shape, gpt2, t5
 from plugbridge.memory.weights import write_weights
@@ -299,21 +300,25 @@ def test_a_page_has_every_step_and_the_papers_number(tmp_path: Path) -> None:
 
 def test_table_seven_is_reproduced_on_the_t5_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape("T5-3B", t5(16, 2, 2, 8, 32, 64), t5(8, 1, 2, 4, 16, 64), 1, 8, "Table 7")
-    rows = [row for row in rows_of(shape, "cpu") if row.method == "LoRA"]
+    rows = [row for row in rows_of(shape, "cpu") if row.method in ("LoRA", "Adapter", "full fine-tuning")]
     monkeypatch.setattr(reproduce, "find_shapes", lambda _name: (TINY, shape))
     monkeypatch.setattr(reproduce, "rows_of", lambda _shape, _device: rows)
-    monkeypatch.setattr(reproduce, "free_memory", lambda _device: 0)
+    monkeypatch.setattr(memory, "measured", lambda *_: Measurement(3 * 2**20, 1.0))
+    needs = {row.method: predict(row.case, row.make).peak for row in rows}
+    monkeypatch.setattr(reproduce, "free_memory", lambda _device: int(memory.ROOM * needs["LoRA"] + 1))
     page = tmp_path / "table7.md"
     asked = reproduce.Asked("table7", None, True, "standalone", None, 0, (), None, tmp_path, page, False, "a command")
     text = "".join(reproduce.reproduce(asked, Silent(), lambda _run, _what: None))
     assert "## T5-3B, batch 1 x 8; the paper's Table 7 beside it" in text
-    assert "52,134" in text
     assert all(page.with_suffix(ending).is_file() for ending in (".json", ".png", ".svg", ".tex"))
-    (lora,) = (count for count in read_counts(page.with_suffix(".json")).values() if count.method == "LoRA")
-    mib = lora.peak_bytes / 2**20
-    assert f"| LoRA | {mib:.1f} (52134.0, -{52134 - mib:.1f}) |" in text
-    assert "| Adapter | (54324.0) |" in text  # not counted
-    assert f"LoRA & {mib:.1f} (52134.0, --{52134 - mib:.1f})" in page.with_suffix(".tex").read_text()
+    assert "| LoRA | 3.0 (52134.0, -52131.0) |" in text
+    assert "LoRA & 3.0 (52134.0, --52131.0)" in page.with_suffix(".tex").read_text()
+    assert "| full fine-tuning | (77465.0) |" in text  # did not fit: never filled in
+    assert f"- full fine-tuning: predicted {needs['full fine-tuning'] / 2**20:,.0f} MiB" in text
+    cells = {cell["row"]: cell for cell in json.loads(page.with_name("table7_rows.json").read_text())}
+    assert cells["LoRA"]["difference"] == 3.0 - 52134.0
+    assert cells["full fine-tuning"]["value"] is None
+    assert cells["ours: LoRA"]["obtained"] == "not run"
 
 
 def test_figure_1a_has_whole_runs_beside_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

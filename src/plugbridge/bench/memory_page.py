@@ -109,18 +109,24 @@ def whole_runs(wanted: Sequence[Job], same: Sequence[Count]) -> list[WholeRun]:
 
 
 def paper_cells(counts: Sequence[Count], table: str, mode: str) -> list[Reproduced]:
-    """The rows of the paper's table: a training step's MiB, the plug-in's in a coupling mode; empty if not counted."""
+    """The rows of the paper's table: a training step's MiB, the plug-in's in a coupling mode; empty if not measured."""
     found: list[Reproduced] = []
     for model in dict.fromkeys(count.model for count in counts):
         known = {count.method: count for count in counts if count.model == model}
         for method in PAPER["Table 6"]:
             count = known.get(f"{method}, {mode}" if method.startswith(f"{OURS}:") else method)
-            value = None if count is None else count.peak_bytes / 2**20
+            value = count.peak_bytes / 2**20 if count is not None and count.measured else None
             printed = PAPER[TABLES[model]][method] if model in TABLES else None
             less = None if value is None or printed is None else value - printed
-            how = "not run" if count is None else "measured" if count.measured else "predicted"
+            how = "not run" if count is None else _how(count)
             found.append(Reproduced(table, method, model, "MiB", printed, value, less, None, how))
     return found
+
+
+def _how(count: Count) -> str:
+    if count.measured:
+        return "measured in a process of its own"
+    return f"predicted {count.peak_bytes / 2**20:,.0f} MiB{f' ({count.failed})' if count.failed else ''}"
 
 
 RUNS = """

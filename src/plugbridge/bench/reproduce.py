@@ -83,9 +83,10 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
         every = memory_page(counts, MEMORY, asked.command).replace("# Memory and time", "## Every step", 1)
         write_text(asked.page, f"{markdown(cells, title, note, asked.command)}\n{every}")
         write_text(asked.page.with_suffix(".tex"), latex(cells, title))
+        write_json(asked.page.with_name(f"{asked.page.stem}_rows.json"), as_rows(cells))
         draw_steps(counts, pictures)
     yield asked.page.read_text(encoding="utf-8")
-    yield f"{asked.page}, {'' if asked.table == 'fig1a' else '.tex, '}.png, .svg and .json beside it"
+    yield f"{asked.page}, {'' if asked.table == 'fig1a' else '.tex, _rows.json, '}.png, .svg and .json beside it"
 
 
 def _choice(asked: Asked, pair: str) -> Choice:

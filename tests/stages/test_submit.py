@@ -129,6 +129,12 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     scored = lines_of(tmp_path / "runs" / "rte" / "evaluate" / "predictions" / "large_plugged.jsonl")
     names = ("entailment", "not_entailment")
     assert [line["label"] for line in found[:5]] == [names[p["prediction"]] for p in scored[5:]]
+    elsewhere = tmp_path / "official"
+    (elsewhere / "RTE").mkdir(parents=True)
+    (elsewhere / "RTE" / "test.jsonl").write_text((data / "RTE" / "test.jsonl").read_text())
+    first = (tmp_path / "board" / "RTE.jsonl").read_text()
+    assert call(*submit, "--tests", elsewhere, "--out", "other")[0] == 0
+    assert (tmp_path / "other" / "RTE.jsonl").read_text() == first
     assert call(*submit, "--task", "ax-b", "--model", "small_tuned")[0] == 0
     assert [line["idx"] for line in lines_of(tmp_path / "board" / "AX-b.jsonl")] == [0, 1, 2, 3]
     assert "the run has no model 'large_tuned'; known: small_zero_shot, " in mistake(

@@ -34,6 +34,18 @@ def test_every_shipped_task_is_whole(name: str) -> None:
         assert set(split_files(task, None)) == set(task.files)
 
 
+def test_metrics_are_superglues() -> None:
+    """In SuperGLUE's order (Wang et al. 2019, Table 1 and section 3), as the paper prints them."""
+    assert {name: list(load_task(name).metrics) for name in (
+        "boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc", "ax-b", "ax-g",
+    )} == {
+        "boolq": ["accuracy"], "cb": ["accuracy", "macro_f1"], "copa": ["accuracy"],
+        "multirc": ["f1a", "question_match"], "record": ["token_f1", "exact_match"], "rte": ["accuracy"],
+        "wic": ["accuracy"], "wsc": ["accuracy"], "ax-b": ["matthews", "accuracy"],
+        "ax-g": ["accuracy", "gender_parity"],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "raw", "prompt", "options", "answer"),
     [

@@ -11,6 +11,7 @@ from rich.table import Table
 from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg
 from plugbridge.cli.terminal import out, progress, setup
 from plugbridge.config import load_config
+from plugbridge.errors import ConfigError
 
 
 def report(root: RunArg, as_json: JsonOption = False) -> None:
@@ -35,6 +36,14 @@ def submit(
         str | None,
         typer.Option("--task", help="ax-b or ax-g for a run of rte  [default: the run's task]", show_default=False),
     ] = None,
+    tests: Annotated[
+        Path | None,
+        typer.Option(
+            "--tests",
+            help="directory of the official test files, for rows from the hub  [default: --data]",
+            show_default=False,
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Answer SuperGLUE's unlabelled test rows with a finished run; write the leaderboard's file."""
@@ -45,11 +54,14 @@ def submit(
     setup(quiet)
     from plugbridge.prepare import prepare
     from plugbridge.stages.submit import submit as write_answers
+    from plugbridge.tasks.hub import from_hub
     from plugbridge.tasks.spec import load_task
 
     prepared = prepare(config, data)
     chosen = prepared.task if task is None else load_task(task)
-    folder = data if data is not None else (Path(config.data) if config.data else None)
+    folder = tests or data or (Path(config.data) if config.data else None)
+    if from_hub(folder):
+        raise ConfigError("the hub is for rows with labels; give --tests DIR of the official test files")
     path = write_answers(prepared, root, chosen, model, folder, out_dir, progress(quiet))
     out.print(f"{path}: answers of {model}")
 

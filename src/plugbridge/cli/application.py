@@ -16,6 +16,7 @@ from plugbridge.cli.report import report, submit
 from plugbridge.cli.reproduce import reproduce
 from plugbridge.cli.run import run
 from plugbridge.cli.stages import STAGES, stage_command
+from plugbridge.cli.sweep import sweep
 from plugbridge.cli.terminal import err, out
 from plugbridge.errors import PlugbridgeError
 
@@ -30,7 +31,7 @@ app = typer.Typer(
 app.command()(run)
 for _name, _help in STAGES.items():
     app.command(_name)(stage_command(_name, _help))
-for _command in (plan, report, submit, families, tasks, methods, explain, reproduce):
+for _command in (plan, report, sweep, submit, families, tasks, methods, explain, reproduce):
     app.command()(_command)
 app.add_typer(bench_app, name="bench")
 

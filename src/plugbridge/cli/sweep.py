@@ -1,0 +1,62 @@
+"""`plugbridge sweep`: choosing settings on validation rows."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from plugbridge.cli.options import ConfigArg, DataOption, QuietOption, RunsOption, SetOption
+from plugbridge.cli.terminal import announcer, out, progress, setup
+
+
+def sweep(
+    config: ConfigArg,
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", help="a key and its values, such as couple.learning_rate=0.001,0.003; repeatable",
+                     show_default=False),
+    ],
+    by: Annotated[
+        str, typer.Option("--by", help="the model that is judged, as `report --json` names it")
+    ] = "large_plugged",
+    out_dir: RunsOption = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:  # fmt: skip
+    """Run every combination of some settings and compare them on validation rows; interrupted, it goes on.
+
+    Stages that the combinations share are done once.
+    """
+    from plugbridge.bench.sweep import as_json, best_of, combinations, sweep_configs, sweep_page, tried
+
+    configs = sweep_configs(config, sets or (), vary, by)
+    setup(quiet)
+    from plugbridge.bench.cells import do_runs
+    from plugbridge.files import write_json, write_text
+    from plugbridge.report import TITLES
+
+    root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
+    reasons = do_runs(configs, root, data, progress(quiet), announcer(quiet))
+    found = tried(combinations(vary), root, reasons)
+    best = best_of(found, by)
+    page = sweep_page(found, by, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])))
+    write_text(root / "sweep.md", page)
+    write_json(root / "sweep.json", as_json(found))
+    names = list(dict.fromkeys(name for run in found for name in run.values))
+    table = Table()
+    for column in (*(text.partition("=")[0] for text in found[0].sets), *(TITLES[name] for name in names)):
+        table.add_column(column)
+    for run in found:
+        values = [f"{run.values[name]:.3f}" if name in run.values else "" for name in names]
+        table.add_row(*(text.partition("=")[2] for text in run.sets), *values, style="bold" if run is best else None)
+    out.print(table)
+    for run in found:
+        if run.failed:
+            out.print(f"failed: {' '.join(run.sets)}: {run.failed}")
+    if best is not None:
+        out.print(f"best for {by} on {best.rows:,} validation rows: {' '.join(f'--set {text}' for text in best.sets)}")
+    out.print(f"{root / 'sweep.md'}, sweep.json beside it")

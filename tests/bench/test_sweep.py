@@ -1,0 +1,65 @@
+"""A sweep runs every combination, on validation rows, and names the best."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import test_cli
+from plugbridge.bench.sweep import Tried, best_of, combinations, sweep_page
+from plugbridge.errors import ConfigError
+from test_cli import Call, mistake
+
+call = test_cli.call  # fixtures
+config = test_cli.config
+
+
+def test_every_combination_is_run_once_on_validation_rows(
+    call: Call, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = ("sweep", config(), "--vary", "couple.learning_rate=0.001,0.1", "--vary", "couple.layers=0.5,1",
+             "--set", "couple.steps=3", "--quiet")  # fmt: skip
+    code, printed, _ = call(*words)
+    assert code == 0
+    root = tmp_path / "runs" / "sweep" / "toy"
+    found = json.loads((root / "sweep.json").read_text())
+    both = [(rate, layers) for rate in ("0.001", "0.1") for layers in ("0.5", "1")]
+    assert [run["sets"] for run in found] == [
+        [f"couple.learning_rate={rate}", f"couple.layers={layers}"] for rate, layers in both
+    ]
+    best = max(found, key=lambda run: run["values"]["large_plugged"])
+    assert f"--set {best['sets'][0]} --set {best['sets'][1]}" in printed
+    for run in root.iterdir():
+        if run.is_dir():
+            marker = json.loads((run / "evaluate" / "done.json").read_text())
+            assert marker["depends"]["evaluate"]["split"] == "validation"
+    tuned = {(run / "tune" / "done.json").read_text() for run in root.iterdir() if run.is_dir()}
+    assert len(tuned) == 1  # shared
+    before = {path: path.stat().st_mtime_ns for path in root.glob("*/couple/done.json")}
+    assert call(*words)[0] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in root.glob("*/couple/done.json")}
+
+
+def test_mistakes_are_said_before_anything_runs(call: Call, config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config()
+    assert "expected key=value,value" in mistake(call("sweep", path, "--vary", "couple.steps"))
+    assert "chosen on validation rows only" in mistake(call("sweep", path, "--vary", "evaluate.split=test"))
+    assert "couple.nosuch" in mistake(call("sweep", path, "--vary", "couple.nosuch=1,2"))
+    assert "--by nobody" in mistake(call("sweep", path, "--vary", "couple.steps=1,2", "--by", "nobody"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_page_has_the_best_in_bold_and_what_failed() -> None:
+    good, better = (Tried((f"a.b={i}",), {"large_plugged": i / 10}, "accuracy", 600) for i in (3, 4))
+    failed = Tried(("a.b=5",), {}, "", 0, "loss is nan")
+    page = sweep_page([good, better, failed], "large_plugged", "a command")
+    assert "accuracy on 600 validation rows" in page
+    assert "| 3 | 0.300 |" in page
+    assert "| 4 | **0.400** |" in page
+    assert "- a.b=5: loss is nan" in page
+    assert best_of([good, better, failed], "large_plugged") is better
+    assert best_of([failed], "large_plugged") is None
+    with pytest.raises(ConfigError, match="the runs have large_plugged"):
+        best_of([good], "small_tuned")
+    assert list(combinations(["a.b=1, 2"]).values()) == [("a.b=1",), ("a.b=2",)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, make_model, token_inputs
+from plugbridge.memory.alive import Alive
 from plugbridge.models import layout_for
 from plugbridge.shrink.importance import (
     activation,
@@ -147,3 +148,15 @@ def test_second_moments_of_what_sublayers_read_and_of_the_error_at_what_they_wri
     with record_second_moments(model, layout) as forward_only, torch.no_grad():
         model(**sample)
     assert forward_only.total("error") is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fisher_never_has_all_gradients_at_once(family: str) -> None:
+    model = make_model(family, hidden=64, layers=8)
+    layout = layout_for(model)
+    samples = [{key: tensor[:1, :4] for key, tensor in sample.items()} for sample in _samples(model)[:2]]
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    with Alive() as alive:
+        fisher(model, layout, samples, _likelihood(model))
+    assert alive.peak < 1.5 * whole  # activations, scores and one weight's squares in double; all gradients made it 3
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -10,7 +10,8 @@ Three scores, all summed over the weights that have the axis:
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -70,18 +71,29 @@ def squared(tensor: Tensor) -> Tensor:
 def fisher(model: nn.Module, layout: Layout, samples: Iterable[Any], log_likelihood: LogLikelihood) -> Scores:
     """Diagonal Fisher information of every weight, reduced to units (Jin et al. 2023, section 2).
 
-    One backward pass per sample: the square is of a single sample's gradient. Gradients are
-    reduced to the axes' scores at once; no accumulator of the model's size is kept.
+    One backward pass per sample: the square is of a single sample's gradient. Each weight's gradient is reduced to
+    the axes' scores as soon as it is there, and dropped: neither all gradients nor an accumulator of the model's size
+    are ever in memory.
     """
     scores: Scores = {}
     table = layout.table()
-    count = 0
     parameters = dict(model.named_parameters())
-    for sample in samples:
-        gradients = torch.autograd.grad(log_likelihood(sample), list(parameters.values()), materialize_grads=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
+    unused, count = set(parameters), 0
+
+    def take(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        unused.discard(name)
+        if gradient is not None:
             add_scores(scores, layout, table[name], squared(gradient))
-        count += 1
+
+    with ExitStack() as hooks:
+        for name, parameter in parameters.items():
+            hooks.callback(parameter.register_post_accumulate_grad_hook(partial(take, name)).remove)
+        for sample in samples:
+            log_likelihood(sample).backward()  # pyright: ignore[reportUnknownMemberType]
+            count += 1
+    for name in unused:
+        add_scores(scores, layout, table[name], torch.zeros_like(parameters[name]))
     return on_cpu({key: value / count for key, value in scores.items()})
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,6 +271,9 @@ def test_whole_runs_stand_below_with_their_targets() -> None:
     assert len(lines) == len(jobs())
     assert all("0.40 (target 0.35: missed)" in line for line in lines if "standalone" in line)
     assert all("0.40 (target 0.5: kept) | 1.00 (target 0.1: missed) |" in line for line in lines if "feedback" in line)
+    small = memory_page([replace(count, model="GPT-2-shaped") for count in counts], MEMORY, "a command")
+    assert "| 0.40 | 1.00 |" in small
+    assert "(target" not in small
 
 
 def test_a_page_has_every_step_and_the_papers_number(tmp_path: Path) -> None:

@@ -69,13 +69,12 @@ class Prepared:
     def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
         """Load a model and meet it with its family. Raises ModelError if its files have changed since the start."""
         with self._unchanged(source):
-            model = load_model(
-                source,
-                dtype=self.dtype,
-                device=self.device,
-                trust_remote_code=self.config.trust_remote_code,
-            )
+            model = load_model(source, **self._as_asked())
         return model, layout_for(model)
+
+    def _as_asked(self) -> dict[str, Any]:
+        """How every model is loaded."""
+        return {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.config.trust_remote_code}
 
     @contextmanager
     def _unchanged(self, source: str) -> Generator[None]:
@@ -92,13 +91,7 @@ class Prepared:
         config = self.config
         if self.streamed is None:
             return self.load(config.large_path)
-        return load_streamed(
-            config.large_path,
-            self.streamed,
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=config.trust_remote_code,
-        )
+        return load_streamed(config.large_path, self.streamed, **self._as_asked())
 
     def load_run_only(self) -> tuple[PreTrainedModel, Layout]:
         """The large model for forward passes: quantised where the configuration says so."""
@@ -106,13 +99,7 @@ class Prepared:
         if config.load_in is None:
             return self.load_large()
         with self._unchanged(config.large_path):
-            return load_quantised(
-                config.large_path,
-                config.load_in,
-                dtype=self.dtype,
-                device=self.device,
-                trust_remote_code=config.trust_remote_code,
-            )
+            return load_quantised(config.large_path, config.load_in, **self._as_asked())
 
 
 def prepare(config: RunConfig, data: Path | None) -> Prepared:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
 from typing import Any
 
 import pytest
@@ -80,6 +80,15 @@ def test_the_other_goes_on_with_the_next(traced: list[str]) -> None:
     slow.finish()
     assert [trace.peak for trace in predictions.all(rows_of("abc"))] == [ord(name) for name in "abc"]
     assert traced == ["a", "b", "c"]
+
+
+def test_what_a_killed_process_owes_is_made_here(traced: list[str]) -> None:
+    slow = Slow()
+    predictions = Predictions(slow)
+    predictions.expect(rows_of("ab"))
+    slow.tasks[0][0].set_exception(BrokenExecutor())
+    assert [trace.peak for trace in predictions.all(rows_of("a"))] == [ord("a")]
+    assert traced == ["a"]
 
 
 def test_a_second_process_predicts_the_same(run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch) -> None:

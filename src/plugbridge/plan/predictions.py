@@ -1,7 +1,7 @@
 """Predictions of steps, each made once."""
 
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
 from threading import Lock
 
 from plugbridge.memory.predict import Trace, predict
@@ -56,7 +56,10 @@ class Predictions:
             return
         while not begun.done() and (other := self._next()) is not None:
             self._known[other[0]] = predict(other[1].case, other[1].make)
-        self._known[key] = begun.result()
+        try:
+            self._known[key] = begun.result()
+        except BrokenExecutor:  # the other process was killed
+            self._known[key] = predict(row.case, row.make)
 
     def _next(self) -> tuple[Hashable, Row] | None:
         with self._lock:

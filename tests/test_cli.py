@@ -391,6 +391,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "blank file": (rows("train", "\n \n"), "split 'train' is empty"),
     "file too short to split": (one_file(3), "split 'validation' is empty"),
     "label without a word": (put("task.words", {"even": "yes"}), "label 'odd' has no label word"),
+    "label that YAML made a truth value": (put("task.words", {False: "yes", "odd": "it"}), "quote the labels"),
     "empty word": (put("task.words", {"even": "yes", "odd": " "}), "the label word of 'odd' is empty"),
     "equal words": (put("task.words", {"even": "yes", "odd": "yes"}), "'even' and 'odd' have the same word 'yes'"),
     "words equal in tokens": (

@@ -7,9 +7,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from conftest import FAMILIES, make_model, make_tokenizer
-from plugbridge.evaluate import last_states, option_scores
+from plugbridge.evaluate import option_scores
 from plugbridge.models import layout_for
-from plugbridge.probe import PENALTIES, fit_probe
+from plugbridge.probe import PENALTIES, fit_option_probe, fit_probe, option_states, prompt_states
 from plugbridge.progress import Silent
 from plugbridge.tasks.encode import Encoded, Encoder
 from test_evaluate import KIND, rows_of
@@ -26,7 +26,7 @@ def _states(family: str, rows: list[Encoded], batch_size: int) -> tuple[torch.nn
     model = make_model(family)
     encoder = Encoder(make_tokenizer(), KIND[family], None)
     head = layout_for(model).family.head
-    return model.get_submodule(head), last_states(model, head, encoder, rows, batch_size, Silent(), "")
+    return model.get_submodule(head), prompt_states(model, head, encoder, rows, batch_size, Silent(), "")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,8 +58,34 @@ def test_the_hook_is_gone_after_an_error() -> None:
     model = make_model("gpt2")
     encoder = Encoder(make_tokenizer(), "causal", None)
     with pytest.raises(IndexError):
-        last_states(model, "lm_head", encoder, [Encoded((8, 99), ((3,), (4,)), 0)], 1, Silent(), "")
+        prompt_states(model, "lm_head", encoder, [Encoded((8, 99), ((3,), (4,)), 0)], 1, Silent(), "")
     assert not model.lm_head._forward_pre_hooks
+
+
+SOME = [(1, 1), (2, 1), (3, 3, 1), (1, 1), (2, 4), (1, 2), (1, 1), (5, 2), (1, 1, 1, 3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_states_at_the_options_ends_equal_a_plain_loop(family: str) -> None:
+    model, kind = make_model(family), KIND[family]
+    rows, encoder, head = rows_of(kind, SOME), Encoder(make_tokenizer(), kind, None), layout_for(model).family.head
+    seen: list[Tensor] = []
+    handle = model.get_submodule(head).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
+    wanted: list[Tensor] = []
+    for row in rows:
+        for option in row.options:
+            if kind == "causal":
+                model(input_ids=torch.tensor([[*row.prompt, *option]]))
+            else:  # the decoder starts with a mark of its own, so the end mark's place has read all before it
+                model(input_ids=torch.tensor([row.prompt]), labels=torch.tensor([option]))
+            wanted.append(seen.pop()[-1])
+    handle.remove()
+    for batch_size in (1, 4, 100):
+        found = option_states(model, head, encoder, rows, batch_size, Silent(), "")
+        assert [len(states) for states in found] == [len(row.options) for row in rows]
+        assert torch.allclose(torch.cat(found), torch.stack(wanted), rtol=0, atol=1e-5)
+    assert not model.get_submodule(head)._forward_pre_hooks
 
 
 # answers
@@ -123,3 +149,52 @@ def test_neither_units_nor_the_other_rows_change_an_answer() -> None:
     scale, shift = 10.0 ** torch.linspace(-3, 3, 12), torch.linspace(-5, 5, 12)
     assert fit_probe({n: t.double() * scale + shift for n, t in states.items()}, answers) == found
     assert fit_probe({**states, "chosen": chosen[:1]}, answers) == found[:1]
+
+
+# rows with options of their own
+
+
+def _own_options(seed: int, rows: int) -> tuple[list[Tensor], list[set[int]]]:
+    """Two to four options a row, around a point of the row's own; the right ones are far along one direction."""
+    generator = torch.Generator().manual_seed(seed)
+    states: list[Tensor] = []
+    right: list[set[int]] = []
+    for i in range(rows):
+        own = torch.randn(2 + i % 3, 8, generator=generator) + 0.5 * torch.randn(8, generator=generator)
+        rights = {i % 2} if i % 5 else {0, 1}
+        for k in rights:
+            own[k, 3] += 6
+        states.append(own)
+        right.append(rights)
+    return states, right
+
+
+def test_an_option_is_chosen_by_its_own_state() -> None:
+    parts = {name: _own_options(seed, 60) for seed, name in enumerate(("train", "validation", "chosen"))}
+    states = {name: own for name, (own, _) in parts.items()}
+    known = {name: parts[name][1] for name in ("train", "validation")}
+    found = fit_option_probe(states, known)
+    assert sum(choice in rights for choice, rights in zip(found, parts["chosen"][1], strict=True)) > 55
+    turned = {**states, "chosen": [own.flip(0) for own in states["chosen"]]}
+    again = fit_option_probe(turned, known)
+    assert [len(own) - 1 - choice for own, choice in zip(states["chosen"], again, strict=True)] == found
+    nothing: list[set[int]] = [set() for _ in known["train"]]
+    assert set(fit_option_probe(states, {**known, "train": nothing})) == {0}
+
+
+def test_the_penalty_of_options_is_the_one_that_validation_likes_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = {name: [torch.randn(3, 12, generator=generator) for _ in range(40)] for name in ("train", "validation")}
+    right = [{i % 3} for i in range(40)]
+    train = torch.cat(states["train"]).double().numpy()
+    scaler = StandardScaler().fit(train)
+    verdicts = [int(k in rights) for rights in right for k in range(3)]
+    answers: dict[float, list[int]] = {}
+    for penalty in PENALTIES:
+        model = LogisticRegression(C=penalty, max_iter=2000).fit(scaler.transform(train), verdicts)
+        rows = [scaler.transform(own.double().numpy()) for own in states["validation"]]
+        answers[penalty] = [int(model.decision_function(row).argmax()) for row in rows]
+    assert len({tuple(found) for found in answers.values()}) > 1  # the choice matters
+    for wanted in answers.values():
+        liked = {"train": right, "validation": [{choice} for choice in wanted]}
+        assert fit_option_probe({**states, "chosen": states["validation"]}, liked) == wanted

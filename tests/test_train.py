@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.optimization import Adafactor
 
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.progress import Silent
-from plugbridge.train import Schedule, batch_indices, fit, rate_factor, rate_of
+from plugbridge.train import OptimizerName, Schedule, batch_indices, fit, make_optimizer, rate_factor, rate_of
 
 SCHEDULE = Schedule(
     steps=7, batch_size=4, learning_rates={"": 0.05, "wide/": 0.2}, warmup=0.3, weight_decay=0.01, clip=0.5,
@@ -49,7 +51,7 @@ def loss_of(p: dict[str, Tensor], stop: int | None = None) -> Callable[[list[flo
     return loss
 
 
-def train(p: dict[str, Tensor], folder: Path, loss: Callable[[list[float]], Tensor], **changes: float) -> list[float]:
+def train(p: dict[str, Tensor], folder: Path, loss: Callable[[list[float]], Tensor], **changes: Any) -> list[float]:
     return fit(p, ROWS, loss, replace(SCHEDULE, **changes), folder / "checkpoint.pt", Silent(), "toy")
 
 
@@ -82,11 +84,16 @@ def test_the_longest_prefix_gives_the_rate() -> None:
     assert [rate_of(name, rates) for name in ("module/x", "plug/x", "plug/decoder:x")] == [1.0, 2.0, 3.0]
 
 
-def test_fit_is_adamw_with_clipping(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_fit_is_the_optimizer_with_clipping(tmp_path: Path, name: OptimizerName) -> None:
     ours, theirs = parameters(), parameters()
-    losses = train(ours, tmp_path, loss_of(ours))
+    losses = train(ours, tmp_path, loss_of(ours), optimizer=name)
     groups = [{"params": [theirs["wide/a"]], "lr": 0.2}, {"params": [theirs["b"]], "lr": 0.05}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    optimizer = (
+        torch.optim.AdamW(groups, weight_decay=0.01)
+        if name == "adamw"
+        else Adafactor(groups, weight_decay=0.01, relative_step=False, scale_parameter=False)
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, SCHEDULE))
     loss, expected = loss_of(theirs), []
     for step in range(SCHEDULE.steps):
@@ -103,18 +110,32 @@ def test_fit_is_adamw_with_clipping(tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], theirs[name])
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
 @pytest.mark.parametrize("kills", [(1,), (2,), (3,), (4,), (5,), (6,), (7,), (4, 2, 1)])
-def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path, kills: tuple[int, ...]) -> None:
+def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path, kills: tuple[int, ...], name: OptimizerName) -> None:
     whole, resumed = parameters(), parameters()
-    expected = train(whole, tmp_path / "whole", loss_of(whole))
+    expected = train(whole, tmp_path / "whole", loss_of(whole), optimizer=name)
     for kill in kills:
         with pytest.raises(Killed):
-            train(resumed, tmp_path / "killed", loss_of(resumed, stop=kill))
+            train(resumed, tmp_path / "killed", loss_of(resumed, stop=kill), optimizer=name)
         resumed = parameters()  # a new process starts from the first values
         torch.manual_seed(kill)
-    assert train(resumed, tmp_path / "killed", loss_of(resumed)) == expected
+    assert train(resumed, tmp_path / "killed", loss_of(resumed), optimizer=name) == expected
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name])
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_a_matrix() -> None:
+    kept: dict[OptimizerName, int] = {}
+    names: tuple[OptimizerName, ...] = ("adamw", "adafactor")
+    for name in names:
+        matrix = torch.randn(30, 50).requires_grad_()
+        optimizer = make_optimizer(name, [{"params": [matrix], "lr": 0.1}], 0.0)
+        matrix.square().sum().backward()
+        optimizer.step()
+        state = optimizer.state[matrix].values()
+        kept[name] = sum(value.numel() for value in state if isinstance(value, Tensor) and value.dim() > 0)
+    assert kept == {"adamw": 2 * 30 * 50, "adafactor": 30 + 50}
 
 
 def test_resume_does_only_the_steps_that_are_left(tmp_path: Path) -> None:

@@ -88,36 +88,6 @@ def option_scores(
     return scores
 
 
-@torch.no_grad()
-def last_states(
-    model: nn.Module,
-    head: str,
-    encoder: Encoder,
-    rows: Sequence[Encoded],
-    batch_size: int,
-    progress: Progress,
-    title: str,
-) -> Tensor:
-    """What the head reads where a row's answer begins. `head` is its module path. Returns (rows, hidden)."""
-    device = next(model.parameters()).device
-    seen: list[Tensor] = []
-    handle = model.get_submodule(head).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    found: list[Tensor] = []
-    try:
-        with progress.bar(title, len(rows)) as advance:
-            for start in range(0, len(rows), batch_size):
-                chunk = rows[start : start + batch_size]
-                batch = collate(encoder, [(row.prompt, row.options[0]) for row in chunk]).to(device)
-                model(**batch.inputs(encoder.kind))
-                found.append(
-                    seen.pop()[torch.arange(len(chunk), device=device), _answer_positions(batch, encoder.kind)]
-                )
-                advance(len(chunk))
-    finally:
-        handle.remove()
-    return torch.cat(found)
-
-
 def _answer_positions(batch: Batch, kind: str) -> Tensor:
     """Where the first label token is predicted. Returns (n,)."""
     first = (batch.labels != IGNORE).int().argmax(-1)

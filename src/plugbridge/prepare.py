@@ -135,10 +135,10 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     task, texts, digests = _read_task(config, data, kind)
     check_metrics(task.metrics)
     form = task.form(kind)
-    if config.evaluate.probe and not form.same_options:
+    if config.evaluate.probe and form.generate is not None:
         raise ConfigError(
-            f"evaluate.probe learns options that are the same for every row, which task '{task.name}' does not have "
-            f"for {kind} models; set it to false"
+            f"evaluate.probe chooses among options, but in task '{task.name}' {kind} models write their answers; "
+            "set it to false"
         )
     encoded: list[dict[Split, list[Encoded]]] = []
     for encoder in encoders:

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW over named tensors, exact resume from step checkpoints.
+"""The one training loop: an optimizer over named tensors, exact resume from step checkpoints.
 
 Every step's data and randomness follow from (seed, step) alone, so a run that was killed and
 resumed does the same steps as one that was not.
@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.optimization import Adafactor
 
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.files import write_atomically
@@ -21,6 +22,8 @@ from plugbridge.progress import Progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+OptimizerName = Literal["adamw", "adafactor"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class Schedule:
     checkpoint_every: int
     seed: int
     micro_batch: int | None = None
+    optimizer: OptimizerName = "adamw"
+
+
+def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer of groups of tensors, each with its rate ``lr``.
+
+    Adafactor (Shazeer & Stern 2018) keeps a row and a column of second moments for every matrix, and no first ones.
+    Updates are clipped at a root mean square of 1 and not scaled by the tensor's own: a rate means what AdamW's does.
+    """
+    if name == "adafactor":
+        return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=True)
 
 
 def rate_factor(step: int, schedule: Schedule) -> float:
@@ -83,7 +98,7 @@ def fit(
     """
     groups = [{"params": [tensor], "lr": rate_of(name, schedule.learning_rates)} for name, tensor in parameters.items()]
     base = [float(group["lr"]) for group in groups]  # pyright: ignore[reportArgumentType]
-    optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, foreach=True)
+    optimizer = make_optimizer(schedule.optimizer, groups, schedule.weight_decay)
     losses = _resume(checkpoint, parameters, optimizer)
     with progress.bar(title, schedule.steps, len(losses)) as advance:
         for step in range(len(losses), schedule.steps):

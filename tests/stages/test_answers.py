@@ -258,12 +258,30 @@ def test_mistakes_of_written_answers(
     assert message in mistake(call("run", "c.yaml", "--out", "run"))
 
 
-def test_a_probe_needs_the_same_options_for_every_row(
+def test_a_probe_of_written_answers_is_refused(
     call: Call, run_config: Callable[..., Raw], texts: Raw, tmp_path: Path
 ) -> None:
     raw = run_config(task=texts, evaluate={"probe": True})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    assert "evaluate.probe learns options that are the same for every row" in mistake(call("run", "c.yaml"))
+    assert "evaluate.probe chooses among options, but in task" in mistake(call("run", "c.yaml"))
+
+
+def test_a_probe_of_options_that_rows_list(run_config: Callable[..., Raw], data: Path, tmp_path: Path) -> None:
+    """ReCoRD's entities: a probe chooses one of a row's own, whether the large model is in memory or on disk."""
+    found: dict[str, list[int]] = {}
+    for resident in ("all", "none"):
+        raw = run_config("gpt2", task="record", tune=SHORT, couple={**SHORT, "mode": "feedback"}, ceiling=None,
+                         resident=resident, evaluate={"batch_size": 5, "probe": True})  # fmt: skip
+        report = execute(raw, tmp_path / resident, data)
+        values = {row["name"]: row for row in report["rows"]}
+        assert {"small_probe", "large_probe"} <= values.keys()
+        lines = (tmp_path / resident / "evaluate" / "predictions" / "large_probe.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found[resident] = [row["prediction"] for row in rows]
+        assert len(rows) == values["large_probe"]["n"] == 6
+    assert found["all"] == found["none"]
+    assert set(found["all"]) <= {0, 1, 2}
+    assert len(set(found["all"])) > 1
 
 
 def test_a_correlation_is_reported_and_drawn_below_zero(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from conftest import data_directory, toy_rows, write_jsonl
 from plugbridge.config import TaskConfig
@@ -339,6 +340,15 @@ def test_bad_own_rows_are_refused_by_file_and_line(
         own_rows(config, own_task(config), "causal", 0)
 
 
+def test_labels_may_be_numbers(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "all.jsonl", [{"word": f"w{i}", "label": i % 2} for i in range(20)])
+    raw = yaml.safe_load(f"{{file: {path}, prompt: '{{word}}', words: {{0: ' no', 1: ' yes'}}}}")
+    config = TaskConfig.model_validate(raw)
+    rows, _ = own_rows(config, own_task(config), "causal", 0)
+    assert all(row.answer == row.fields["label"] for row in rows["train"])
+    assert {row.answer for row in rows["train"]} == {0, 1}
+
+
 @pytest.mark.parametrize("layout", [".", "RTE", "superglue/RTE"])
 def test_files_are_found_in_any_usual_place(tmp_path: Path, layout: str) -> None:
     (tmp_path / layout).mkdir(parents=True, exist_ok=True)
@@ -352,6 +362,7 @@ def test_files_are_found_in_any_usual_place(tmp_path: Path, layout: str) -> None
     ("name", "layouts"),
     [
         ("sst2", [".", "SST-2", "glue/SST-2"]),
+        ("cola", [".", "CoLA", "glue/CoLA", "CoLA/original/raw", "glue/CoLA/original/raw"]),
         ("subj", [".", "sentence_classification"]),
         ("trec", [".", "sentence_classification"]),
         ("agnews", [".", "agnews", "sentence_classification/agnews"]),

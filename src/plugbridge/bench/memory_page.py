@@ -15,7 +15,7 @@ Peak memory of one training step (or of what else a stage does again and again),
 state included, over what Python and its libraries take; seconds are of one repetition. Models have random weights and
 no dropout; a row's answer is one token (two for T5), prompts are full length. The Bridge has 1/16 of the large model's
 parameters, in standalone and ladder embeddings and head included; in standalone and ladder it trains, in float32,
-unless it is a `frozen Bridge`. Measured rows ran in a process of their own, on the CPU with glibc told to give blocks
+with AdamW or (`couple.optimizer`) `Adafactor`, unless it is a `frozen Bridge`. Measured rows ran in a process of their own, on the CPU with glibc told to give blocks
 above 128 KiB back (MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up to 32 MiB may stay in the process. `off` is
 how far a prediction is from the measurement. Predicted rows did not fit, were not asked for or failed, or (QLoRA) are a
 stand-in with packed weights; their seconds come from this machine's rates for matrix products and for all other

@@ -1,8 +1,8 @@
 """What the user brings and may write as a string or as a table: the large model, the task."""
 
-from typing import Literal
+from typing import Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from plugbridge.config.strict import StrictConfig
 
@@ -49,6 +49,17 @@ class TaskConfig(StrictConfig):
     )
     label: str = Field(default="label", description="the field that holds the label")
     passage: str | None = Field(default=None, description="the field that may be cut when a prompt is too long")
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _labels_are_texts(cls, value: Any) -> Any:
+        """Numbers stand for themselves; what YAML made a truth value of can no longer be told."""
+        if not isinstance(value, dict):
+            return value
+        words = cast(dict[Any, Any], value)
+        if any(isinstance(label, bool) for label in words):
+            raise ValueError("YAML reads a bare yes, no, on, off, true or false as a truth value: quote the labels")
+        return {str(label) if isinstance(label, int) else label: word for label, word in words.items()}
 
     @model_validator(mode="after")
     def _one_source(self) -> "TaskConfig":

@@ -19,7 +19,7 @@ class MethodConfig(StrictConfig):
 
 
 class TrainConfig(StrictConfig):
-    """One training loop: AdamW, linear warmup, cosine decay."""
+    """One training loop: linear warmup, cosine decay."""
 
     steps: int = Field(default=300, ge=1, description="optimizer steps")
     batch_size: int = Field(default=32, ge=1, description="rows a step")
@@ -27,7 +27,12 @@ class TrainConfig(StrictConfig):
         default=None, gt=0, description="peak learning rate of the module; the method's default"
     )
     warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps with rising rate")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        default="adamw",
+        description="`adafactor` keeps a row and a column of second moments of every matrix, where `adamw` keeps two "
+        "moments of each of its entries: half the memory or less where all weights train, the Bridge's or a model's",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(default=1.0, gt=0, description="largest norm of all gradients together")
     checkpoint_every: int = Field(default=50, ge=1, description="steps between resumable checkpoints")
 
@@ -198,5 +203,6 @@ class EvaluateConfig(StrictConfig):
     )
     probe: bool = Field(
         default=False,
-        description="also a linear probe of either model: logistic regression on its last hidden states, a reference",
+        description="also a linear probe of either model: logistic regression on its last hidden states, where the "
+        "answer begins, or at the end of every option where rows have their own; a reference",
     )

@@ -20,6 +20,7 @@ from plugbridge.shrink.prune import BridgePlan, reduced_sizes
 from plugbridge.streaming import load_streamed, stream_blocks
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.axes import axis_names
+from plugbridge.train import OptimizerName
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 DEFAULT = MethodSettings(8, 16.0)
@@ -68,7 +69,7 @@ class Case:
     block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is
     scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
     the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
-    of their step, whose gradients are in memory.
+    of their step, whose gradients are in memory. The step ends with the `optimizer`'s.
     """
 
     config: PreTrainedConfig
@@ -91,6 +92,7 @@ class Case:
     at_once: int = 1
     micro_batch: int | None = None
     later: bool = False
+    optimizer: OptimizerName = "adamw"
 
     @property
     def family(self) -> Family:

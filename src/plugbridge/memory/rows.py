@@ -19,6 +19,7 @@ STREAMED = "streamed"
 HALF = "bf16"
 PARTS = "row by row"
 FROZEN = "frozen Bridge"
+ADAFACTOR = "Adafactor"
 SHARE = 1 / 16
 """The Bridge's parameters over the large model's (Jin et al. 2023, Table 2), the default of `prune.budget`."""
 LORA, QLORA = "LoRA", "QLoRA (4 bit, checkpointing, bf16)"
@@ -78,16 +79,17 @@ def _sizes(config: str, case: Case, reads_tokens: bool) -> dict[str, int]:
     return _known[config, reads_tokens]
 
 
-def coupled(case: Case, mode_name: str, method: str = "lora", frozen: bool = False) -> Row:
-    """Coupling in one mode, with the mode's own defaults, or with a Bridge whose weights do not train."""
+def coupled(case: Case, mode_name: str, method: str = "lora", variant: str = "") -> Row:
+    """Coupling in one mode, with the mode's own defaults; `FROZEN` and `ADAFACTOR` are variants."""
     mode = MODES[mode_name]
     chosen = replace(
         _with(bridged(case, mode.reads_tokens), METHODS[method]),
         trained=top_layers(case.layers, mode.layers),
         channels="select" if mode.reads_alone else "gradient_pca",
-        train_bridge=not frozen,
+        train_bridge=variant != FROZEN,
+        optimizer="adafactor" if variant == ADAFACTOR else "adamw",
     )
-    name = f"{OURS}: {METHODS[method].title}, {mode_name}{f', {FROZEN}' if frozen else ''}"
+    name = ", ".join(filter(None, (f"{OURS}: {METHODS[method].title}", mode_name, variant)))
     row = Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
     return row if case.bits is None else replace(row, real=False)
 
@@ -113,7 +115,7 @@ def small_steps(large: Case, small: Case, modes: tuple[str, ...], half: bool) ->
         Row(OURS, "prune", replace(bridged(case), channels="gradient_pca"), STEPS["prune"]),
         *(coupled(case, mode) for mode in modes if MODES[mode].runs_large),
         *(coupled(parts, mode) for mode in modes),
-        coupled(parts, "standalone", frozen=True),
+        *(coupled(parts, "standalone", variant=variant) for variant in (ADAFACTOR, FROZEN)),
         Row(OURS, "evaluate", replace(case, batch=1), STEPS["evaluate"]),
     ]
     found: list[Row] = []
@@ -142,7 +144,8 @@ def resident_jobs() -> list[Job]:
 def jobs() -> list[Job]:
     """Runs whose peaks the targets are about, in bfloat16 and in float32."""
     found: list[Job] = []
-    for mode, limit in (("standalone", 0.35), (f"standalone, {FROZEN}", 0.35), ("feedback", 0.5)):
+    standalone = [", ".join(filter(None, ("standalone", variant))) for variant in ("", ADAFACTOR, FROZEN)]
+    for mode, limit in (*((name, 0.35) for name in standalone), ("feedback", 0.5)):
         for words in (f"{STREAMED}, {HALF}", STREAMED):
             stages = [(f"{OURS}, {words}, {PARTS}", "tune (small)")]
             stages += [(f"{OURS}, {words}", stage) for stage in ("score (fisher)", "prune", "evaluate")]

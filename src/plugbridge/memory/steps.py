@@ -26,7 +26,7 @@ from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis
 from plugbridge.shrink.shelf import Place, Shelf
 from plugbridge.stages.shrink import units_of
 from plugbridge.tasks.encode import Encoded, gold
-from plugbridge.train import shares
+from plugbridge.train import make_optimizer, shares
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
@@ -67,9 +67,9 @@ def training(
     marks: Marks,
     held: list[object],
 ) -> Step:
-    """A step of the library's training loop (`train.fit`): loss and backward part by part, clipped, AdamW."""
+    """A step of the library's training loop (`train.fit`): loss and backward part by part, clipped, updated."""
     tensors = list(parameters)
-    optimizer = torch.optim.AdamW([{"params": [tensor]} for tensor in tensors], lr=1e-4, foreach=True)
+    optimizer = make_optimizer(case.optimizer, [{"params": [tensor], "lr": 1e-4} for tensor in tensors], 0.0)
     kept: list[Tensor] = []
 
     def forward(part: list[Encoded], share: float, first: bool) -> None:

@@ -10,6 +10,7 @@ from plugbridge.memory.packed import BITS
 from plugbridge.memory.rows import Row
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import subjects_of, works_of
+from plugbridge.transfer.couple import find_mode
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Advice:
     stuck: str | None = None
 
 
+ADAFACTOR = "couple.optimizer: adafactor"
 LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
 CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("resident: none", {"": {"resident": "none"}}, LARGE),
@@ -27,6 +29,7 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune",)),
     ("couple.recompute: true", {"couple": {"recompute": True}}, ("couple",)),
     ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
+    (ADAFACTOR, {"couple": {"optimizer": "adafactor"}}, ("couple",)),
     ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
     (
         "score.importance: activation, prune.channels: auto",
@@ -43,7 +46,7 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("prune.reduction: 8", {"prune": {"reduction": 8}}, ("prune", "repair", "couple")),
     ("prune.budget: 0.02", {"prune": {"budget": 0.02}}, ("prune", "repair", "couple")),
 )
-"""Settings that save memory, those first that change no result, with the stages that they concern."""
+"""Settings that save memory, those first that change no result or little, with the stages that they concern."""
 
 
 def advise(
@@ -106,9 +109,11 @@ def _stuck(config: RunConfig, over: list[str], number: int) -> str | None:
 
 def _may_help(config: RunConfig, name: str, number: int) -> bool:
     """Whether a change concerns a stage and changes anything; quantised weights do not stream."""
-    _, change, concerns = CHANGES[number]
+    text, change, concerns = CHANGES[number]
     if not name.startswith(concerns):
         return False
+    if text == ADAFACTOR and not (find_mode(config.couple.mode).trains_bridge and config.couple.bridge == "train"):
+        return False  # a module's moments are nothing to save
     try:
         tried = changed(config, change)
     except ConfigError:  # such as a budget beside the reduction that is asked for

@@ -70,7 +70,8 @@ def make_plan(config: RunConfig, length: int, memory: int | None, threads: int, 
 
 
 def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> PlannedStage:
-    disk = work.disk + 12 * counts.trained  # the step checkpoint: parameters and AdamW's two moments
+    checkpoint = 12 if work.row.case.optimizer == "adamw" else 4  # parameters, and AdamW's two moments
+    disk = work.disk + checkpoint * counts.trained
     before = {"": "", REFERENCE: "reference: "}.get(work.row.stage, "large: ")
     return PlannedStage(
         f"{before}{work.row.method}", work.row.stage == "", work.row.stage == REFERENCE, counts.peak,

@@ -63,6 +63,7 @@ def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
         large, config.couple.batch_size, length, dtype=pick_dtype(config.dtype), method=method, settings=settings,
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
         train_bridge=config.couple.bridge == "train", recompute=config.couple.recompute,
+        optimizer=config.couple.optimizer,
     )  # fmt: skip
     empty, layout = base.on_meta()
     sizes = bridge_sizes(config, empty, layout)
@@ -78,7 +79,14 @@ def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
     return Subjects(
         config,
         layout,
-        replace(base, config=small, batch=config.tune.batch_size, bits=None, micro_batch=config.tune.micro_batch),
+        replace(
+            base,
+            config=small,
+            batch=config.tune.batch_size,
+            bits=None,
+            micro_batch=config.tune.micro_batch,
+            optimizer=config.tune.optimizer,
+        ),
         large_case,
         0 if config.score.keep == "disk" else min(at_once, config.score.samples),
         parameter_count(empty),
@@ -106,7 +114,8 @@ def works_of(s: Subjects) -> Iterator[Work]:
     yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes)
     yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:
-        case, steps = replace(large, batch=config.repair.batch_size, micro_batch=None), config.repair.steps
+        steps = config.repair.steps
+        case = replace(large, batch=config.repair.batch_size, micro_batch=None, optimizer=config.repair.optimizer)
         row = Row("repair", "", case, STEPS["repair"])
         yield Work(row, steps, s.bridge * 4, steps, steps * case.batch)
     steps = config.couple.steps
@@ -146,12 +155,13 @@ def references_of(s: Subjects) -> Iterator[Work]:
 
 
 def _reference(name: str, step: str, case: Case, settings: PartsConfig, large: bool) -> Work:
-    steps, case = settings.steps, replace(case, batch=settings.batch_size, micro_batch=settings.micro_batch)
+    steps = settings.steps
+    case = replace(case, batch=settings.batch_size, micro_batch=settings.micro_batch, optimizer=settings.optimizer)
     return Work(Row(name, REFERENCE, case, STEPS[step]), steps, 0, steps * large, steps * case.batch * large)
 
 
 def _resident(s: Subjects) -> Case:
-    return replace(s.large, bits=None, trained={}, streamed=False, micro_batch=None)
+    return replace(s.large, bits=None, trained={}, streamed=False, micro_batch=None, optimizer="adamw")
 
 
 def rivals_of(s: Subjects) -> Iterator[Work]:

@@ -11,10 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from plugbridge.cost import Cost, measure, settle
-from plugbridge.evaluate import last_states
 from plugbridge.families.spec import Layout
 from plugbridge.files import write_atomically
-from plugbridge.probe import fit_probe
+from plugbridge.probe import MOST, fit_option_probe, fit_probe, option_states, prompt_states
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
 from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.work import Work, answers_of, source_of
@@ -90,13 +89,20 @@ def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
     """Answers of a linear probe: fitted on the training rows, its penalty chosen on the validation rows."""
     p, size = work.prepared, work.prepared.config.evaluate.batch_size
     model, layout = p.load_run_only() if subject.size == "large" else p.load(subject.source)
-    parts = {"train": subject.rows["train"], "validation": subject.rows["validation"], "chosen": chosen}
-    states = {
-        name: last_states(model, layout.family.head, subject.encoder, rows, size, work.progress, f"probe {name}")
+    parts = {"train": subject.rows["train"][:MOST], "validation": subject.rows["validation"], "chosen": chosen}
+    head, encoder = layout.family.head, subject.encoder
+    if p.task.form(encoder.kind).same_options:
+        states = {
+            name: prompt_states(model, head, encoder, rows, size, work.progress, f"probe {name}")
+            for name, rows in parts.items()
+        }
+        return fit_probe(states, {name: [row.answer for row in rows] for name, rows in parts.items()})
+    every = {
+        name: option_states(model, head, encoder, rows, size, work.progress, f"probe {name}")
         for name, rows in parts.items()
     }
-    right = {name: [row.answer for row in rows] for name, rows in parts.items()}
-    return fit_probe(states, right)
+    right = {name: [{row.answer, *source_of(row).also} for row in rows] for name, rows in parts.items()}
+    return fit_option_probe(every, right)
 
 
 def candidates(work: Work) -> list[Candidate]:

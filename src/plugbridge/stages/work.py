@@ -51,6 +51,7 @@ def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Sc
         checkpoint_every=train.checkpoint_every,
         seed=seed,
         micro_batch=train.micro_batch if isinstance(train, PartsConfig) else None,
+        optimizer=train.optimizer,
     )
 
 

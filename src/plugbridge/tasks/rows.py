@@ -56,7 +56,8 @@ def find_files(task: Task, data: Path | None, names: Mapping[str, str]) -> dict[
             f"directory that holds {task.folder}/{next(iter(names.values()))}"
         )
     else:
-        roots = [data / task.folder, *(data / name / task.folder for name in task.within), data]
+        folders = [data / task.folder, *(data / name / task.folder for name in task.within), data]
+        roots = [place for folder in folders for place in (folder, *(folder / name for name in task.inside))]
     for root in roots:
         paths = {split: root / name for split, name in names.items()}
         if all(part.is_file() for path in paths.values() for part in parts_of(path, task.format)):

@@ -58,10 +58,10 @@ class Hub(_Strict):
 class Task(_Strict):
     """One task.
 
-    `folder` is looked up in the data directory, then in the folders of it that `within` names;
-    or beside this module if `shipped`. `format` says how the `files` are written, `unfold` how one of
-    their objects becomes rows, and `id` names the field that no two rows of a file share. Of the fields
-    that a prompt names, only those in `blank` may be blank. `holdout_test` is the share of the train
+    `folder` is looked up in the data directory, then in the folders of it that `within` names; the files lie in it or
+    in one of the folders `inside` it. A `shipped` task's is beside this module. `format` says how the `files` are
+    written, `unfold` how one of their objects becomes rows, and `id` names the field that no two rows of a file share.
+    Of the fields that a prompt names, only those in `blank` may be blank. `holdout_test` is the share of the train
     rows that becomes the test split where there is no test file;
     `holdout` is the share of the rest that becomes the validation split where there is no
     validation file; rows with the same `group` field are held out together. `limit` is the most rows a
@@ -75,6 +75,7 @@ class Task(_Strict):
     licence: str
     folder: str
     within: tuple[str, ...] = Field(default=(), exclude=True)  # where files lie changes no result
+    inside: tuple[str, ...] = Field(default=(), exclude=True)
     shipped: bool = False
     files: dict[str, str]
     format: Format = Jsonl()

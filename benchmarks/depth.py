@@ -34,14 +34,14 @@ def cases_of(case: Case) -> dict[str, tuple[str, Case]]:
 def main() -> None:
     """Measure every piece of work at both depths and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("hidden", 768), ("layers", 24), ("length", 128), ("threads", 1)):
+    for name, value in (("hidden", 768), ("layers", 24), ("vocabulary", 8192), ("length", 128), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--table", type=Path, help="Markdown file to write, its JSON beside it")
     args = parser.parse_args()
     depths = (args.layers, 2 * args.layers)
     found: dict[str, list[dict[str, float]]] = {}
     for layers in depths:
-        shape = gpt2(args.hidden, layers, args.hidden // 64, 8192, args.length)
+        shape = gpt2(args.hidden, layers, args.hidden // 64, args.vocabulary, args.length)
         with tempfile.TemporaryDirectory() as folder:
             weights = write_weights(Case(shape, 1, args.length), Path(folder) / "model")
             case = Case(shape, 1, args.length, streamed=True, weights=str(weights), at_once=0)
@@ -63,7 +63,8 @@ def main() -> None:
     print("\n".join(lines))
     if args.table is not None:
         about = (__doc__ or "").partition("    python")[0].strip()
-        size = f"{args.hidden} wide, two rows of {args.length} tokens, float32, {args.threads} thread(s)."
+        size = f"{args.hidden} wide, a vocabulary of {args.vocabulary:,}, two rows of {args.length} tokens, float32, "
+        size += f"{args.threads} thread(s)."
         command = f"    python benchmarks/depth.py {' '.join(sys.argv[1:])}"
         write_text(args.table, "\n".join(["# Depth", "", about, "", size, "", command, "", *lines, ""]))
         write_json(args.table.with_suffix(".json"), found)

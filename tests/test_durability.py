@@ -219,6 +219,8 @@ EVERYTHING = {*STAGES, "ceiling"}
         ("prune", {"budget": 0.5}, AFTER_SCORE),
         ("couple.steps", 6, AFTER_TUNE),
         ("couple.bridge", "freeze", AFTER_TUNE),
+        ("tune.optimizer", "adafactor", {"tune", *AFTER_TUNE}),
+        ("couple.optimizer", "adafactor", AFTER_TUNE),
         ("ceiling.steps", 6, {"ceiling", "evaluate"}),
         ("evaluate.limit", 5, {"evaluate"}),
         ("evaluate.split", "validation", {"evaluate"}),
@@ -228,6 +230,7 @@ EVERYTHING = {*STAGES, "ceiling"}
         ("tune.checkpoint_every", 3, set()),
         ("couple.checkpoint_every", 3, set()),
         ("couple.recompute", False, set()),
+        ("couple.optimizer", "adamw", set()),
     ],
 )
 def test_a_changed_setting_redoes_what_depends_on_it(
@@ -235,6 +238,13 @@ def test_a_changed_setting_redoes_what_depends_on_it(
 ) -> None:
     raw = {**scene["raw"], "method": {"name": "lora", "rank": 2}, "ceiling": TRAIN}
     assert redone_by(raw, changed(raw, key, value), tmp_path) == redone
+
+
+def test_a_key_that_came_later_is_not_in_the_digest_at_its_default(scene: dict[str, Any], tmp_path: Path) -> None:
+    """Runs from before there was a choice of optimizers go on."""
+    stages = build_stages(prepare(parse_config(scene["raw"], "test"), None), tmp_path, Silent())
+    settings = {stage.name: stage.depends[stage.name] for stage in stages if stage.name in ("tune", "couple")}
+    assert all("steps" in found and "optimizer" not in found for found in settings.values())
 
 
 def digests(raw: dict[str, Any], root: Path) -> dict[str, str]:

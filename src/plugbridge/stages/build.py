@@ -135,8 +135,11 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
 
 UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute")
 """Keys that change no result, beyond rounding."""
+LATER = {"optimizer": "adamw"}
+"""Keys that came later, and what they are where a run from before them has none: such a run need not be done anew."""
 
 
 def _dump(section: Any) -> dict[str, Any]:
     """A configuration section as JSON, without what does not change the result."""
-    return {k: v for k, v in section.model_dump(mode="json").items() if k not in UNSEEN}
+    found = section.model_dump(mode="json").items()
+    return {key: value for key, value in found if key not in UNSEEN and LATER.get(key, ...) != value}

@@ -1,7 +1,8 @@
 """Cells as a Markdown page and as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from plugbridge.bench.quality import REFERENCES, Cell
 from plugbridge.files import write_atomically
@@ -12,9 +13,20 @@ COLOURS = (
 )  # fmt: skip
 
 
-def page(cells: Sequence[Cell], title: str, about: str, command: str) -> str:
-    """A Markdown page: one table for each task, family and method."""
+def page(
+    cells: Sequence[Cell],
+    title: str,
+    about: str,
+    command: str,
+    runs: int = 0,
+    missing: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """A Markdown page: one table for each task, family and method.
+
+    `runs` is how many runs the grid has, `missing` the variants of those that are not done, by their place.
+    """
     lines = [f"# {title}", "", about.strip(), "", "Made by", "", f"    {command}", ""]
+    lines += _missing(runs, missing)
     lines += _summary(cells)
     for task, family, method in _places(cells):
         same = [c for c in cells if (c.task, c.family, c.method) == (task, family, method)]
@@ -29,6 +41,16 @@ def page(cells: Sequence[Cell], title: str, about: str, command: str) -> str:
         lines += [_line(cell, first.seeds) for cell in same]
         lines.append("")
     return "\n".join(lines)
+
+
+def _missing(runs: int, missing: Mapping[str, Sequence[str]]) -> list[str]:
+    if not missing:
+        return []
+    left = sum(map(len, missing.values()))
+    lines = [f"{runs - left} of the grid's {runs} runs are done. Not run, or not all seeds of them:", ""]
+    for place, names in missing.items():
+        lines.append(f"- {place}: {', '.join(dict.fromkeys(names))}")
+    return [*lines, ""]
 
 
 def _places(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plugbridge.bench.grid import Grid, Group
-from plugbridge.config import parse_config
+from plugbridge.config import RunConfig, parse_config
 from plugbridge.files import write_json, write_text
 from plugbridge.prepare import prepare, resolve
 from plugbridge.progress import Progress, Silent
 from plugbridge.run import borrow, execute, facts_of, locked, read_marker
 from plugbridge.stages.build import build_stages
+from plugbridge.stages.couple import reads_states
+from plugbridge.stages.shrink import rows_scored
 
 REFERENCES = {
     "small_tuned": "small tuned",
@@ -39,8 +41,8 @@ class Cell:
     `value` is the mean metric over seeds, `pgr` the performance gap recovered of the means; `low`,
     `high`, `pgr_low` and `pgr_high` are 95 % percentile intervals of a bootstrap over seeds and test
     rows, the same rows for all models and seeds. `control` names what the row is compared with, null for
-    the method itself. `seconds` and `peak_bytes` are of coupling, `large_rows` the rows the large
-    model read in it.
+    the method itself. `seconds` and `peak_bytes` are of coupling; `large_rows` the rows that the large model read until
+    the module was plugged in, for importance, repair and the start, too.
     """
 
     family: str
@@ -145,6 +147,16 @@ def finished(group: Group, name: str, out: Path) -> bool:
     return written == dict(group.variants)[name]
 
 
+def left_out(groups: Sequence[Group], out: Path) -> tuple[int, dict[str, list[str]]]:
+    """How many runs the groups have, and those that are not done: names of variants by task, family and method."""
+    missing: dict[str, list[str]] = {}
+    for group in groups:
+        for name, _ in group.variants:
+            if not finished(group, name, out):
+                missing.setdefault(f"{group.task}, {group.pair}, {group.method}", []).append(name)
+    return sum(len(group.variants) for group in groups), missing
+
+
 def cells_of(grid: Grid, groups: Sequence[Group], out: Path, command: str) -> list[Cell]:
     """Reduce finished runs to cells; each says which seeds it has."""
     found: dict[tuple[str, str, str], list[Group]] = {}
@@ -203,10 +215,21 @@ def _cell(
         variant=title,
         n=len(table[0][0]),
         majority=float(majority["accuracy"]),
-        large_rows=round(float(np.mean([m["facts"]["large_rows"] for m in costs]))) if costs else None,
+        large_rows=_rows_read(roots[0], config, costs) if config is not None and costs else None,
         seconds=float(np.mean([m["seconds"] for m in costs])) if costs else None,
         peak_bytes=max(int(m["peak_bytes"]) for m in costs) if costs else None,
     )
+
+
+def _rows_read(root: Path, config: RunConfig, couplings: Sequence[dict[str, Any]]) -> int:
+    """Rows that the large model read: to choose the Bridge's units, repair it, start, and (their mean) couple."""
+    rows = rows_scored(config.score.importance, int(facts_of(root, "score")["samples"]))
+    rows += round(float(np.mean([coupling["facts"]["large_rows"] for coupling in couplings])))
+    if config.repair is not None:
+        rows += config.repair.steps * config.repair.batch_size
+    if reads_states(config):
+        rows += config.couple.align_samples
+    return rows
 
 
 def intervals(

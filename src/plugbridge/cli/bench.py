@@ -50,7 +50,7 @@ def quality(
         raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
     setup(quiet)
     from plugbridge.bench.present import draw_cells, page
-    from plugbridge.bench.quality import cells_of, run_groups, write_cells
+    from plugbridge.bench.quality import cells_of, left_out, run_groups, write_cells
     from plugbridge.files import write_text
 
     if not summary:
@@ -59,7 +59,8 @@ def quality(
     command = f"plugbridge bench quality {' '.join(words)}"
     cells = cells_of(loaded, chosen, root, command)
     target = table if table is not None else root / "quality.md"
-    write_text(target, page(cells, "Quality of the transfer", _QUALITY, command))
+    runs, missing = left_out(chosen, root)
+    write_text(target, page(cells, "Quality of the transfer", _QUALITY, command, runs, missing))
     write_cells(cells, target.with_suffix(".json"))
     draw_cells(cells, target.with_suffix(".png"))
     out.print(f"{len(cells)} cells in {target}, {target.with_suffix('.json').name}, {target.with_suffix('.png').name}")
@@ -69,7 +70,9 @@ _QUALITY = """
 Accuracy on test rows and performance gap recovered, PGR = (plugged - small tuned) / (large tuned - small tuned),
 of the mean over seeds; small print: 95 % intervals of a bootstrap over seeds and test rows, the same rows for
 all models and seeds. PGR is left empty where small and large tuned are not clearly apart. Controls stand beside the
-method; "the Bridge itself" is what coupling trained and then threw away. Seconds and MiB are of coupling alone.
+method; "the Bridge itself" is what coupling trained and then threw away. "Large rows read" are those of importance,
+repair, start and coupling, a forward pass each; seconds and MiB (over what the process held before) are of coupling
+alone.
 """
 
 

@@ -97,7 +97,7 @@ class PruneConfig(StrictConfig):
 
 
 class RepairConfig(TrainConfig):
-    """Fitting the Bridge to the large model before coupling, from the large model's forward passes."""
+    """Fitting the Bridge to the large model before coupling, from its forward passes over the training prompts."""
 
     steps: int = Field(default=200, ge=1, description="optimizer steps")
     learning_rate: float | None = Field(

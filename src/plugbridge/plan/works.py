@@ -14,7 +14,7 @@ from plugbridge.memory.steps import STEPS
 from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype
 from plugbridge.prepare import bridge_sizes, resolve, wants_streaming
 from plugbridge.shrink.prune import count_parameters
-from plugbridge.stages.shrink import rows_at_once
+from plugbridge.stages.shrink import rows_at_once, rows_scored
 from plugbridge.streaming import block_bytes
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import MethodSettings, find_method
@@ -110,7 +110,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
     if full.streamed and s.at_once == 0:  # a row leaves one at every block
         states = samples * full.length * hidden * width * sum(full.layers.values())
     disk = moments + states
-    passes = samples if config.score.importance == "magnitude" else 2 * samples  # the last for the residual stream
+    passes = rows_scored(config.score.importance, samples)
     yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes)
     yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:

@@ -94,6 +94,12 @@ def uses_large(config: RunConfig) -> bool:
     return find_mode(settings.mode).runs_large or settings.plug != "random" or settings.layer_map != "uniform"
 
 
+def reads_states(config: RunConfig) -> bool:
+    """Whether coupling starts from what the two models' states have in common, and so runs both on some rows."""
+    settings = config.couple
+    return settings.plug != "fresh" and (settings.plug != "random" or settings.layer_map != "uniform")
+
+
 def cache_room(prepared: Prepared) -> int:
     """Bytes of the activations that coupling will write to disk."""
     config, kind = prepared.config, prepared.large_encoder.kind
@@ -134,7 +140,7 @@ def _start(work: Work, small: Layout, large: Layout) -> Start:
     if settings.plug == "fresh":
         return fresh_start(p.method, p.settings, large, p.load_run_only()[0])
     states: tuple[States, States] | None = None
-    if settings.plug != "random" or settings.layer_map != "uniform":
+    if reads_states(p.config):
         # the same tokens for both: as the model with fewer positions reads them
         narrower = (p.encoder.positions or math.inf) <= (p.large_encoder.positions or math.inf)
         encoder, rows = (p.encoder, p.rows) if narrower else (p.large_encoder, p.large_rows)

@@ -86,8 +86,7 @@ def units_of(
 
     streams = window_of(model) is not None
     chunk = len(rows) if shelf is not None else at_once if at_once is not None else 1
-    total = len(rows) * (1 if importance == "magnitude" else 2)
-    with progress.bar(f"score ({importance})", total) as advance:
+    with progress.bar(f"score ({importance})", rows_scored(importance, len(rows))) as advance:
 
         def counted() -> Iterator[Encoded]:
             for row in rows:
@@ -129,6 +128,11 @@ def units_of(
         if not bool(values.isfinite().all()):
             raise ModelError(f"the scores of '{key}' in {model.name_or_path} are not finite; is a weight of it NaN?")
     return Units(scores, energy, second, shelf.bytes if shelf is not None else 0)
+
+
+def rows_scored(importance: Importance, samples: int) -> int:
+    """Rows that a model reads to be scored: each for its residual stream, and for all but magnitudes once more."""
+    return samples * (1 if importance == "magnitude" else 2)
 
 
 def rows_at_once(layout: Layout, length: int, dtype: torch.dtype, room: int) -> int:

@@ -168,6 +168,11 @@ def gold(encoder: Encoder, rows: Sequence[Encoded]) -> Batch:
     return collate(encoder, [(row.prompt, row.options[row.answer]) for row in rows])
 
 
+def unlabelled(encoder: Encoder, rows: Sequence[Encoded]) -> Batch:
+    """Prompts alone: no answer is in it. A seq2seq model's decoder reads its start mark, and nothing else."""
+    return collate(encoder, [(row.prompt, () if encoder.kind == "causal" else (encoder.pad,)) for row in rows])
+
+
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of tokens as one tensor (n, longest row), filled up with `value`."""
     width = max(len(row) for row in rows)

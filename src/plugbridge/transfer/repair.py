@@ -3,7 +3,7 @@
 `response` fits every pruned sublayer so that it answers a small push of its input as the large
 sublayer does, seen through down: what feedback and ladder_delta need of it. `logits` distils the
 large model's next-token distributions (Hinton et al. 2015): what a Bridge that reads alone needs.
-Both run on unlabelled rows, the training prompts.
+Both run on unlabelled text: the training prompts, without their answers.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from plugbridge.evaluate import at_least_float32
 from plugbridge.families.spec import Layout
 from plugbridge.shrink.prune import BridgePlan
-from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, gold
+from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, unlabelled
 from plugbridge.transfer.coupling import Loss
 from plugbridge.transfer.feedback import CACHE, Visit, bridge_arguments, record, visits_of
 from plugbridge.transfer.residual import Width
@@ -57,7 +57,7 @@ def _logits(large: PreTrainedModel, bridge: PreTrainedModel, encoder: Encoder) -
     """Kullback-Leibler divergence from the large model's to the Bridge's distributions, mean over positions."""
 
     def loss(rows: list[Encoded]) -> Tensor:
-        batch = gold(encoder, rows).to(large.device)
+        batch = unlabelled(encoder, rows).to(large.device)
         inputs = batch.inputs(encoder.kind)
         with torch.no_grad():
             right = torch.log_softmax(at_least_float32(large(**inputs).logits), -1)
@@ -80,7 +80,7 @@ def _response(
     visits = [visit for name in layout.family.stack for visit in visits_of(layout, name)]
 
     def loss(rows: list[Encoded]) -> Tensor:
-        batch = gold(encoder, rows).to(large.device)
+        batch = unlabelled(encoder, rows).to(large.device)
         with torch.no_grad(), record(large, width, visits, lambda _visit: True):
             large(**batch.inputs(encoder.kind))
         parts: list[Tensor] = []

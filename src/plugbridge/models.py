@@ -1,6 +1,8 @@
 """Loading Hugging Face models and tokenizers, with the checks that come before any work."""
 
 import logging
+import sys
+import warnings
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -61,7 +63,12 @@ def last_positions(count: int, device: torch.device | str) -> Tensor:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' own progress bars and advice out of our output (the command line calls it)."""
+    """Keep transformers' progress bars and advice, and what libraries warn each other of, out of our output.
+
+    The command line calls it, and every process that it starts.
+    """
+    if not sys.warnoptions:  # `python -W` shows them
+        warnings.simplefilter("ignore", FutureWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

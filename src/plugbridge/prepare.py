@@ -89,9 +89,10 @@ class Prepared:
     def load_large(self) -> tuple[PreTrainedModel, Layout]:
         """The large model with full weights, not to be trained: streamed from disk or in memory."""
         config = self.config
-        if self.streamed is None:
-            return self.load(config.large_path)
-        return load_streamed(config.large_path, self.streamed, **self._as_asked())
+        if self.streamed is not None:
+            return load_streamed(config.large_path, self.streamed, **self._as_asked())
+        model, layout = self.load(config.large_path)
+        return model.requires_grad_(False), layout
 
     def load_run_only(self) -> tuple[PreTrainedModel, Layout]:
         """The large model for forward passes: quantised where the configuration says so."""
@@ -99,7 +100,8 @@ class Prepared:
         if config.load_in is None:
             return self.load_large()
         with self._unchanged(config.large_path):
-            return load_quantised(config.large_path, config.load_in, **self._as_asked())
+            model, layout = load_quantised(config.large_path, config.load_in, **self._as_asked())
+        return model.requires_grad_(False), layout
 
 
 def prepare(config: RunConfig, data: Path | None) -> Prepared:

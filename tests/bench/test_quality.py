@@ -301,8 +301,9 @@ def test_the_command_writes_a_table_its_data_and_a_picture(done: Done) -> None:
         assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1
     assert [cell["control"] for cell in cells.values()] == [*REFERENCES, None, variants[1], "no Bridge"]
     ways = {name: tuple(cells[name][key] for key in ("mode", "down", "start", "large_rows")) for name in cells}
-    assert ways["stands alone"] == ("standalone", "select", "random", 0)
-    assert ways["no Bridge"] == ("identity", "gradient_pca", "fresh", 2 * 8)
+    scored = 2 * 4  # rows, for the residual stream and for their scores
+    assert ways["stands alone"] == ("standalone", "select", "random", scored)
+    assert ways["no Bridge"] == ("identity", "gradient_pca", "fresh", scored + 2 * 8)
     assert all(ways[name] == ("none", None, None, None) for name in REFERENCES)
     assert all(0 < cells[name]["bridge_share"] < 1 for name in ("stands alone", "no Bridge"))
     text = (done.out / "quality.md").read_text(encoding="utf-8")

@@ -1,17 +1,22 @@
 """Feedback coupling: with an unpruned Bridge it is backpropagation."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from test_transfer import ROWS, SETTINGS, coupling_of
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from conftest import FAMILIES, METHODS, make_model
 from plugbridge.evaluate import mean_loss
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.tasks.encode import gold
+from plugbridge.transfer import feedback as transfer_feedback
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients
+from plugbridge.transfer.feedback import Visit
 from plugbridge.tuners.module import attach, pack, parameter_name
 
 GRID = [(family, method) for family in FAMILIES for method in METHODS]
@@ -43,6 +48,21 @@ def _rotated(coupling: Coupling, family: str) -> Coupling:
     return replace(coupling, plan=plan, bridge=prune_model(large, coupling.large, plan, {}))
 
 
+@pytest.fixture
+def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computes RMSNorm's mean square and T5's attention softmax in float32: leave float64 alone."""
+
+    def norm(self: Any, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(T5LayerNorm, "forward", norm)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self.to(torch.promote_types(self.dtype, torch.float32)))
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None: softmax(x, dim=dim))
+
+
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("family", "method"), GRID)
 def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, rotated: bool) -> None:
@@ -61,13 +81,31 @@ def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, r
     wanted = _gradients(coupling, exact)
     loss = MODES["feedback"].start(coupling)(ROWS)
     found = _gradients(coupling, loss)
-    # transformers computes RMSNorm's mean square and T5's attention softmax in float32
-    tolerance = 1e-9 if family == "gpt2" else 2e-5
-    assert torch.allclose(loss, exact, rtol=tolerance)
+    assert torch.allclose(loss, exact, rtol=1e-9)
     for name, gradient in wanted.items():
         scale = float(gradient.abs().max())
         assert scale > 0 or float(found[name].abs().max()) == 0, name
-        assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
+        assert float((found[name] - gradient).abs().max()) <= 1e-9 * scale, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_without_a_module_keeps_what_the_bridge_reads(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input at the Bridge's width, and its norm's 1/rms; the full width only where a module needs it."""
+    coupling = _double(coupling_of(family, "lora", reduction=2), family)
+    coupling = replace(coupling, first=dict.fromkeys(coupling.large.layers, 1))
+    seen: list[Visit] = []
+    monkeypatch.setattr(transfer_feedback, "send_back", lambda *given: seen.extend(replace(v) for v in given[3]))
+    monkeypatch.setattr(transfer_feedback, "_needed", lambda _coupling, visits: visits)
+    with pytest.raises(RuntimeError):  # no gradient has come back: there is nothing to add up
+        MODES["feedback"].start(coupling)(ROWS)
+    assert {visit.place.layer for visit in seen} == {0, 1}
+    narrow, wide = coupling.plan.sizes["hidden"], coupling.large.sizes["hidden"]
+    for visit in seen:
+        assert visit.low.shape[-1] == narrow
+        assert visit.inverse.shape[-1] == 1
+        assert visit.output is None
+        assert visit.x.numel() == 0 or (visit.x.shape[-1] == wide and visit.place.layer == 1)
+    assert {visit.x.numel() > 0 for visit in seen if visit.place.layer == 1} == {False, True}  # attention has a module
 
 
 @pytest.mark.parametrize("mode", ["feedback", "identity"])

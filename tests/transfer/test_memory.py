@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ from test_coupling import large_model
 from test_transfer import SETTINGS
 from torch import Tensor
 
-from conftest import make_tokenizer
+from conftest import make_model, make_tokenizer
 from plugbridge.evaluate import mean_loss
+from plugbridge.memory.alive import Alive
+from plugbridge.memory.case import Case
+from plugbridge.memory.rows import coupled
+from plugbridge.memory.steps import STEPS, MakeStep
 from plugbridge.models import layout_for
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import magnitude
@@ -101,3 +106,26 @@ def test_the_graph_of_a_sublayer_is_gone_before_the_next(family: str) -> None:
     """More layers, no more at once: two layers with modules hold what one does, but for a scalar a module."""
     one = feedback_step(family, first=dict.fromkeys(layout_for(large_model(family)).layers, 1)).peak
     assert feedback_step(family).peak == pytest.approx(one, rel=1e-3)
+
+
+def peak_of(case: Case, make: MakeStep) -> int:
+    """Bytes of all tensors that a step has at most, the models, gradients and optimizer included."""
+    with Alive() as alive:
+        step = make(case)
+        step.begin()
+        alive.peaks.clear()
+        step.work()
+    return alive.peak
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
+def test_a_feedback_step_takes_less_than_a_lora_step_on_the_same_model(family: str) -> None:
+    """Everything counts: weights, the Bridge, what visits keep, optimizer. Real tensors, in one run."""
+    shape = make_model(family, hidden=64, layers=6, heads=4).config
+    lora = Case(shape, 8, 24, trained={})
+    through = coupled(lora, "feedback").case
+    exact, ours = peak_of(lora, STEPS["tuned"]), peak_of(through, STEPS["couple, feedback"])
+    weights = sum(parameter.nbytes for parameter in make_model(family, hidden=64, layers=6, heads=4).parameters())
+    assert weights < ours < 0.75 * exact
+    everywhere = replace(through, trained={})
+    assert ours < peak_of(everywhere, STEPS["couple, feedback"]) < exact

@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -51,8 +50,6 @@ def setup(quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     for noisy in ("httpx", "httpx2", "urllib3", "matplotlib", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if not sys.warnoptions:  # what libraries say to each other's developers; `python -W` shows it
-        warnings.simplefilter("ignore", FutureWarning)
     from plugbridge.models import quiet_transformers
 
     quiet_transformers()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from plugbridge.families.spec import Layout, Place, Weight
+from plugbridge.shrink.sweep import training
 from plugbridge.streaming import whole
 from plugbridge.tensors.axes import axis_names, parse, reduce_to
 
@@ -86,7 +87,7 @@ def fisher(model: nn.Module, layout: Layout, samples: Iterable[Any], log_likelih
         if gradient is not None:
             add_scores(scores, layout, table[name], squared(gradient))
 
-    with ExitStack() as hooks:
+    with training(parameters.values()), ExitStack() as hooks:
         for name, parameter in parameters.items():
             hooks.callback(parameter.register_post_accumulate_grad_hook(partial(take, name)).remove)
         for sample in samples:

@@ -1,15 +1,18 @@
 """How well does the error through the Bridge point where backpropagation does?
 
-Cosine of the feedback's module gradient with the exact one (an unpruned Bridge), per layer, on 128 training
-rows of `wordnet-kind` for modules at large width (identity plug) a little off their start.
+Cosine of the module gradient that a coupling mode gives with the exact one (backpropagation), per layer, on 128
+training rows of `wordnet-kind` for modules at large width (identity plug) a little off their start. In feedback the
+error goes back through the Bridge, in standalone the Bridge reads the rows alone; nothing has trained in it.
 
     python benchmarks/gradient_cosine.py --table docs/results/gradient_cosine.md
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from plugbridge.files import write_text
 from plugbridge.models import load_model, quiet_transformers
 from plugbridge.prepare import Prepared, prepare
 from plugbridge.shrink.bridge import prune_model
-from plugbridge.shrink.importance import fisher, record_second_moments
+from plugbridge.shrink.importance import fisher, record_second_moments, residual_energy
 from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, reduced_sizes
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES
@@ -43,8 +46,15 @@ def start(prepared: Prepared, layout: Layout, seed: int) -> Module:
     return unpack(prepared.method, layout, state)
 
 
-def gradients(prepared: Prepared, layout: Layout, plan: BridgePlan, module: Module) -> dict[Slot, Tensor]:
-    """Module gradients of one batch through the Bridge of a plan."""
+def gradients(
+    prepared: Prepared,
+    layout: Layout,
+    plan: BridgePlan,
+    module: Module,
+    mode: str = "feedback",
+    energy: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[Slot, Tensor]:
+    """Module gradients of one batch through the Bridge of a plan; `energy` as for `prune_model`."""
     module = {slot: tensor.clone().requires_grad_(True) for slot, tensor in module.items()}
     eyes = {
         key: torch.eye(wide).repeat(stacked, 1, 1)
@@ -52,10 +62,10 @@ def gradients(prepared: Prepared, layout: Layout, plan: BridgePlan, module: Modu
     }
     coupling = Coupling(
         method=prepared.method, settings=prepared.settings, small=layout, large=layout, plan=plan,
-        bridge=prune_model(load_model(prepared.config.large), layout, plan, {}), encoder=prepared.large_encoder,
+        bridge=prune_model(load_model(prepared.config.large), layout, plan, energy), encoder=prepared.large_encoder,
         module=module, plug=eyes, down={}, train_bridge=False, large_model=load_model(prepared.config.large),
     )  # fmt: skip
-    loss = MODES["feedback"].start(coupling)(prepared.large_rows["train"][:ROWS])
+    loss = MODES[mode].start(coupling)(prepared.large_rows["train"][:ROWS])
     return dict(zip(module, torch.autograd.grad(loss, list(module.values())), strict=True))
 
 
@@ -69,7 +79,7 @@ def cosines(found: dict[Slot, Tensor], exact: dict[Slot, Tensor]) -> dict[tuple[
     return result
 
 
-def table(family: str, method: str, reductions: list[float]) -> list[str]:
+def table(family: str, method: str, reductions: list[float], mode: str) -> list[str]:
     """Markdown rows for one pair and method."""
     prepared = prepare(load_config(ROOT / "configs" / f"{family}-{method}.yaml"), None)
     large, layout = prepared.load(prepared.config.large)
@@ -84,6 +94,8 @@ def table(family: str, method: str, reductions: list[float]) -> list[str]:
     assert activity is not None
     assert error is not None
     activity, error = activity / activity.trace(), error / error.trace()
+    rows = prepared.large_rows["train"][:ROWS]
+    energy = residual_energy(large, layout, rows, likelihood) if mode == "standalone" else {}
     module = start(prepared, layout, 0)
     exact = gradients(prepared, layout, plan_bridge(layout, scores, layout.sizes), module)
     generator = torch.Generator().manual_seed(0)
@@ -97,8 +109,10 @@ def table(family: str, method: str, reductions: list[float]) -> list[str]:
             "gradient_pca": principal_basis(activity + error, size),
         }  # fmt: skip
         for name, basis in kinds.items():
+            if MODES[mode].reads_alone and basis is not None:
+                continue  # a projected Bridge is no model by itself
             chosen = plan if basis is None else replace(plan, basis={"hidden": basis})
-            values = list(cosines(gradients(prepared, layout, chosen, module), exact).values())
+            values = list(cosines(gradients(prepared, layout, chosen, module, mode, energy), exact).values())
             cells = " ".join(f"{value:.2f}" for value in values)
             mean = sum(values) / len(values)
             lines.append(f"| {family} | {method} | {reduction:g} | {name} | {mean:.3f} | {cells} |")
@@ -112,14 +126,15 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=["gpt2", "t5"])
     parser.add_argument("--methods", nargs="+", default=["lora", "adapter", "prefix"])
     parser.add_argument("--reductions", nargs="+", type=float, default=[2, 4, 8])
+    parser.add_argument("--mode", choices=("feedback", "standalone"), default="feedback")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     args = parser.parse_args()
     quiet_transformers()
-    lines = [line for f in args.families for m in args.methods for line in table(f, m, args.reductions)]
+    lines = [line for f in args.families for m in args.methods for line in table(f, m, args.reductions, args.mode)]
     head = "| family | method | r | channels | mean cosine | per layer, first to last (T5: encoder, then decoder) |"
     command = f"Made by\n\n    python benchmarks/gradient_cosine.py {' '.join(sys.argv[1:])}\n\n"
     about = (__doc__ or "").partition("    python")[0]
-    text = "# Gradient cosine\n\n" + about + command + "\n".join([head, "|---" * 6 + "|", *lines]) + "\n"
+    text = f"# Gradient cosine, {args.mode}\n\n" + about + command + "\n".join([head, "|---" * 6 + "|", *lines]) + "\n"
     if args.table:
         write_text(args.table, text)
 

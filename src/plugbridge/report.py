@@ -58,7 +58,8 @@ def read_report(root: Path) -> dict[str, Any]:
     """One JSON object for a finished run.
 
     `rows`: name, metric, value, n, seconds and peak_bytes of making the model (training stages),
-    evaluate_seconds, parameters {trainable, changed, rank}. `peak` {stage, bytes, memory} is the whole job's.
+    evaluate_seconds, parameters {trainable, changed, rank}. `peak` {stage, bytes, memory} is the whole job's,
+    `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
     Also `pgr` (performance gap recovered: (plugged - small) / (ceiling - small), null without a ceiling or a
     gap beyond chance), `stages`, `models`, `versions`, `seed`. What was done is read from the stages' markers, not
     from the run's config, which may be newer. Raises RunError if the run is not finished.
@@ -117,6 +118,11 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "split": markers.depends("evaluate")["evaluate"]["split"],
         "method": markers.depends("tune")["method"]["name"],
         "mode": markers.depends("couple")["couple"]["mode"],
+        "coupling": {
+            "large_rows": markers.facts("couple")["large_rows"],
+            "cache": markers.depends("couple")["couple"]["cache"],
+            "cache_bytes": markers.facts("couple")["cache_bytes"],
+        },
         "rows": rows,
         "majority": _ordered(markers, facts["majority"]),
         "pgr": recovered(values, rows[0]["n"], rows[0]["metric"]),

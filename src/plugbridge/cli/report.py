@@ -97,6 +97,11 @@ def print_table(found: dict[str, Any]) -> None:
     held = {"device": "allocated on the device", "resident": "resident, over the process without a model"}
     highest = f"{peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
     out.print(f"peak of the whole job, references left out: {highest}")
+    coupling = found["coupling"]
+    kept = f"; {coupling['cache_bytes'] / 2**20:,.0f} MiB of its activations were kept ({coupling['cache']})"
+    out.print(
+        f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
+    )
     out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 

@@ -135,7 +135,7 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     assert (code, err) == (0, "")
     assert set(found) == {
         "task", "split", "method", "mode", "rows", "majority", "pgr", "stages", "models", "checkpoint", "versions",
-        "seed", "peak",
+        "seed", "peak", "coupling",
     }  # fmt: skip
     assert [row["name"] for row in found["rows"]] == ROWS
     for row in found["rows"]:
@@ -391,6 +391,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "blank file": (rows("train", "\n \n"), "split 'train' is empty"),
     "file too short to split": (one_file(3), "split 'validation' is empty"),
     "label without a word": (put("task.words", {"even": "yes"}), "label 'odd' has no label word"),
+    "cache": (put("couple.cache", True), "couple.cache: Input should be 'off', 'memory' or 'disk'"),
     "label that YAML made a truth value": (put("task.words", {False: "yes", "odd": "it"}), "quote the labels"),
     "empty word": (put("task.words", {"even": "yes", "odd": " "}), "the label word of 'odd' is empty"),
     "equal words": (put("task.words", {"even": "yes", "odd": "yes"}), "'even' and 'odd' have the same word 'yes'"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from plugbridge.config import parse_config
@@ -131,6 +132,13 @@ def test_every_way_to_couple_runs_from_end_to_end(couple: Couple, way: str) -> N
     scored = facts_of(root, "evaluate")
     assert ("bridge_coupled" in scored) == (settings.get("mode") != "feedback")
     assert len({(root / "evaluate" / "predictions" / f"{n}.jsonl").read_text() for n in scored if n != "majority"}) > 2
+
+
+def test_a_cache_may_be_off_without_quotes(run_config: Callable[..., Raw]) -> None:
+    """Which YAML reads as false."""
+    for written in ("off", "'off'"):
+        raw = run_config(couple=yaml.safe_load(f"{{mode: ladder, cache: {written}}}"))
+        assert parse_config(raw, "test").couple.cache == "off"
 
 
 def test_a_cache_changes_the_large_models_work_and_no_loss(couple: Couple, monkeypatch: pytest.MonkeyPatch) -> None:

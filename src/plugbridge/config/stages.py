@@ -1,8 +1,8 @@
 """The settings of the method and of every stage: one table each."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from plugbridge.config.strict import StrictConfig
 
@@ -154,6 +154,12 @@ class CoupleConfig(PartsConfig):
     )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 class PolishConfig(StrictConfig):

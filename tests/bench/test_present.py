@@ -48,6 +48,14 @@ def test_a_page_has_every_number_where_it_belongs() -> None:
     assert "56 test rows, seeds 0, majority class 0.527." in text
 
 
+def test_a_page_says_what_was_not_run() -> None:
+    missing = {"rte, gpt2, lora": ["feedback", "no Bridge"], "cb, t5, lora": [], "cb, t5, prefix": []}
+    text = page([METHOD], "Title", "", "", 20, 12, missing)
+    assert "12 of the grid's 20 runs are done." in text
+    assert "\n- rte, gpt2, lora: feedback; no Bridge\n- all of: cb, t5, lora; cb, t5, prefix\n" in text
+    assert "runs are done" not in page([METHOD], "Title", "", "", 20, 20, {})
+
+
 def test_the_summary_is_the_mean_of_the_cells_that_have_a_pgr() -> None:
     cells = [
         REFERENCE, METHOD, replace(METHOD, family="t5", pgr=0.654), replace(METHOD, task="cb", **NO_GAP),

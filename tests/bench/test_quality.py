@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from conftest import VOCAB, save_model, toy_rows, write_jsonl
 from plugbridge.bench import quality
 from plugbridge.bench.grid import Group, groups_of, load_grid
-from plugbridge.bench.quality import answers, intervals, run_groups, slug
+from plugbridge.bench.quality import answers, intervals, left_out, run_groups, slug
 from plugbridge.cli import main
 from plugbridge.config import load_config
 from plugbridge.errors import RunError
@@ -311,6 +311,19 @@ def test_the_command_writes_a_table_its_data_and_a_picture(done: Done) -> None:
     assert all(name in text for name in cells)
     assert f"    plugbridge bench quality {done.grid}\n" in text
     assert (done.out / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing_is_named(copied: Done) -> None:
+    """By place: the variants of which a seed is missing, or none where nothing is done."""
+    groups = groups_of(load_grid(copied.grid), copied.grid.parent, False)
+    place = "rte, tiny, lora"
+    assert left_out(groups, copied.out) == (4, {})
+    (copied.root(1, "no Bridge") / "evaluate" / "done.json").unlink()
+    assert left_out(groups, copied.out) == (3, {place: ["no Bridge"]})
+    for seed in (0, 1):
+        for name in ("stands alone", "no Bridge"):
+            (copied.root(seed, name) / "evaluate" / "done.json").unlink(missing_ok=True)
+    assert left_out(groups, copied.out) == (0, {place: []})
 
 
 def text_of(value: float) -> str:

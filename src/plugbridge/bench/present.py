@@ -19,14 +19,16 @@ def page(
     about: str,
     command: str,
     runs: int = 0,
+    done: int = 0,
     missing: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
     """A Markdown page: one table for each task, family and method.
 
-    `runs` is how many runs the grid has, `missing` the variants of those that are not done, by their place.
+    `runs` is how many runs the grid has, `done` how many are done, `missing` the variants that are not, by their place
+    (none where nothing is done there).
     """
     lines = [f"# {title}", "", about.strip(), "", "Made by", "", f"    {command}", ""]
-    lines += _missing(runs, missing)
+    lines += _missing(runs, done, missing)
     lines += _summary(cells)
     for task, family, method in _places(cells):
         same = [c for c in cells if (c.task, c.family, c.method) == (task, family, method)]
@@ -43,13 +45,13 @@ def page(
     return "\n".join(lines)
 
 
-def _missing(runs: int, missing: Mapping[str, Sequence[str]]) -> list[str]:
+def _missing(runs: int, done: int, missing: Mapping[str, Sequence[str]]) -> list[str]:
     if not missing:
         return []
-    left = sum(map(len, missing.values()))
-    lines = [f"{runs - left} of the grid's {runs} runs are done. Not run, or not all seeds of them:", ""]
-    for place, names in missing.items():
-        lines.append(f"- {place}: {', '.join(dict.fromkeys(names))}")
+    lines = [f"{done} of the grid's {runs} runs are done. Not run, or not with all seeds:", ""]
+    lines += [f"- {place}: {'; '.join(names)}" for place, names in missing.items() if names]
+    if nothing := [place for place, names in missing.items() if not names]:
+        lines.append(f"- all of: {'; '.join(nothing)}")
     return [*lines, ""]
 
 

@@ -148,13 +148,19 @@ def finished(group: Group, name: str, out: Path) -> bool:
 
 
 def left_out(groups: Sequence[Group], out: Path) -> tuple[int, dict[str, list[str]]]:
-    """How many runs the groups have, and those that are not done: names of variants by task, family and method."""
-    missing: dict[str, list[str]] = {}
+    """How many runs are done, and the variants of which a seed is not, by task, family and method.
+
+    No name is given where there is nothing of a place.
+    """
+    done: dict[str, int] = {}
+    missing: dict[str, dict[str, None]] = {}
     for group in groups:
-        for name, _ in group.variants:
-            if not finished(group, name, out):
-                missing.setdefault(f"{group.task}, {group.pair}, {group.method}", []).append(name)
-    return sum(len(group.variants) for group in groups), missing
+        place = f"{group.task}, {group.pair}, {group.method}"
+        names = [name for name, _ in group.variants if not finished(group, name, out)]
+        done[place] = done.get(place, 0) + len(group.variants) - len(names)
+        missing.setdefault(place, {}).update(dict.fromkeys(names))
+    left = {place: list(names) if done[place] else [] for place, names in missing.items() if names}
+    return sum(done.values()), left
 
 
 def cells_of(grid: Grid, groups: Sequence[Group], out: Path, command: str) -> list[Cell]:

@@ -59,8 +59,8 @@ def quality(
     command = f"plugbridge bench quality {' '.join(words)}"
     cells = cells_of(loaded, chosen, root, command)
     target = table if table is not None else root / "quality.md"
-    runs, missing = left_out(chosen, root)
-    write_text(target, page(cells, "Quality of the transfer", _QUALITY, command, runs, missing))
+    runs, (done, missing) = sum(len(group.variants) for group in chosen), left_out(chosen, root)
+    write_text(target, page(cells, "Quality of the transfer", _QUALITY, command, runs, done, missing))
     write_cells(cells, target.with_suffix(".json"))
     draw_cells(cells, target.with_suffix(".png"))
     out.print(f"{len(cells)} cells in {target}, {target.with_suffix('.json').name}, {target.with_suffix('.png').name}")

@@ -71,8 +71,9 @@ Accuracy on test rows and performance gap recovered, PGR = (plugged - small tune
 of the mean over seeds; small print: 95 % intervals of a bootstrap over seeds and test rows, the same rows for
 all models and seeds. PGR is left empty where small and large tuned are not clearly apart. Controls stand beside the
 method; "the Bridge itself" is what coupling trained and then threw away. "Large rows read" are those of importance,
-repair, start and coupling, a forward pass each; seconds and MiB (over what the process held before) are of coupling
-alone.
+repair, start and coupling, a forward pass each. Seconds and MiB are of coupling alone; MiB are over what the process
+held before, and the runs of a group share a process: what one run frees may hide what the next takes, so that small
+models' say little (`bench memory` measures every step in a process of its own).
 """
 
 

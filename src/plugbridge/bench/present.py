@@ -84,7 +84,8 @@ def _summary(cells: Sequence[Cell]) -> list[str]:
     """Mean PGR over tasks and families, by method and variant."""
     variants = list(dict.fromkeys(c.variant for c in cells if c.mode != "none"))
     methods = list(dict.fromkeys(c.method for c in cells))
-    lines = ["## PGR, mean over families and tasks", "", "(in brackets: of how many cells; rows with different cells do not compare)", ""]
+    about = "(of how many cells, in brackets; rows of different cells do not compare)"
+    lines = ["## PGR, mean over families and tasks", "", about, ""]
     lines += ["| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     for variant in variants:
         row: list[str] = []

@@ -9,6 +9,7 @@ from test_transfer import ROWS, coupling_of
 from torch import Tensor
 
 from conftest import FAMILIES, METHODS
+from plugbridge.tasks.encode import Encoded
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
@@ -50,12 +51,13 @@ def test_a_bfloat16_large_model_gives_the_float32_direction(family: str, method:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bridge_is_repaired_in_float32_by_a_bfloat16_large_model(family: str) -> None:
+    rows = [Encoded((*range(3 + i, 9 + 2 * i), 1), ((3, 1), (4, 1)), 0) for i in range(10)]  # a few would round apart
     gradients: list[dict[str, Tensor]] = []
     for dtype in (torch.float32, torch.bfloat16):
         coupling = coupling_of(family, "lora")
         torch.manual_seed(0)
         bridge, large = coupling.bridge, large_model(family).to(dtype)
-        repair_loss("response", large, coupling.large, bridge, coupling.plan, coupling.encoder)(ROWS).backward()
+        repair_loss("response", large, coupling.large, bridge, coupling.plan, coupling.encoder)(rows).backward()
         parameters = repaired_parameters(bridge, coupling.large, "response")
         gradients.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
     assert {gradient.dtype for gradient in gradients[1].values()} == {torch.float32}

@@ -3,7 +3,8 @@
 `response` fits every pruned sublayer so that it answers a small push of its input as the large
 sublayer does, seen through down: what feedback and ladder_delta need of it. `logits` distils the
 large model's next-token distributions (Hinton et al. 2015): what a Bridge that reads alone needs.
-Both run on unlabelled text: the training prompts, without their answers.
+Both run on unlabelled text: the training prompts, without their answers. A seq2seq model's decoder then has one
+position, where its self-attention has nothing to choose among: those queries and keys stay as they are.
 """
 
 from collections.abc import Callable

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.optimization import Adafactor
 
+from plugbridge.config.stages import OptimizerName
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.progress import Silent
-from plugbridge.train import OptimizerName, Schedule, batch_indices, fit, make_optimizer, rate_factor, rate_of
+from plugbridge.train import Schedule, batch_indices, fit, make_optimizer, rate_factor, rate_of
 
 SCHEDULE = Schedule(
     steps=7, batch_size=4, learning_rates={"": 0.05, "wide/": 0.2}, warmup=0.3, weight_decay=0.01, clip=0.5,

@@ -9,21 +9,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.optimization import Adafactor
 
+from plugbridge.config.stages import OptimizerName
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.files import write_atomically
 from plugbridge.progress import Progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-OptimizerName = Literal["adamw", "adafactor"]
 
 
 @dataclass(frozen=True)

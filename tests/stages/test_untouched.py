@@ -58,13 +58,13 @@ def test_no_weight_of_the_large_model_asks_for_a_gradient(
     run_config: Callable[..., Raw], watched: Watched, tmp_path: Path, family: str, mode: str
 ) -> None:
     """From scoring to evaluation, with repair and polish; importance that needs gradients is left out."""
-    target = "logits" if mode in ("standalone", "ladder") else "response"
+    target = "logits" if mode == "standalone" else "response"
     channels = "select" if mode == "standalone" else "pca"
     raw = run_config(
         family,
         score={"importance": "activation", "samples": 4},
         prune={"reduction": 2, "channels": channels},
-        repair={**TRAIN, "target": target} if channels == "select" or target == "response" else None,
+        repair=None if mode == "ladder" else {**TRAIN, "target": target},
         couple={**TRAIN, "mode": mode},
         polish={"evaluations": 2, "rows": 4, "batch_size": 4},
         tune=TRAIN, ceiling=None, evaluate={"limit": 4, "probe": True},

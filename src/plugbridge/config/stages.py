@@ -6,6 +6,8 @@ from pydantic import Field, field_validator, model_validator
 
 from plugbridge.config.strict import StrictConfig
 
+OptimizerName = Literal["adamw", "adafactor"]
+
 
 class MethodConfig(StrictConfig):
     """The parameter-efficient method."""
@@ -27,7 +29,7 @@ class TrainConfig(StrictConfig):
         default=None, gt=0, description="peak learning rate of the module; the method's default"
     )
     warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps with rising rate")
-    optimizer: Literal["adamw", "adafactor"] = Field(
+    optimizer: OptimizerName = Field(
         default="adamw",
         description="`adafactor` keeps a row and a column of second moments of every matrix, where `adamw` keeps two "
         "moments of each of its entries: half the memory or less where all weights train, the Bridge's or a model's",
@@ -210,5 +212,6 @@ class EvaluateConfig(StrictConfig):
     probe: bool = Field(
         default=False,
         description="also a linear probe of either model: logistic regression on its last hidden states, where the "
-        "answer begins, or at the end of every option where rows have their own; a reference",
+        "answer begins, or at the end of every option where rows have their own; fitted on 10,000 training "
+        "rows at most; a reference",
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.config import LoadIn
+from plugbridge.config.stages import OptimizerName
 from plugbridge.families.spec import Family, Layout, family_of
 from plugbridge.models import MODEL_CLASS, find_checkpoint, layout_for
 from plugbridge.shrink.importance import Importance, scope_key
@@ -20,7 +21,6 @@ from plugbridge.shrink.prune import BridgePlan, reduced_sizes
 from plugbridge.streaming import load_streamed, stream_blocks
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.axes import axis_names
-from plugbridge.train import OptimizerName
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 DEFAULT = MethodSettings(8, 16.0)

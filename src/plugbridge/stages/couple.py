@@ -90,8 +90,7 @@ def couple(work: Work) -> dict[str, Any]:
 
 def uses_large(config: RunConfig) -> bool:
     """Whether coupling loads the large model: to run it, or to start from it."""
-    settings = config.couple
-    return find_mode(settings.mode).runs_large or settings.plug != "random" or settings.layer_map != "uniform"
+    return find_mode(config.couple.mode).runs_large or config.couple.plug == "fresh" or reads_states(config)
 
 
 def reads_states(config: RunConfig) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +24,8 @@ from plugbridge.tasks.spec import Split
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import LadderNetwork
 from plugbridge.tuners.module import attach, load_state, read
+
+T = TypeVar("T")
 
 SIZES: tuple[Literal["small", "large"], ...] = ("small", "large")
 
@@ -91,18 +93,15 @@ def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
     model, layout = p.load_run_only() if subject.size == "large" else p.load(subject.source)
     parts = {"train": subject.rows["train"][:MOST], "validation": subject.rows["validation"], "chosen": chosen}
     head, encoder = layout.family.head, subject.encoder
+
+    def read(states: Callable[..., T]) -> dict[str, T]:
+        common = {"batch_size": size, "progress": work.progress}
+        return {n: states(model, head, encoder, rows, **common, title=f"probe {n}") for n, rows in parts.items()}
+
     if p.task.form(encoder.kind).same_options:
-        states = {
-            name: prompt_states(model, head, encoder, rows, size, work.progress, f"probe {name}")
-            for name, rows in parts.items()
-        }
-        return fit_probe(states, {name: [row.answer for row in rows] for name, rows in parts.items()})
-    every = {
-        name: option_states(model, head, encoder, rows, size, work.progress, f"probe {name}")
-        for name, rows in parts.items()
-    }
-    right = {name: [{row.answer, *source_of(row).also} for row in rows] for name, rows in parts.items()}
-    return fit_option_probe(every, right)
+        return fit_probe(read(prompt_states), {n: [row.answer for row in rows] for n, rows in parts.items()})
+    right = {n: [{row.answer, *source_of(row).also} for row in rows] for n, rows in parts.items()}
+    return fit_option_probe(read(option_states), right)
 
 
 def candidates(work: Work) -> list[Candidate]:

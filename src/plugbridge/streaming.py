@@ -50,7 +50,7 @@ def whole(parameter: Tensor) -> Tensor:
 class Window:
     """The blocks of a model, of which one is in place and one more is read ahead by `reader`, on a thread unless told.
 
-    `reads` counts the blocks read. Which block comes next is learned from which came after the same two before, so that
+    `reads` counts the blocks read, the one that is being read ahead included. Which block comes next is learned from which came after the same two before, so that
     a way back down, and generation that leaves the encoder out, are read ahead as well; until then it is the next one
     in the direction of the last step.
     """
@@ -78,6 +78,7 @@ class Window:
         step = -1 if self._before == block + 1 else 1
         following = self._next.get((self._before, block), (block + step) % len(self.blocks))
         if following != block:
+            self.reads += 1
             self._ahead = (following, self._reader.submit(self._read, following))
 
     def release(self) -> None:
@@ -93,10 +94,10 @@ class Window:
             ahead[1].exception()  # wait: the thread holds a block until it is done
             del ahead
         self.release()
+        self.reads += 1
         return self._read(block)
 
     def _read(self, block: int) -> list[Tensor]:
-        self.reads += 1
         return [absent.read() for absent, _ in self.blocks[block]]
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from plugbridge.progress import Silent
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import activation, magnitude, record_second_moments, residual_energy
 from plugbridge.shrink.prune import plan_bridge, reduced_sizes
-from plugbridge.streaming import Absent, Window, load_streamed, whole, window_of
+from plugbridge.streaming import Absent, Window, load_streamed, values_of, window_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.transfer.start import record_states
 from plugbridge.tuners.module import attach
@@ -104,12 +105,47 @@ def test_it_counts_and_reads_as_the_whole_model(sharded: Callable[[str], Path], 
     logits_of(model)
     assert parameter_count(model) == parameter_count(plain)
     assert (model.dtype, model.device) == (plain.dtype, plain.device)
-    for (name, a), (other, b) in zip(
-        plain.named_parameters(remove_duplicate=False), model.named_parameters(remove_duplicate=False), strict=True
-    ):
+    for (name, a), (other, b) in zip(plain.named_parameters(), values_of(model), strict=True):
         assert name == other
-        assert torch.equal(a, whole(b)), name
-        assert not b.requires_grad
+        assert torch.equal(a, b), name
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_while_one_value_is_used_the_next_one_is_read(sharded: Callable[[str], Path]) -> None:
+    model, _, window = streamed(sharded("gpt2"))
+    begun: list[str] = []
+
+    def noted(name: str, read: Callable[[], Tensor]) -> Tensor:
+        begun.append(name)
+        return read()
+
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if isinstance(parameter, Absent):
+            parameter.read = partial(noted, name, parameter.read)
+    for at, (name, _) in enumerate(values_of(model)):
+        window.reader.submit(int).result()  # what it was given before is done
+        assert begun == [n for n in list(parameters)[: at + 2] if isinstance(parameters[n], Absent)], name
+    assert begun
+
+
+def test_after_a_block_that_could_not_be_read_none_is_taken_for_there(sharded: Callable[[str], Path]) -> None:
+    """A block that is gone must not be run as NaN."""
+    model, _, window = streamed(sharded("gpt2"))
+    window.need(0)
+    first = model.get_submodule("transformer.h.0.mlp.c_fc").get_parameter("weight").clone()
+    read = window._read
+
+    def broken(block: int) -> list[Tensor]:
+        raise ModelError(f"block {block} is broken")
+
+    window._ahead = None
+    window._read = broken  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="block 2 is broken"):
+        window.need(2)
+    window._read = read  # type: ignore[method-assign]
+    window.need(0)
+    assert torch.equal(model.get_submodule("transformer.h.0.mlp.c_fc").get_parameter("weight"), first)
 
 
 def test_a_checkpoint_of_the_model_without_its_head(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, family_of, layout_of
-from plugbridge.tensors.checkpoint import Checkpoint, open_checkpoint, read_index
+from plugbridge.tensors.checkpoint import AGAIN, Checkpoint, open_checkpoint, read_index
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ def load_model(
             quantization_config=quantisation,
         )
     except Exception as error:
-        raise ModelError(f"cannot load the model in {source}: {first_line(error)}") from error
+        why = _misshapen(source, config) or first_line(error)
+        raise ModelError(f"cannot load the model in {source}: {why}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -161,12 +163,32 @@ def find_checkpoint(source: str) -> Checkpoint | None:
     if index is None:
         return None
     names = read_index(index)
-    shards = {shard: _find_file(source, shard) for shard in sorted(set(names.values()))}
-    checkpoint = open_checkpoint(path or index.parent / shard for shard, path in shards.items())
+    paths: list[Path] = []
+    held = {shard: name for name, shard in reversed(names.items())}  # the first tensor of each
+    for shard, name in sorted(held.items()):
+        path = _find_file(source, shard)
+        if path is None:
+            raise ModelError(f"{source} has no {shard}, where {index.name} says that tensor '{name}' is; {AGAIN}")
+        paths.append(path)
+    checkpoint = open_checkpoint(paths)
     for name, shard in names.items():
         if name not in checkpoint.entries or checkpoint.entries[name].shard.name != shard:
             raise ModelError(f"tensor '{name}' is not in {shard} of {source}, where {index.name} says it is")
     return checkpoint
+
+
+def _misshapen(source: str, config: PreTrainedConfig) -> str | None:
+    """Which tensor of safetensors weights has another shape than the configuration says; transformers names none."""
+    with suppress(Exception):  # whatever else is wrong is told already
+        checkpoint = find_checkpoint(source)
+        with torch.device("meta"):
+            empty: Any = MODEL_CLASS[family_of(config.model_type).kind].from_config(config)
+        shapes = shapes_of(empty)
+        for name, entry in checkpoint.entries.items() if checkpoint is not None else ():
+            wanted = shapes.get(name, shapes.get(f"{empty.base_model_prefix}.{name}", entry.shape))
+            if wanted != entry.shape:
+                return f"tensor '{name}' in {entry.shard} has shape {entry.shape}, config.json says {wanted}"
+    return None
 
 
 def _find_file(source: str, name: str) -> Path | None:

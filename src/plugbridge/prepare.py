@@ -94,6 +94,13 @@ class Prepared:
         model, layout = self.load(config.large_path)
         return model.requires_grad_(False), layout
 
+    def load_to_fit(self) -> tuple[PreTrainedModel, Layout]:
+        """The large model only to be fitted with a module, not to be run: its blocks stay on disk where they can."""
+        checkpoint = self.checkpoints.get(self.config.large_path)
+        if checkpoint is None:
+            return self.load_run_only()
+        return load_streamed(self.config.large_path, checkpoint, **self._as_asked())
+
     def load_run_only(self) -> tuple[PreTrainedModel, Layout]:
         """The large model for forward passes: quantised where the configuration says so."""
         config = self.config
@@ -265,6 +272,7 @@ def _streams(config: RunConfig, checkpoint: Checkpoint | None, parameters: int, 
         log.warning("%s takes half of the free memory or more, but without safetensors weights it is loaded as a whole",
                     config.large_path)  # fmt: skip
     else:
+        checkpoint.require_readable()
         size = parameters * pick_dtype(config.dtype).itemsize
         log.info("%s stays on disk: its weights take %.1f GB", config.large_path, size / 1e9)
     return checkpoint is not None

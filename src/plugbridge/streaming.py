@@ -41,18 +41,12 @@ class Absent(nn.Parameter):
         return absent
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter's values, detached: read from disk if they are there."""
-    read: Callable[[], Tensor] | None = getattr(parameter, "read", None)  # a fake stand-in is no Absent
-    return parameter.detach() if read is None else read()
-
-
 class Window:
     """The blocks of a model, of which one is in place and one more is read ahead by `reader`, on a thread unless told.
 
-    `reads` counts the blocks read, the one that is being read ahead included. Which block comes next is learned from which came after the same two before, so that
-    a way back down, and generation that leaves the encoder out, are read ahead as well; until then it is the next one
-    in the direction of the last step.
+    `reads` counts the blocks read, the one that is being read ahead included. Which block comes next is learned from
+    which came after the same two before, so that a way back down, and generation that leaves the encoder out, are read
+    ahead as well; until then it is the next one in the direction of the last step.
     """
 
     def __init__(self, blocks: list[list[tuple[Absent, Owners]]], reader: Executor | None = None) -> None:
@@ -62,29 +56,31 @@ class Window:
         self._before: int | None = None
         self._next: dict[tuple[int | None, int | None], int] = {}
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None
-        self._reader = reader if reader is not None else ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self.reader = reader if reader is not None else ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def need(self, block: int) -> None:
         """Put a block's matrices in place. Raises ModelError as `Checkpoint.read` does."""
         if block == self.current:
             return
+        before, current = self._before, self.current
         tensors = self._taken(block)
         self.release()
         for (_, owners), tensor in zip(self.blocks[block], tensors, strict=True):
             _place(owners, nn.Parameter(tensor, requires_grad=False))
         del tensors
-        self._next[self._before, self.current] = block
-        self._before, self.current = self.current, block
+        self._next[before, current] = block
+        self._before, self.current = current, block
         step = -1 if self._before == block + 1 else 1
         following = self._next.get((self._before, block), (block + step) % len(self.blocks))
         if following != block:
             self.reads += 1
-            self._ahead = (following, self._reader.submit(self._read, following))
+            self._ahead = (following, self.reader.submit(self._read, following))
 
     def release(self) -> None:
         """Take the block in place away."""
         for absent, owners in self.blocks[self.current] if self.current is not None else ():
             _place(owners, absent)
+        self.current = None
 
     def _taken(self, block: int) -> list[Tensor]:
         ahead, self._ahead = self._ahead, None
@@ -104,6 +100,25 @@ class Window:
 def _place(owners: Owners, parameter: nn.Parameter) -> None:
     for module, leaf in owners:
         setattr(module, leaf, parameter)
+
+
+def values_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all parameters, tied ones once, in the model's order; of those on disk one is read ahead."""
+    window = window_of(model)
+    parameters = list(model.named_parameters())
+    ahead: Future[Tensor] | None = None
+    for i, (name, parameter) in enumerate(parameters):
+        read = _read_of(parameter)
+        values = ahead.result() if ahead is not None else parameter.detach() if read is None else read()
+        following = _read_of(parameters[i + 1][1]) if i + 1 < len(parameters) else None
+        ahead = window.reader.submit(following) if window is not None and following is not None else None
+        yield name, values
+        del values  # or it stays until the next one is here
+
+
+def _read_of(parameter: nn.Parameter) -> Callable[[], Tensor] | None:
+    """What reads a parameter from disk; None if it is in memory. A fake stand-in is no `Absent`."""
+    return getattr(parameter, "read", None)
 
 
 def load_streamed(

@@ -201,7 +201,7 @@ def test_a_row_that_cannot_end_in_time_is_left_for_the_next_call(
     tmp_path: Path, asked: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_predicted", _fixed)
-    assert (lasting(10), lasting(50)) == (30, 100)
+    assert (lasting(10), lasting(50), lasting(70)) == (30, 100, 70)
 
     def call() -> dict[str, bool]:
         until = time.monotonic() + 90

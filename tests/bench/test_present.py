@@ -48,6 +48,15 @@ def test_a_page_has_every_number_where_it_belongs() -> None:
     assert "56 test rows, seeds 0, majority class 0.527." in text
 
 
+def test_a_page_sets_differences_beside_every_variant() -> None:
+    above = replace(METHOD, differences={"no Bridge": (0.204, 0.031, 0.377)})
+    text = page([REFERENCE, above, CONTROL], "Title", "about", METHOD.command)
+    assert "| | coupling | accuracy | PGR | PGR above no Bridge | Bridge share |" in text
+    rows = _table(text, "rte, gpt2, lora")
+    assert [row[4] for row in rows] == ["", "+0.20 <sub>+0.03 to +0.38</sub>", ""]
+    assert rows[1][5] == "6.2 %"
+
+
 def test_a_page_says_what_was_not_run() -> None:
     missing = {"rte, gpt2, lora": ["feedback", "no Bridge"], "cb, t5, lora": [], "cb, t5, prefix": []}
     text = page([METHOD], "Title", "", "", 20, 12, missing)

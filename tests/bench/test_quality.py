@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from conftest import VOCAB, save_model, toy_rows, write_jsonl
 from plugbridge.bench import quality
 from plugbridge.bench.grid import Group, groups_of, load_grid
-from plugbridge.bench.quality import answers, intervals, left_out, run_groups, slug
+from plugbridge.bench.quality import answers, difference, intervals, left_out, run_groups, slug
 from plugbridge.cli import main
 from plugbridge.config import load_config
 from plugbridge.errors import RunError
@@ -124,6 +123,35 @@ def test_intervals_cover_what_they_should(monkeypatch: pytest.MonkeyPatch) -> No
     assert held >= 93
 
 
+def test_intervals_of_seeds_that_differ_cover_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many draws as seeds would hold the truth in 182 of 200."""
+    monkeypatch.setattr(quality, "RESAMPLES", 200)
+    held = 0
+    for trial in range(200):
+        generator = np.random.default_rng(trial)
+        ease = generator.beta(0.5, 0.5, size=600)
+        right = [(generator.random(600) < ease + generator.normal(0, 0.03)).astype(float) for _ in range(3)]
+        _, low, high, *_ = intervals(right, right, right)
+        held += low <= 0.5 <= high
+    assert held >= 185
+
+
+def test_a_difference_is_of_the_same_rows_and_seeds() -> None:
+    small, large = _random(0.2, 0.3), _random(0.8, 0.9, seed=1)
+    right = _random(0.5, 0.6, seed=2)
+    better = [np.where(np.arange(200) < 20, 1.0, side) for side in right]  # the same, and 20 rows right
+    found = difference(better, right, small, large)
+    assert found is not None
+    value, low, high = found
+    gap = np.mean(large) - np.mean(small)
+    assert value == pytest.approx((np.mean(better) - np.mean(right)) / gap)
+    assert 0 < low < value < high
+    assert intervals(better, small, large)[4] < intervals(right, small, large)[5]  # which overlap
+    assert difference(right, right, small, large) == (0, 0, 0)
+    assert difference(right, better, large, small) is None
+    assert difference(right, better, small, large)[0] == -value
+
+
 # a scheduler of groups
 
 
@@ -131,7 +159,7 @@ def test_intervals_cover_what_they_should(monkeypatch: pytest.MonkeyPatch) -> No
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process: nothing to start, and what is replaced here is replaced there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda jobs, _context, _start: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(quality, "workers", ThreadPoolExecutor)
 
 
 def _groups(count: int) -> list[Group]:
@@ -191,7 +219,7 @@ def test_the_first_error_stops_the_grid_after_the_runs_in_progress(monkeypatch: 
 KEYS = {
     "family", "method", "mode", "bridge_share", "down", "start", "task", "seeds", "metric", "value", "low", "high",
     "pgr", "pgr_low", "pgr_high", "control", "command",
-    "variant", "n", "majority", "large_rows", "seconds", "peak_bytes",
+    "variant", "n", "majority", "large_rows", "seconds", "peak_bytes", "differences",
 }  # fmt: skip
 STEPS = {
     f"{stage}.{key}": value
@@ -271,6 +299,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
             "stands alone": {"set": {"couple.mode": "standalone", "couple.plug": "random"}},
             "no Bridge": {"control": True, "set": {"couple.mode": "identity", "couple.plug": "fresh"}},
         },
+        "compare": ["no Bridge"],
         "default": [
             {"pairs": ["tiny"], "methods": ["lora"], "tasks": ["rte"], "variants": ["stands alone", "no Bridge"]}
         ],
@@ -296,7 +325,8 @@ def test_the_command_writes_a_table_its_data_and_a_picture(done: Done) -> None:
     for cell in cells.values():
         assert set(cell) == KEYS
         same = ("family", "method", "task", "seeds", "metric", "n", "command")
-        wanted = ["tiny", "lora", "rte", [0, 1], "accuracy", 60, f"plugbridge bench quality {done.grid}"]
+        command = f"plugbridge bench quality {done.grid} --data DIR --only tiny-lora-rte-s"
+        wanted = ["tiny", "lora", "rte", [0, 1], "accuracy", 60, command]
         assert [cell[key] for key in same] == wanted
         assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1
     assert [cell["control"] for cell in cells.values()] == [*REFERENCES, None, variants[1], "no Bridge"]
@@ -309,7 +339,7 @@ def test_the_command_writes_a_table_its_data_and_a_picture(done: Done) -> None:
     text = (done.out / "quality.md").read_text(encoding="utf-8")
     assert all(f"| {text_of(cell['value'])} " in text for cell in cells.values())
     assert all(name in text for name in cells)
-    assert f"    plugbridge bench quality {done.grid}\n" in text
+    assert f"    plugbridge bench quality {done.grid} --data DIR\n" in text
     assert (done.out / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -406,6 +436,16 @@ def test_a_seed_that_is_not_finished_is_left_out_until_it_is(copied: Done) -> No
     assert copied.cells() == cells
 
 
+@pytest.mark.usefixtures("threads")
+def test_a_setting_that_changes_no_result_leaves_runs_finished(copied: Done) -> None:
+    cells = copied.cells()
+    words = (copied.grid, "--out", copied.out, "--data", "x", "--summary", "--set")
+    assert call(*words, "score.keep=memory")[0] == 0
+    assert [cell["value"] for cell in copied.cells().values()] == [cell["value"] for cell in cells.values()]
+    assert call(*words, "score.samples=5")[0] == 0
+    assert copied.cells() == {}
+
+
 def test_a_summary_of_nothing_is_an_empty_table(done: Done, tmp_path: Path) -> None:
     code, out, err = call(done.grid, "--out", tmp_path / "empty", "--summary", "--full")
     assert (code, err) == (0, "")
@@ -434,6 +474,7 @@ def test_only_some_groups_and_a_table_elsewhere(done: Done, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("compare: [no", "compare: [so"), "compare: no variant 'so Bridge'; known: "),
         (("variants: [", "variants: [stand, "), "no variant 'stand'; known: "),
         (("seeds:", "seed: 0\nseeds:"), "Extra inputs are not permitted"),
         (("couple.mode:", "couple.mod:"), "unknown key 'couple.mod'; did you mean 'mode'?"),
@@ -451,37 +492,3 @@ def test_a_mistake_in_the_grid_is_one_line_and_writes_nothing(
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "out").exists()
-
-
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
-    script = (
-        "import multiprocessing, os, sys, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from plugbridge.bench.quality import end_with_parent\n"
-        "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), end_with_parent)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    pool.submit(time.sleep, 600)\n"
-        "    time.sleep(600)\n"
-    )
-    path = tmp_path / "parent.py"
-    path.write_text(script)
-    with subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        worker = int(parent.stdout.readline())
-        assert _alive(worker)
-        parent.kill()
-        parent.wait()
-        for _ in range(300):
-            if not _alive(worker):
-                break
-            time.sleep(0.1)
-        assert not _alive(worker)
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -11,6 +11,7 @@ from plugbridge.memory.alive import Alive, fake_tensors
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import count, predict, trace
 from plugbridge.memory.steps import STEPS, Step
+from plugbridge.transfer.coupling import Coupling
 from plugbridge.tuners.table import METHODS, MethodSettings
 
 FAMILIES = ("gpt2", "t5", "llama")
@@ -75,6 +76,24 @@ def test_every_method_is_traced(method: str) -> None:
     counts = predict(case, STEPS["tuned"])
     assert 0 < counts.trained < 10_000
     assert counts.peak > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_start_from_the_small_model_counts_its_plug(family: str, method: str) -> None:
+    """What trains is the module at small width, one entry for each large layer, and the plug."""
+    case = replace(case_of(family, method=METHODS[method]), train_bridge=False)
+    small = make_model(family, hidden=16, layers=2, heads=2).config
+    step = STEPS["couple, standalone"](replace(case, small=small))
+    (coupling,) = step.held
+    assert isinstance(coupling, Coupling)
+    plug = sum(tensor.numel() for tensor in coupling.plug.values())
+    module = sum(tensor.numel() for tensor in coupling.module.values())
+    fresh = STEPS["couple, standalone"](case).trained
+    assert 0 < module < fresh
+    assert step.trained == module + plug
+    assert predict(replace(case, small=small), STEPS["couple, standalone"]).trained == step.trained
+    step.work()
 
 
 def test_packed_weights_take_their_bits() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from plugbridge.config import parse_config
 from plugbridge.models import layout_for, load_model
-from plugbridge.prepare import prepare
+from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Silent
 from plugbridge.run import borrow, facts_of
 from plugbridge.stages.build import build_stages
@@ -132,6 +132,21 @@ def test_every_way_to_couple_runs_from_end_to_end(couple: Couple, way: str) -> N
     scored = facts_of(root, "evaluate")
     assert ("bridge_coupled" in scored) == (settings.get("mode") != "feedback")
     assert len({(root / "evaluate" / "predictions" / f"{n}.jsonl").read_text() for n in scored if n != "majority"}) > 2
+
+
+def test_a_fresh_start_without_the_large_models_forward_pass_leaves_it_on_disk(
+    couple: Couple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, root = couple(plug="fresh", steps=1)
+    monkeypatch.delattr(Prepared, "load_large")
+    start({**raw, "resident": "all"}, root, only="couple")
+    assert facts_of(root, "couple")["large_rows"] == 0
+
+
+def test_rows_that_a_start_is_fitted_on_count(couple: Couple) -> None:
+    raw, root = couple(plug="ridge", align_samples=3, steps=1)
+    start(raw, root, only="couple")
+    assert facts_of(root, "couple")["large_rows"] == 3
 
 
 def test_a_cache_may_be_off_without_quotes(run_config: Callable[..., Raw]) -> None:

@@ -24,7 +24,7 @@ from test_durability import start
 
 Raw = dict[str, Any]
 TRAIN = {"steps": 3, "batch_size": 4}
-DISK = {"samples": 6, "keep": "disk"}
+MEMORY = {"samples": 6, "keep": "memory"}
 
 
 def _tensors(root: Path) -> dict[str, torch.Tensor]:
@@ -40,12 +40,12 @@ def _tensors(root: Path) -> dict[str, torch.Tensor]:
     ("family", "method", "changes"),
     [
         ("gpt2", "lora", {"couple": {**TRAIN, "mode": "feedback"}, "polish": {"evaluations": 2, "rows": 4}}),
-        ("t5", "adapter", {"couple": {**TRAIN, "mode": "feedback"}, "repair": TRAIN, "score": DISK}),
+        ("t5", "adapter", {"couple": {**TRAIN, "mode": "feedback"}, "repair": TRAIN, "score": MEMORY}),
         ("llama", "prefix", {"couple": {**TRAIN, "mode": "ladder", "cache": "disk"}}),
         (
             "t5-gated",
             "lora",
-            {"couple": {**TRAIN, "mode": "ladder_delta"}, "score": {"importance": "activation", **DISK}},
+            {"couple": {**TRAIN, "mode": "ladder_delta"}, "score": {"importance": "activation", **MEMORY}},
         ),
         ("gpt2", "lora", {"couple": {**TRAIN, "mode": "standalone", "plug": "ridge", "layer_map": "cka"}}),
         ("gpt2", "adapter", {"ceiling": TRAIN, "baselines": {"large_ladder": TRAIN}}),
@@ -161,7 +161,10 @@ def test_too_little_disk_for_the_kept_states_is_said_before_the_run(
     run_config: Callable[..., Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str
 ) -> None:
     couple = {**TRAIN, "mode": "standalone"}
-    raw = run_config(family, ceiling=None, tune=TRAIN, couple=couple, dtype=dtype, score=DISK, resident="none")
+    raw = run_config(
+        family, ceiling=None, tune=TRAIN, couple=couple, dtype=dtype, score={"samples": 6}, resident="none",
+        baselines={"large_ladder": TRAIN},
+    )  # fmt: skip
     prepared = prepare(parse_config(raw, "test"), None)
     need = score_room(prepared)
     usage = shutil.disk_usage(tmp_path)
@@ -169,7 +172,9 @@ def test_too_little_disk_for_the_kept_states_is_said_before_the_run(
     with pytest.raises(RunError, match=r"stage 'score' will write \d+\.\d MB to .* keep it in memory"):
         start(raw, tmp_path / "run")
     monkeypatch.undo()
-    stage = next(s for s in build_stages(prepared, tmp_path / "run", Silent()) if s.name == "score")
+    stages = {stage.name: stage for stage in build_stages(prepared, tmp_path / "run", Silent())}
+    assert stages["large_ladder"].room == need
+    stage = stages["score"]
     execute(tmp_path / "run", [stage], None, lambda _stage, _what: None)
     assert 0.5 * need < facts_of(tmp_path / "run", "score")["kept_bytes"] <= need
     assert score_room(prepare(parse_config({**raw, "resident": "all"}, "test"), None)) == 0

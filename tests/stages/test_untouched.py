@@ -47,8 +47,9 @@ class Watched:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    found, load = Watched(), Prepared.load_large
+    found, load, fit = Watched(), Prepared.load_large, Prepared.load_to_fit
     monkeypatch.setattr(Prepared, "load_large", lambda self: found.take(load(self)))
+    monkeypatch.setattr(Prepared, "load_to_fit", lambda self: found.take(fit(self)))
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_model, save_model
 from plugbridge.errors import ModelError
-from plugbridge.models import find_checkpoint
+from plugbridge.models import find_checkpoint, load_model
 from plugbridge.tensors.checkpoint import Checkpoint, open_checkpoint
 
 TENSORS = {
@@ -132,9 +133,51 @@ def test_a_missing_shard_and_a_lying_index_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"tensor 'no.such' is not in {shard}"):
         find_checkpoint(str(tmp_path))
     (tmp_path / shard).unlink()
-    with pytest.raises(ModelError, match=f"cannot read .*{shard}"):
+    with pytest.raises(ModelError, match=f"has no {shard}, where {index.name} says that tensor '{name}' is"):
         find_checkpoint(str(tmp_path))
-    index.write_text("{}")
-    with pytest.raises(ModelError, match="is no index of a sharded checkpoint"):
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "{"])
+def test_what_is_no_index_is_said(tmp_path: Path, text: str) -> None:
+    make_model("gpt2").save_pretrained(tmp_path, max_shard_size="6KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(ModelError, match=f"{index.name} is no index of a sharded checkpoint"):
         find_checkpoint(str(tmp_path))
-    assert name
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [None], "data_offsets": [0, 4]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4, 8]},
+        {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1]},
+        [],
+    ],
+)
+def test_a_header_of_other_things_is_corrupt(tmp_path: Path, entry: Any) -> None:
+    text = json.dumps({"a": entry}).encode()
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ModelError, match="its header is no safetensors header"):
+        open_checkpoint([shard])
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    make_model("gpt2").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.h.0.mlp.c_fc.weight"] = torch.zeros(3, 5)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"'transformer.h.0.mlp.c_fc.weight' in .*model.safetensors has shape \(3, 5\)"
+    ):
+        load_model(str(tmp_path))
+
+
+def test_a_type_that_cannot_be_streamed_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    shard = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2), "b": torch.zeros(4).to(torch.float8_e4m3fn)}, shard)
+    with pytest.raises(ModelError, match=r"tensor 'b' in .* is of type F8_E4M3, which cannot be streamed"):
+        open_checkpoint([shard]).require_readable()

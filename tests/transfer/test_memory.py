@@ -123,7 +123,7 @@ def test_a_feedback_step_takes_less_than_a_lora_step_on_the_same_model(family: s
     """Everything counts: weights, the Bridge, what visits keep, optimizer. Real tensors, in one run."""
     shape = make_model(family, hidden=64, layers=6, heads=4).config
     lora = Case(shape, 8, 24, trained={})
-    through = coupled(lora, "feedback").case
+    through = coupled(lora, shape, "feedback").case
     exact, ours = peak_of(lora, STEPS["tuned"]), peak_of(through, STEPS["couple, feedback"])
     weights = sum(parameter.nbytes for parameter in make_model(family, hidden=64, layers=6, heads=4).parameters())
     assert weights < ours < 0.75 * exact

@@ -46,13 +46,17 @@ class Block(_Strict):
 
 
 class Grid(_Strict):
-    """A whole grid. `base` holds for every run, `methods` for the runs of one method."""
+    """A whole grid. `base` holds for every run, `methods` for the runs of one method.
+
+    Every variant is compared with those of `compare`, answer by answer.
+    """
 
     pairs: dict[str, Pair]
     seeds: list[int] = Field(min_length=1)
     base: Settings = Field(default_factory=dict[str, Any])
     methods: dict[str, Settings] = Field(default_factory=dict[str, Settings])
     variants: dict[str, Variant]
+    compare: list[str] = Field(default_factory=list[str])
     default: list[Block]
     full: list[Block] = Field(default_factory=list[Block])
 
@@ -88,6 +92,9 @@ def load_grid(path: Path) -> Grid:
         for key in OWN:
             if key in settings:
                 raise ConfigError(f"{path}: {where} sets '{key}', which the grid itself chooses; remove it")
+    for name in grid.compare:
+        if name not in grid.variants:
+            raise ConfigError(f"{path}: compare: no variant '{name}'; known: {', '.join(grid.variants)}")
     for block in blocks:
         for kind, names, known in (("pair", block.pairs, grid.pairs), ("variant", block.variants, grid.variants)):
             for name in names:

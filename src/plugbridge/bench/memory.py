@@ -99,8 +99,8 @@ def rows_of(shape: Shape, device: str) -> list[Row]:
     """Everything that is counted on one pair."""
     large = Case(shape.large, shape.batch, shape.length, device=device)
     rows = baselines(large, METHODS) + common_stages(large, replace(large, config=shape.small))
-    rows += [coupled(large, mode) for mode in MODES]
-    rows += [coupled(large, mode, method) for method in METHODS[:2] for mode in ("feedback", "standalone")]
+    rows += [coupled(large, shape.small, mode) for mode in MODES]
+    rows += [coupled(large, shape.small, mode, method) for method in METHODS[:2] for mode in ("feedback", "standalone")]
     small = replace(large, config=shape.small)
     return rows + [row for half in (False, True) for row in small_steps(large, small, MODES, half)]
 

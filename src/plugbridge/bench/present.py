@@ -36,11 +36,11 @@ def page(
         first = same[0]
         seeds = ", ".join(map(str, first.seeds))
         lines += [f"{first.n} test rows, seeds {seeds}, majority class {first.majority:.3f}.", ""]
-        lines += [
-            "| | coupling | accuracy | PGR | Bridge share | large rows read | seconds | MiB |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_line(cell, first.seeds) for cell in same]
+        others = list(dict.fromkeys(name for cell in cells for name in cell.differences))
+        names = ["", "coupling", "accuracy", "PGR", *(f"PGR above {name}" for name in others)]
+        names += ["Bridge share", "large rows read", "seconds", "MiB"]
+        lines += [f"| {' | '.join(names)} |".replace("|  |", "| |"), "|---" * len(names) + "|"]
+        lines += [_line(cell, first.seeds, others) for cell in same]
         lines.append("")
     return "\n".join(lines)
 
@@ -66,8 +66,9 @@ def _kind(cell: Cell) -> str:
     return cell.variant if plain else f"control: {cell.variant}"
 
 
-def _line(cell: Cell, seeds: list[int]) -> str:
-    pgr = "" if cell.pgr is None else f"{cell.pgr:+.2f} <sub>{cell.pgr_low:+.2f} to {cell.pgr_high:+.2f}</sub>"
+def _line(cell: Cell, seeds: list[int], others: Sequence[str]) -> str:
+    pgr = "" if cell.pgr is None else _signed(cell.pgr, cell.pgr_low or 0.0, cell.pgr_high or 0.0)
+    above = "".join(f"{_signed(*cell.differences[o]) if o in cell.differences else ''} | " for o in others)
     share = "" if cell.bridge_share is None else f"{100 * cell.bridge_share:.1f} %"
     rows = "" if cell.large_rows is None else f"{cell.large_rows:,}"
     seconds = "" if cell.seconds is None else f"{cell.seconds:.0f}"
@@ -76,8 +77,12 @@ def _line(cell: Cell, seeds: list[int]) -> str:
     fewer = "" if cell.seeds == seeds else f" (seeds {', '.join(map(str, cell.seeds))} only)"
     return (
         f"| {_kind(cell)}{fewer} | {mode} | {cell.value:.3f} <sub>{cell.low:.3f} to {cell.high:.3f}</sub> "
-        f"| {pgr} | {share} | {rows} | {seconds} | {peak} |"
+        f"| {pgr} | {above}{share} | {rows} | {seconds} | {peak} |"
     )
+
+
+def _signed(value: float, low: float, high: float) -> str:
+    return f"{value:+.2f} <sub>{low:+.2f} to {high:+.2f}</sub>"
 
 
 def _summary(cells: Sequence[Cell]) -> list[str]:

@@ -1,13 +1,10 @@
 """Quality of the transfer over a grid: run it, resume it, and reduce it to cells with intervals."""
 
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from multiprocessing import connection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ from plugbridge.files import write_json, write_text
 from plugbridge.prepare import prepare, resolve
 from plugbridge.progress import Progress, Silent
 from plugbridge.run import borrow, execute, facts_of, locked, read_marker
-from plugbridge.stages.build import build_stages
-from plugbridge.stages.couple import reads_states
+from plugbridge.stages.build import build_stages, seen
 from plugbridge.stages.shrink import rows_scored
+from plugbridge.workers import workers
 
 REFERENCES = {
     "small_tuned": "small tuned",
@@ -31,6 +28,8 @@ REFERENCES = {
     "large_tuned": "large tuned",
 }
 RESAMPLES = 2000
+Difference = tuple[float, float, float]
+"""A difference of two PGRs and its interval."""
 Answers = NDArray[np.bool_]
 
 
@@ -42,7 +41,8 @@ class Cell:
     `high`, `pgr_low` and `pgr_high` are 95 % percentile intervals of a bootstrap over seeds and test
     rows, the same rows for all models and seeds. `control` names what the row is compared with, null for
     the method itself. `seconds` and `peak_bytes` are of coupling; `large_rows` the rows that the large model read until
-    the module was plugged in, for importance, repair and the start, too.
+    the module was plugged in, for importance, repair and the start, too. `differences` are PGRs above those of other
+    variants, by their names, on the seeds that both have.
     """
 
     family: str
@@ -68,6 +68,7 @@ class Cell:
     large_rows: int | None
     seconds: float | None
     peak_bytes: int | None
+    differences: dict[str, Difference] = field(default_factory=dict[str, Difference])
 
 
 def run_group(group: Group, data: Path | None, out: Path) -> str:
@@ -90,18 +91,6 @@ def run_group(group: Group, data: Path | None, out: Path) -> str:
     return group.name
 
 
-def end_with_parent() -> None:
-    """In a worker: end when the process that started it is gone, rather than work on unseen."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def slug(name: str) -> str:
     """A variant's folder."""
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
@@ -113,11 +102,7 @@ def run_groups(groups: Sequence[Group], data: Path | None, out: Path, jobs: int,
     The first error stops the grid after the runs in progress; what is done stays done.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
-    context = multiprocessing.get_context("spawn")
-    with (
-        progress.bar("bench quality", len(groups)) as advance,
-        ProcessPoolExecutor(jobs, context, end_with_parent) as pool,
-    ):
+    with progress.bar("bench quality", len(groups)) as advance, workers(jobs) as pool:
         waiting = list(groups)
         running: set[Future[str]] = set()
         while waiting or running:
@@ -139,12 +124,13 @@ def answers(root: Path, model: str) -> Answers | None:
 
 
 def finished(group: Group, name: str, out: Path) -> bool:
-    """Whether a variant was scored with the settings that it has in the grid now."""
+    """Whether a variant was scored with the settings that it has in the grid now, those apart that change no result."""
     root = out / group.name / slug(name)
     if read_marker(root / "evaluate") is None:
         return False
     written = parse_config(json.loads((root / "config.yaml").read_text(encoding="utf-8")), str(root))
-    return written == dict(group.variants)[name]
+    now = dict(group.variants)[name]
+    return seen(written.model_dump(mode="json")) == seen(now.model_dump(mode="json"))
 
 
 def left_out(groups: Sequence[Group], out: Path) -> tuple[int, dict[str, list[str]]]:
@@ -178,10 +164,31 @@ def cells_of(grid: Grid, groups: Sequence[Group], out: Path, command: str) -> li
             control = name if grid.variants[name].control else None
             label = f"{name}, the Bridge itself"
             if done:
-                cells.append(_cell(done, out, name, "large_plugged", name, control, command))
+                cell = _cell(done, out, name, "large_plugged", name, control, command)
+                others = [other for other in grid.compare if other != name and other in dict(same[0].variants)]
+                cells.append(None if cell is None else replace(cell, differences=_differences(done, out, name, others)))
                 if control is None:
                     cells.append(_cell(done, out, name, "bridge_coupled", label, label, command))
     return [cell for cell in cells if cell is not None]
+
+
+def _differences(groups: Sequence[Group], out: Path, variant: str, others: Sequence[str]) -> dict[str, Difference]:
+    """How much more of the gap a variant recovers than others do, on the seeds that both have."""
+    found: dict[str, Difference] = {}
+    for other in others:
+        done = [group for group in groups if finished(group, other, out)]
+        sides = [
+            [answers(out / group.name / slug(name), model) for group in done]
+            for name, model in (
+                (variant, "large_plugged"), (other, "large_plugged"),
+                (groups[0].variants[0][0], "small_tuned"), (groups[0].variants[0][0], "large_tuned"),
+            )
+        ]  # fmt: skip
+        if done and all(side is not None for column in sides for side in column):
+            between = difference(*([np.asarray(a, dtype=float) for a in column] for column in sides))
+            if between is not None:
+                found[other] = between
+    return found
 
 
 def _cell(
@@ -217,7 +224,7 @@ def _cell(
         pgr_low=pgr_low,
         pgr_high=pgr_high,
         control=control,
-        command=command,
+        command=f"{command} --only {groups[0].name.rpartition('-s')[0]}-s",
         variant=title,
         n=len(table[0][0]),
         majority=float(majority["accuracy"]),
@@ -228,13 +235,11 @@ def _cell(
 
 
 def _rows_read(root: Path, config: RunConfig, couplings: Sequence[dict[str, Any]]) -> int:
-    """Rows that the large model read: to choose the Bridge's units, repair it, start, and (their mean) couple."""
+    """Rows that the large model read: to choose the Bridge's units, repair it, and (their mean) start and couple."""
     rows = rows_scored(config.score.importance, int(facts_of(root, "score")["samples"]))
     rows += round(float(np.mean([coupling["facts"]["large_rows"] for coupling in couplings])))
     if config.repair is not None:
         rows += config.repair.steps * config.repair.batch_size
-    if reads_states(config):
-        rows += config.couple.align_samples
     return rows
 
 
@@ -243,18 +248,10 @@ def intervals(
 ) -> tuple[float, float, float, float | None, float | None, float | None]:
     """(accuracy, low, high, PGR, low, high) from each seed's right (1) and wrong (0) answers.
 
-    PGR is of the mean accuracies. Each resample draws seeds, and test rows, the same for all models of
-    all drawn seeds: every seed scores the same rows, so that a row's own difficulty does not average out
-    over seeds. PGR is None where the gap between small and large is not above zero in at least 97.5 %
-    of the resamples: a ratio to a gap that may not be there says nothing.
+    PGR is of the mean accuracies. PGR is None where the gap between small and large is not above zero in at least
+    97.5 % of the resamples: a ratio to a gap that may not be there says nothing; those in which it is not are left out.
     """
-    rng = np.random.default_rng(0)
-    table = np.stack([np.stack(list(side)) for side in (right, small, large)])  # models, seeds, rows
-    _, count, rows = table.shape
-    means = np.empty((RESAMPLES, 3))
-    for i in range(RESAMPLES):
-        seeds = rng.integers(count, size=count)
-        means[i] = table[:, :, rng.integers(rows, size=rows)][:, seeds].mean((1, 2))
+    means = _resampled((right, small, large))
     value, base, top = (float(np.mean([a.mean() for a in side])) for side in (right, small, large))
     low, high = (float(q) for q in np.percentile(means[:, 0], [2.5, 97.5]))
     gaps = means[:, 2] - means[:, 1]
@@ -263,6 +260,43 @@ def intervals(
     shares = (means[:, 0] - means[:, 1])[gaps > 0] / gaps[gaps > 0]
     pgr_low, pgr_high = (float(q) for q in np.percentile(shares, [2.5, 97.5]))
     return value, low, high, (value - base) / (top - base), pgr_low, pgr_high
+
+
+def difference(
+    right: Sequence[NDArray[np.float64]],
+    other: Sequence[NDArray[np.float64]],
+    small: Sequence[NDArray[np.float64]],
+    large: Sequence[NDArray[np.float64]],
+) -> Difference | None:
+    """(PGR of one model minus that of another, low, high), from their answers to the same rows with the same seeds.
+
+    What both share, the gap and how hard a row is, is no part of the doubt. None where there is no PGR.
+    """
+    means = _resampled((right, other, small, large))
+    a, b, base, top = (float(np.mean([x.mean() for x in side])) for side in (right, other, small, large))
+    gaps = means[:, 3] - means[:, 2]
+    if float(np.mean(gaps > 0)) < 0.975 or top <= base:
+        return None
+    shares = (means[:, 0] - means[:, 1])[gaps > 0] / gaps[gaps > 0]
+    low, high = (float(q) for q in np.percentile(shares, [2.5, 97.5]))
+    return (a - b) / (top - base), low, high
+
+
+def _resampled(sides: Sequence[Sequence[NDArray[np.float64]]]) -> NDArray[np.float64]:
+    """Mean accuracies of several models, resampled: (resamples, models).
+
+    Each resample draws seeds, and test rows, the same for all models of all drawn seeds: every seed scores the same
+    rows, so that a row's own difficulty does not average out over seeds. One seed fewer is drawn than there are (Rao
+    and Wu 1988): as many would make the variance between seeds too small, with three by a third.
+    """
+    rng = np.random.default_rng(0)
+    table = np.stack([np.stack(list(side)) for side in sides])  # models, seeds, rows
+    models, count, rows = table.shape
+    means = np.empty((RESAMPLES, models))
+    for i in range(RESAMPLES):
+        seeds = rng.integers(count, size=max(1, count - 1))
+        means[i] = table[:, :, rng.integers(rows, size=rows)][:, seeds].mean((1, 2))
+    return means
 
 
 def write_cells(cells: Sequence[Cell], path: Path) -> None:

@@ -55,7 +55,8 @@ def quality(
 
     if not summary:
         run_groups(chosen, data, root, jobs, progress(quiet))
-    words = [str(grid), *(["--full"] if full else []), *(f"--set {text}" for text in sets or ())]
+    words = [str(grid), *(["--full"] if full else []), *(["--data DIR"] if data is not None else [])]
+    words += [f"--set {text}" for text in sets or ()]
     command = f"plugbridge bench quality {' '.join(words)}"
     cells = cells_of(loaded, chosen, root, command)
     target = table if table is not None else root / "quality.md"
@@ -69,9 +70,11 @@ def quality(
 _QUALITY = """
 Accuracy on test rows and performance gap recovered, PGR = (plugged - small tuned) / (large tuned - small tuned),
 of the mean over seeds; small print: 95 % intervals of a bootstrap over seeds and test rows, the same rows for
-all models and seeds. PGR is left empty where small and large tuned are not clearly apart. Controls stand beside the
-method; "the Bridge itself" is what coupling trained and then threw away. "Large rows read" are those of importance,
-repair, start and coupling, a forward pass each. Seconds and MiB are of coupling alone; MiB are over what the process
+all models and seeds, a seed fewer than there are (Rao and Wu 1988). PGR is left empty where small and large tuned are
+not clearly apart. "PGR above" is how much more of the gap a variant recovers than another one does, compared answer by
+answer: two variants may differ clearly though their own intervals overlap. Controls stand beside the method; "the
+Bridge itself" is what coupling trained and then threw away. "Large rows read" are those of importance, repair, start
+and coupling, a forward pass each. Seconds and MiB are of coupling alone; MiB are over what the process
 held before, and the runs of a group share a process: what one run frees may hide what the next takes, so that small
 models' say little (`bench memory` measures every step in a process of its own).
 """

@@ -27,9 +27,10 @@ def plan(
 
     loaded = load_config(config, tuple(sets or ()))
     room = parse_bytes(memory) if memory is not None else None
-    from plugbridge.plan.beside import second_process
+    from plugbridge.plan.beside import import_less, second_process
 
     with second_process() as beside:
+        import_less()
         setup(True)
         from plugbridge.plan.make import make_plan
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from plugbridge.progress import Advance, Progress, Silent
+from plugbridge.workers import quiet_loggers
 
 # plain: what users name (paths, labels) may hold rich's own markup or emoji codes
 out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
@@ -48,9 +49,8 @@ def progress(quiet: bool) -> Progress:
 def setup(quiet: bool) -> None:
     """Log what the library says, or only its warnings; keep other libraries quiet."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "httpx2", "urllib3", "matplotlib", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    from plugbridge.models import quiet_transformers
+    quiet_loggers()
+    from plugbridge.models import quiet_transformers  # heavy: after the loggers are quiet
 
     quiet_transformers()
 

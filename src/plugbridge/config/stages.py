@@ -60,10 +60,11 @@ class ScoreConfig(StrictConfig):
     )
     samples: int = Field(default=256, ge=1, description="training rows to score on")
     keep: Literal["memory", "disk"] = Field(
-        default="memory",
-        description="where scoring a streamed large model keeps its rows' states: `memory`, as many rows at a time as "
-        "take no more than a block's weights, or `disk`, all rows at once, so that each block is read twice for fisher "
-        "and once for what only runs forward, and memory does not grow with depth; results are the same",
+        default="disk",
+        description="where scoring a streamed large model keeps its rows' states: `disk`, all rows at once, so that "
+        "each block is read twice for fisher and once for what only runs forward, and memory does not grow with depth; "
+        "or `memory`, as many rows at a time as take no more than a block's weights, and second moments of every "
+        "sublayer beside them; results are the same",
     )
 
 

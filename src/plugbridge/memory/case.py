@@ -69,7 +69,8 @@ class Case:
     block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is
     scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
     the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
-    of their step, whose gradients are in memory. The step ends with the `optimizer`'s.
+    of their step, whose gradients are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
+    `small`'s shape behind a plug, or without one from a fresh module.
     """
 
     config: PreTrainedConfig
@@ -93,6 +94,7 @@ class Case:
     micro_batch: int | None = None
     later: bool = False
     optimizer: OptimizerName = "adamw"
+    small: PreTrainedConfig | None = None
 
     @property
     def family(self) -> Family:

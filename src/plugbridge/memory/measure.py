@@ -1,11 +1,9 @@
 """What a step really takes: run in a process of its own, so that steps do not hide behind each other."""
 
 import gc
-import multiprocessing
 import os
 import time
 from collections.abc import Generator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,11 +15,12 @@ from plugbridge.memory.case import Case
 from plugbridge.memory.predict import at_depth, kinds_of
 from plugbridge.memory.steps import MakeStep
 from plugbridge.models import quiet_transformers
+from plugbridge.workers import workers
 
 REPETITIONS = 3
-"""Times that a step is done: the first makes the optimizer's state, the fastest of the others counts."""
+"""Times that a step is done: the first one warms up, the fastest of the others counts."""
 LONG = 60.0
-"""Seconds after which a step is done no more than it must: twice where it trains, once where it does not."""
+"""Seconds after which a step is not done again."""
 
 GIVEN_BACK = 2**17
 """Blocks of more bytes go back to the system when they are freed.
@@ -42,13 +41,13 @@ class Measurement:
 def measured(case: Case, make: MakeStep, threads: int) -> Measurement:
     """Run a step in a new process; what Python and its libraries take before the model is made does not count."""
     with _inherited({"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK)}):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with workers(1) as pool:
             return pool.submit(run_here, case, make, threads).result()
 
 
 def lasting(seconds: float) -> float:
     """Seconds that all repetitions of a step take, from those of one."""
-    return (2 if 2 * seconds > LONG else REPETITIONS) * seconds
+    return seconds * (1 if seconds > LONG else 2 if 2 * seconds > LONG else REPETITIONS)
 
 
 @contextmanager
@@ -74,13 +73,12 @@ def run_here(case: Case, make: MakeStep, threads: int) -> Measurement:
     _warm_up(case, make)
     before = psutil.Process().memory_info().rss
     step = make(case)
+    step.begin()
     gc.collect()
     held = psutil.Process().memory_info().rss - before
     seconds: list[float] = []
     with measure(case.device) as cost:
-        while len(seconds) < (REPETITIONS if step.trained else 2):
-            if sum(seconds) > LONG and len(seconds) >= (2 if step.trained else 1):
-                break
+        while len(seconds) < (REPETITIONS if step.trained else 2) and sum(seconds) <= LONG:
             begun = time.perf_counter()
             step.work()
             _wait(case.device)

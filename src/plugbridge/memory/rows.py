@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedConfig
 
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
@@ -79,7 +80,7 @@ def _sizes(config: str, case: Case, reads_tokens: bool) -> dict[str, int]:
     return _known[config, reads_tokens]
 
 
-def coupled(case: Case, mode_name: str, method: str = "lora", variant: str = "") -> Row:
+def coupled(case: Case, small: PreTrainedConfig, mode_name: str, method: str = "lora", variant: str = "") -> Row:
     """Coupling in one mode, with the mode's own defaults; `FROZEN` and `ADAFACTOR` are variants."""
     mode = MODES[mode_name]
     chosen = replace(
@@ -88,6 +89,7 @@ def coupled(case: Case, mode_name: str, method: str = "lora", variant: str = "")
         channels="select" if mode.reads_alone else "gradient_pca",
         train_bridge=variant != FROZEN,
         optimizer="adafactor" if variant == ADAFACTOR else "adamw",
+        small=None if mode.plug == "fresh" else small,
     )
     name = ", ".join(filter(None, (f"{OURS}: {METHODS[method].title}", mode_name, variant)))
     row = Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
@@ -113,9 +115,9 @@ def small_steps(large: Case, small: Case, modes: tuple[str, ...], half: bool) ->
         Row(OURS, "score (fisher), states in memory", replace(case, importance="fisher"), STEPS["score"]),
         Row(OURS, "score (activation)", replace(shelved, importance="activation"), STEPS["score"]),
         Row(OURS, "prune", replace(bridged(case), channels="gradient_pca"), STEPS["prune"]),
-        *(coupled(case, mode) for mode in modes if MODES[mode].runs_large),
-        *(coupled(parts, mode) for mode in modes),
-        *(coupled(parts, "standalone", variant=variant) for variant in (ADAFACTOR, FROZEN)),
+        *(coupled(case, small.config, mode) for mode in modes if MODES[mode].runs_large),
+        *(coupled(parts, small.config, mode) for mode in modes),
+        *(coupled(parts, small.config, "standalone", variant=variant) for variant in (ADAFACTOR, FROZEN)),
         Row(OURS, "evaluate", replace(case, batch=1), STEPS["evaluate"]),
     ]
     found: list[Row] = []

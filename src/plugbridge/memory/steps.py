@@ -30,7 +30,9 @@ from plugbridge.train import make_optimizer, shares
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
+from plugbridge.transfer.plug import duplicate, plug_shapes, uniform_layer_map
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
+from plugbridge.transfer.start import Start
 from plugbridge.tuners.module import Module, attach, saved_key, trainable, unpack
 
 MakeStep = Callable[[Case], "Step"]
@@ -224,15 +226,16 @@ def repair(case: Case) -> Step:
 
 
 def couple(case: Case, mode_name: str) -> Step:
-    """Module, plug and Bridge train together, from a fresh module."""
+    """Module, plug and Bridge train together."""
     mode = find_mode(mode_name)
     spare, layout = case.on_meta()  # a mode that does not run the large model never makes it
     bridge, plan = bridge_of(case, spare, layout, torch.float32)
-    module = _fresh_module(case, spare, layout)
+    start = _start(case, spare, layout)
     model = run_only(case)[0] if mode.runs_large else None
     coupling = Coupling(
-        method=case.method, settings=case.settings, small=layout, large=layout, plan=plan, bridge=bridge,
-        encoder=case.encoder, module=module, plug={}, down={}, train_bridge=mode.trains_bridge and case.train_bridge,
+        method=case.method, settings=case.settings, small=start.small, large=layout, plan=plan, bridge=bridge,
+        encoder=case.encoder, module=start.module, plug=start.plug, down={},
+        train_bridge=mode.trains_bridge and case.train_bridge,
         large_model=model, recompute=case.recompute or (mode.runs_large and case.streamed),
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
     )  # fmt: skip
@@ -250,8 +253,19 @@ def couple(case: Case, mode_name: str) -> Step:
     return training(case, tensors, loss, marks, [coupling])
 
 
+def _start(case: Case, spare: PreTrainedModel, layout: Layout) -> Start:
+    """Module and plug of the right shapes; their values do not matter."""
+    if case.small is None:
+        return Start(_fresh_module(case, spare, layout), {}, layout, {})
+    empty, small = replace(case, config=case.small).on_meta()
+    layers = uniform_layer_map(small, layout)
+    module = duplicate(_fresh_module(case, empty, small), layers)
+    shapes = plug_shapes(case.method, small, layout, module)
+    return Start(module, {k: torch.full(shape, 0.01, device=case.device) for k, shape in shapes.items()}, small, layers)
+
+
 def _fresh_module(case: Case, empty: PreTrainedModel, layout: Layout) -> Module:
-    """A module of the shapes that a fresh one has; its values do not matter."""
+    """A module of the shapes that a fresh one has."""
     wrapped, _ = attach(empty, case.method, layout, case.settings)
     shapes = {saved_key(name): parameter.shape for name, parameter in trainable(wrapped).items()}
     state = {name: torch.full(shape, 0.01, device=case.device) for name, shape in shapes.items()}

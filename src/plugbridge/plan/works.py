@@ -120,7 +120,8 @@ def works_of(s: Subjects) -> Iterator[Work]:
         yield Work(row, steps, s.bridge * 4, steps, steps * case.batch)
     steps = config.couple.steps
     runs = steps if find_mode(config.couple.mode).runs_large else 0
-    row = Row(f"couple ({config.couple.mode})", "", coupled, STEPS[f"couple, {config.couple.mode}"])
+    case = replace(coupled, small=None if config.couple.plug == "fresh" else s.small.config)
+    row = Row(f"couple ({config.couple.mode})", "", case, STEPS[f"couple, {config.couple.mode}"])
     yield Work(row, steps, _cache_bytes(s, runs * coupled.batch), runs, runs * coupled.batch)
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, config_changes
 from plugbridge.shrink.prune import BridgePlan
-from plugbridge.streaming import whole
+from plugbridge.streaming import values_of
 from plugbridge.tensors.axes import transform
 from plugbridge.tensors.writer import write_tensors
 
@@ -27,7 +27,7 @@ def bridge_weights(
 
     Each norm's weight is multiplied by the ratio of the kept channels' root mean square to that of all channels
     (`energy`, see `residual_energy`), so that pruning channels that are always zero changes nothing. The model may be
-    streamed: one of its weights is in memory at a time.
+    streamed: one of its weights is in memory, and the next one is read ahead.
     """
     factors = {f"{norm}.weight": _norm_ratio(values, plan.keep["hidden"]) for norm, values in energy.items()}
     scale = layout.family.logit_scale
@@ -35,10 +35,11 @@ def bridge_weights(
         change = layout.sizes[scale.axis] / plan.sizes[scale.axis]
         factors[scale.weight] = factors.get(scale.weight, 1.0) * change**scale.power
     table = layout.table()
-    for name, parameter in model.named_parameters():
+    for name, values in values_of(model):
         weight = table[name]
         ops = plan.ops(layout, weight.pattern, weight.place)
-        pruned = transform(whole(parameter), weight.pattern, ops, layout.sizes, name)
+        pruned = transform(values, weight.pattern, ops, layout.sizes, name)
+        del values
         yield name, pruned * factors[name] if name in factors else pruned
 
 
@@ -73,7 +74,7 @@ def prune_model(
 ) -> PreTrainedModel:
     """The Bridge as a model of the same class and dtype, in evaluation mode.
 
-    Its tensors are made once and filled one by one, so that it takes no more than itself and one weight of the large
+    Its tensors are made once and filled one by one, so that it takes no more than itself and two weights of the large
     model, which may be streamed.
     """
     bridge = empty_bridge(model, layout, plan, str(model.device))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from plugbridge.families.spec import Layout, Place, Weight
 from plugbridge.shrink.sweep import training
-from plugbridge.streaming import whole
+from plugbridge.streaming import values_of
 from plugbridge.tensors.axes import axis_names, parse, reduce_to
 
 Importance = Literal["fisher", "activation", "magnitude"]
@@ -58,8 +58,9 @@ def magnitude(model: nn.Module, layout: Layout) -> Scores:
     """Squared weights, summed per unit."""
     scores: Scores = {}
     table = layout.table()
-    for name, parameter in model.named_parameters():
-        add_scores(scores, layout, table[name], squared(whole(parameter)))
+    for name, values in values_of(model):
+        add_scores(scores, layout, table[name], squared(values))
+        del values  # while the next is fetched
     return on_cpu(scores)
 
 
@@ -102,25 +103,29 @@ def activation(model: nn.Module, layout: Layout, samples: Iterable[Any], forward
     """Wanda-like scores of the units that linear layers read, from forward passes only."""
     linear = _linear_weights(model, layout)
     scores: Scores = {}
-    with record_inputs({name: module for name, (module, _) in linear.items()}) as moments:
+    with record_inputs({path: model.get_submodule(path) for path in linear}) as moments:
         with torch.no_grad():
             for sample in samples:
                 forward(sample)
-    for name, (module, weight) in linear.items():
-        reader, over = (0, 1) if layout.family.linear == "in out" else (1, 0)
-        axes = parse(weight.pattern)[reader]
-        values = whole(module.get_parameter("weight")).float().square().sum(over) * moments.mean(name)
-        for axis in axes:
-            key = scope_key(layout, axis, weight.place)
-            if key is not None:
-                part = reduce_to(values, f"({' '.join(axes)})", axis, layout.sizes)
-                scores[key] = scores[key] + part if key in scores else part
+    for name, values in values_of(model):
+        path = name.removesuffix(".weight")
+        if path != name and path in linear:
+            weight = linear[path]
+            reader, over = (0, 1) if layout.family.linear == "in out" else (1, 0)
+            axes = parse(weight.pattern)[reader]
+            sums = values.float().square().sum(over) * moments.mean(path)
+            for axis in axes:
+                key = scope_key(layout, axis, weight.place)
+                if key is not None:
+                    part = reduce_to(sums, f"({' '.join(axes)})", axis, layout.sizes)
+                    scores[key] = scores[key] + part if key in scores else part
+        del values
     return on_cpu(scores)
 
 
-def _linear_weights(model: nn.Module, layout: Layout) -> dict[str, tuple[nn.Module, Weight]]:
+def _linear_weights(model: nn.Module, layout: Layout) -> dict[str, Weight]:
     """Linear layers inside the stacks by module path; embeddings and norms are none."""
-    found: dict[str, tuple[nn.Module, Weight]] = {}
+    found: dict[str, Weight] = {}
     present = dict(model.named_modules())
     for weight in layout.weights():
         path = weight.name.removesuffix(".weight")
@@ -128,7 +133,7 @@ def _linear_weights(model: nn.Module, layout: Layout) -> dict[str, tuple[nn.Modu
             continue
         module = present.get(path)
         if module is not None and not isinstance(module, nn.Embedding):
-            found[path] = (module, weight)
+            found[path] = weight
     return found
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from plugbridge.config import TrainConfig
 from plugbridge.cost import baseline_memory, measure, settle
@@ -102,7 +102,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         stages.append(stage("ceiling", (), depends, ceiling))
         results = (*results, "ceiling")
     for name, depends, work in _baselines(prepared):
-        stages.append(stage(name, (), depends, work))
+        stages.append(stage(name, (), depends, work, score_room(prepared) if name == "large_ladder" else 0))
         results = (*results, name)
     stages.append(
         stage(
@@ -141,5 +141,13 @@ LATER = {"optimizer": "adamw"}
 
 def _dump(section: Any) -> dict[str, Any]:
     """A configuration section as JSON, without what does not change the result."""
-    found = section.model_dump(mode="json").items()
-    return {key: value for key, value in found if key not in UNSEEN and LATER.get(key, ...) != value}
+    return seen(section.model_dump(mode="json"))
+
+
+def seen(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, or a section of it, without the keys that change no result."""
+    return {
+        key: seen(cast(dict[str, Any], value)) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if key not in UNSEEN and LATER.get(key, ...) != value
+    }

@@ -80,7 +80,7 @@ def couple(work: Work) -> dict[str, Any]:
             part: sum(t.numel() for n, t in parameters.items() if n.startswith(f"{part}/"))
             for part in ("module", "plug", "down", "ladder", "bridge")
         },
-        "large_rows": _large_rows(p, mode.runs_large, coupling.cache is not None),
+        "large_rows": _rows_aligned(p) + _large_rows(p, mode.runs_large, coupling.cache is not None),
         "cache_bytes": coupling.cache.bytes if coupling.cache is not None else 0,
         "layer_map": start.layer_map,
         "loss_first": losses[0] if losses else None,
@@ -122,6 +122,12 @@ def _drawn(prepared: Prepared) -> list[Encoded]:
     ]
 
 
+def _rows_aligned(prepared: Prepared) -> int:
+    """Rows that both models read so that coupling can start from their states."""
+    samples = prepared.config.couple.align_samples
+    return min(samples, len(prepared.large_rows["train"])) if reads_states(prepared.config) else 0
+
+
 def _large_rows(prepared: Prepared, runs_large: bool, cached: bool) -> int:
     """Rows that the large model reads while coupling; a cached row is read once."""
     if not runs_large:
@@ -137,7 +143,7 @@ def _start(work: Work, small: Layout, large: Layout) -> Start:
     torch.manual_seed(p.config.seed)
     assert settings.plug is not None  # resolved
     if settings.plug == "fresh":
-        return fresh_start(p.method, p.settings, large, p.load_run_only()[0])
+        return fresh_start(p.method, p.settings, large, p.load_to_fit()[0])
     states: tuple[States, States] | None = None
     if reads_states(p.config):
         # the same tokens for both: as the model with fewer positions reads them

@@ -70,9 +70,7 @@ class Checkpoint:
         Raises ModelError that names tensor and file: if the file has changed since it was opened, or cannot be read.
         """
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise ModelError(f"tensor '{name}' in {entry.shard} is of type {entry.dtype}, which cannot be streamed; "
-                             "use resident: all")  # fmt: skip
+        self._require_known(name, entry)
         tensor, memory = _allocate(entry.shape, DTYPES[entry.dtype])
         try:
             with entry.shard.open("rb") as file:
@@ -86,6 +84,11 @@ class Checkpoint:
             raise ModelError(f"{entry.shard} ends inside tensor '{name}'; {AGAIN}")
         return tensor if dtype in (None, tensor.dtype) else _allocate(entry.shape, dtype)[0].copy_(tensor)
 
+    def require_readable(self) -> None:
+        """Raises ModelError that names a tensor which `read` cannot read, before any is read."""
+        for name, entry in self.entries.items():
+            self._require_known(name, entry)
+
     def require_unchanged(self) -> None:
         """Raises ModelError that names a file which has changed since it was opened, or is gone."""
         for shard, stamp in self.stamps.items():
@@ -95,6 +98,11 @@ class Checkpoint:
                 changed = True
             if changed:
                 raise ModelError(f"{shard} {CHANGED}")
+
+    def _require_known(self, name: str, entry: Entry) -> None:
+        if entry.dtype not in DTYPES:
+            raise ModelError(f"tensor '{name}' in {entry.shard} is of type {entry.dtype}, which cannot be streamed; "
+                             "use resident: all")  # fmt: skip
 
     def _check(self, shard: Path, now: Stamp, name: str) -> None:
         if now != self.stamps[shard]:
@@ -121,10 +129,10 @@ def open_checkpoint(shards: Iterable[Path]) -> Checkpoint:
 def read_index(path: Path) -> dict[str, str]:
     """Shard file name by tensor name, from a ``*.safetensors.index.json``. Raises ModelError."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
+        return {str(name): str(Path(shard)) for name, shard in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is no index of a sharded checkpoint; {AGAIN}") from error
-    return cast(dict[str, str], names)
 
 
 def _stamp(path: Path) -> Stamp:
@@ -161,13 +169,16 @@ def _read_header(shard: Path, size: int) -> dict[str, Entry]:
     try:
         raw = json.loads(text)
         raw.pop("__metadata__", None)
-        places = {name: (e["dtype"], tuple(e["shape"]), *map(int, e["data_offsets"])) for name, e in raw.items()}
+        places = {
+            name: (str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
+            for name, e in raw.items()
+        }
+        entries = {
+            name: Entry(shard, dtype, shape, 8 + first + start, 8 + first + stop)
+            for name, (dtype, shape, start, stop) in places.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{shard} is corrupt: its header is no safetensors header; {AGAIN}") from error
-    entries = {
-        name: Entry(shard, dtype, shape, 8 + first + start, 8 + first + stop)
-        for name, (dtype, shape, start, stop) in places.items()
-    }
     _check_ranges(shard, entries, 8 + first, size)
     return entries
 

@@ -197,16 +197,16 @@ def record_states(model: PreTrainedModel, layout: Layout, encoder: Encoder, rows
                 held = cast(Any, cache.layers[layer])
                 pair: tuple[Tensor, Tensor] = (held.keys, held.values)
                 both = [part.transpose(1, 2).flatten(2) for part in pair]  # (1, length, heads * head_dim)
-                lists.setdefault(("outputs", (reader, layer, "")), []).append(torch.cat(both, -1).flatten(0, 1))
+                lists.setdefault(("outputs", (reader, layer, "")), []).append(torch.cat(both, -1).flatten(0, 1).cpu())
     for (kind, key), parts in lists.items():
-        getattr(kept, kind)[key] = torch.cat(parts).float().cpu()
+        getattr(kept, kind)[key] = torch.cat(parts).float()
     return kept
 
 
 @contextmanager
 def _hooks(model: nn.Module, layout: Layout, lists: dict[tuple[str, Any], list[Tensor]]) -> Generator[None]:
     def keep(kind: str, key: Any, x: Tensor) -> None:
-        lists.setdefault((kind, key), []).append(x.detach().reshape(-1, x.shape[-1]))
+        lists.setdefault((kind, key), []).append(x.detach().reshape(-1, x.shape[-1]).cpu())
 
     def on_linear(key: tuple[str, int, str]) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

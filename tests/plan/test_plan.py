@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from plugbridge.config import parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.memory.predict import Trace, predict
+from plugbridge.memory.rates import Rates
+from plugbridge.plan import make
 from plugbridge.plan.advice import Advice, advise, changed
 from plugbridge.plan.make import make_plan
 from plugbridge.plan.works import rivals_of, subjects_of, works_of
@@ -147,6 +150,8 @@ def test_passes_and_disk_follow_importance_and_cache(run_config: Callable[..., R
     assert works(score={"importance": "magnitude", "samples": samples}, prune=prune)["score"].passes == samples
     couple = {"steps": 4, "batch_size": 4, "mode": "ladder"}
     assert works(couple=couple)["couple (ladder)"].disk == 0
+    fitted = works(couple={**couple, "plug": "ridge", "align_samples": 5})["couple (ladder)"]
+    assert (fitted.passes, fitted.large_rows) == (4 + 5, 16 + 5)
     config = parse_config(run_config(couple={**couple, "cache": "disk"}), "x")
     subjects = subjects_of(config, 8, None)
     places = find_mode("ladder").caches
@@ -162,3 +167,21 @@ def test_lora_beside_another_method_is_lora(run_config: Callable[..., Raw]) -> N
     named = {name: method for name, method in methods.items() if "LoRA" in name}
     assert len(named) == 4
     assert set(named.values()) == {"lora"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "wanted"), [("auto", True, "cuda"), ("cpu", True, "cpu"), ("auto", False, "cpu")]
+)
+def test_hours_are_of_the_device_that_the_run_would_take(
+    run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch, asked: str, there: bool, wanted: str
+) -> None:
+    measured: list[str] = []
+
+    def rates(_dtype: torch.dtype, device: str, _threads: int) -> Rates:
+        measured.append(device)
+        return Rates(1e9, 1e9)
+
+    monkeypatch.setattr(make, "measure_rates", rates)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    plan = make_plan(parse_config(run_config(device=asked), "x"), 8, 2**40, 1)
+    assert (plan.device, measured) == (wanted, [wanted])

@@ -55,8 +55,9 @@ def _print_plan(found: Any) -> None:
             end_section=kinds.get(index + 1, kinds[index]) != kinds[index],
         )  # fmt: skip
     out.print(table)
+    where = "card" if found.device == "cuda" else "processor"
     out.print(
-        f"hours at the rates of this machine's processor: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
+        f"hours at the rates of this machine's {where}: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
         f"{found.rates.moved / 1e9:.1f} GB/s in all else; reading a model from disk is not in them"
     )
     out.print("peaks are over what Python and its libraries take (on a processor about 0.5 GiB)")

@@ -4,6 +4,8 @@ from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from plugbridge.config import RunConfig
 from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, measure_rates
@@ -34,10 +36,14 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages and baselines; `advice` where memory was given and the run does not fit in it."""
+    """All stages and baselines; `advice` where memory was given and the run does not fit in it.
+
+    `rates` are those of `device`, where the run would go on here.
+    """
 
     stages: list[PlannedStage]
     rates: Rates
+    device: str
     large_parameters: int
     length: int
     memory: int | None
@@ -62,11 +68,12 @@ def make_plan(config: RunConfig, length: int, memory: int | None, threads: int, 
     subjects = subjects_of(config, length, memory)
     works = [*works_of(subjects), *references_of(subjects), *rivals_of(subjects)]
     traces = predictions.all([work.row for work in works])
-    rates = measure_rates(subjects.large.dtype, "cpu", threads)  # while nothing else is at work
+    device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    rates = measure_rates(subjects.large.dtype, device, threads)  # while nothing else is at work
     stages = [_planned(work, trace, rates, memory) for work, trace in zip(works, traces, strict=True)]
     tight = {stage.name: stage.peak_bytes for stage in stages if stage.ours and stage.fits is False}
     advice = advise(config, length, memory, tight, predictions) if memory is not None and tight else None
-    return Plan(stages, rates, subjects.parameters, length, memory, advice)
+    return Plan(stages, rates, device, subjects.parameters, length, memory, advice)
 
 
 def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> PlannedStage:

@@ -14,6 +14,7 @@ from plugbridge.memory.steps import STEPS
 from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype
 from plugbridge.prepare import bridge_sizes, resolve, wants_streaming
 from plugbridge.shrink.prune import count_parameters
+from plugbridge.stages.couple import reads_states
 from plugbridge.stages.shrink import rows_at_once, rows_scored
 from plugbridge.streaming import block_bytes
 from plugbridge.transfer.couple import find_mode
@@ -122,7 +123,9 @@ def works_of(s: Subjects) -> Iterator[Work]:
     runs = steps if find_mode(config.couple.mode).runs_large else 0
     case = replace(coupled, small=None if config.couple.plug == "fresh" else s.small.config)
     row = Row(f"couple ({config.couple.mode})", "", case, STEPS[f"couple, {config.couple.mode}"])
-    yield Work(row, steps, _cache_bytes(s, runs * coupled.batch), runs, runs * coupled.batch)
+    aligned = config.couple.align_samples if reads_states(config) else 0
+    rows = runs * coupled.batch
+    yield Work(row, steps, _cache_bytes(s, rows), runs + aligned, rows + aligned)
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)

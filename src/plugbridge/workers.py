@@ -1,4 +1,4 @@
-"""Processes that work for this one. Nothing heavy is imported here: they are ready before they import it."""
+"""Processes that work for this one. Nothing heavy is imported here: they are quiet before they import it."""
 
 import logging
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
+from typing import Literal
 
 NOISY = {
     **dict.fromkeys(("httpx", "httpx2", "urllib3", "matplotlib", "filelock"), logging.WARNING),
@@ -20,9 +21,12 @@ def quiet_loggers() -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def workers(count: int) -> ProcessPoolExecutor:
-    """So many new processes, which end when this one does, however it ends."""
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
+def workers(count: int, start: Literal["spawn", "fork"] = "spawn") -> ProcessPoolExecutor:
+    """So many new processes, which end when this one does, however it ends.
+
+    They begin anew, or as a copy of this process, which must not have begun to compute.
+    """
+    return ProcessPoolExecutor(count, multiprocessing.get_context(start), _begin)
 
 
 def _begin() -> None:

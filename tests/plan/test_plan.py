@@ -1,6 +1,8 @@
 """A plan says what a run takes and what would make it fit, without loading anything."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from plugbridge.config import parse_config
 from plugbridge.errors import ConfigError
@@ -185,3 +188,28 @@ def test_hours_are_of_the_device_that_the_run_would_take(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     plan = make_plan(parse_config(run_config(device=asked), "x"), 8, 2**40, 1)
     assert (plan.device, measured) == (wanted, [wanted])
+
+
+def test_the_command_in_a_process_of_its_own_says_the_same(run_config: Callable[..., Raw], tmp_path: Path) -> None:
+    """Where it works beside a copy of itself."""
+    raw = run_config(device="cpu")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    words = [
+        sys.executable,
+        "-m",
+        "plugbridge",
+        "plan",
+        tmp_path / "run.yaml",
+        "--length",
+        "8",
+        "--memory",
+        "1GB",
+        "--json",
+    ]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    wanted = make_plan(parse_config(raw, "x"), 8, 10**9, 1).as_json()
+    same = ("name", "peak_bytes", "disk_bytes", "passes", "large_rows", "fits")
+    for one, other in zip(found["stages"], wanted["stages"], strict=True):
+        assert [one[key] for key in same] == [other[key] for key in same]

@@ -29,11 +29,11 @@ def plan(
     room = parse_bytes(memory) if memory is not None else None
     from plugbridge.plan.beside import import_less, second_process
 
-    with second_process() as beside:
-        import_less()
-        setup(True)
-        from plugbridge.plan.make import make_plan
+    fresh = import_less()
+    setup(True)
+    from plugbridge.plan.make import make_plan  # all that is heavy, before the process is copied
 
+    with second_process(copied=fresh) as beside:
         found = make_plan(loaded, length, room, threads, beside)
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A second process that predictions are made on. Nothing heavy is imported here: it starts while this one imports."""
+"""A second process that predictions are made on."""
 
 import logging
 import os
@@ -12,27 +12,33 @@ from typing import Any, cast
 from plugbridge.workers import workers
 
 
+def import_less() -> bool:
+    """Let libraries do without packages that predictions have no use for; whether this process had imported none yet.
+
+    peft imports bitsandbytes wherever it is installed, and that torch's compiler: a quarter of all imports' time.
+    """
+    fresh = "transformers" not in sys.modules  # or they may be used for other things
+    if fresh:
+        cast(dict[str, Any], sys.modules).setdefault("bitsandbytes", None)  # as if it was not installed
+    return fresh
+
+
 @contextmanager
-def second_process() -> Generator[Executor | None]:
-    """A process that gets ready at once; None where there is no second core for it."""
+def second_process(copied: bool = False) -> Generator[Executor | None]:
+    """A process that gets ready at once; None where there is no second core for it.
+
+    Under Linux it may be `copied` from this one with all that is imported, if this one has not begun to compute: two
+    that import at the same time slow each other.
+    """
     if _cores() < 2:
         yield None
         return
-    pool = workers(1)
+    pool = workers(1, "fork" if copied and sys.platform == "linux" else "spawn")
     try:
         pool.submit(_get_ready)
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def import_less() -> None:
-    """Let libraries that are not imported yet do without packages that predictions have no use for.
-
-    peft imports bitsandbytes wherever it is installed, and that torch's compiler: a quarter of all imports' time.
-    """
-    if "transformers" not in sys.modules:  # a process that has it may use them for other things
-        cast(dict[str, Any], sys.modules).setdefault("bitsandbytes", None)  # as if it was not installed
 
 
 def _cores() -> int:
@@ -41,11 +47,11 @@ def _cores() -> int:
 
 
 def _get_ready() -> None:
-    """Import what predictions need; what is logged, the first process logs as well."""
+    """Import what predictions need, where it is not; what is logged, the first process logs as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.disable(logging.WARNING)
     import_less()
     from plugbridge.memory.predict import predict  # pyright: ignore[reportUnusedImport]  # noqa: F401
     from plugbridge.models import quiet_transformers
 
     quiet_transformers()
+    logging.disable(logging.WARNING)

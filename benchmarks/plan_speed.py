@@ -1,8 +1,8 @@
 """How long `plugbridge plan` takes for a pair of the shape of Llama 70B and 8B, from configuration files alone.
 
-Seconds of the whole command, and of processor time, which a busy machine does not change much.
+Seconds of the whole command, and of processor time, each the median of some rounds.
 
-    python benchmarks/plan_speed.py --table docs/results/plan_speed.md
+    python benchmarks/plan_speed.py --rounds 5 --table docs/results/plan_speed.md
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from transformers import LlamaConfig
 
@@ -35,28 +36,38 @@ def write_pair(folder: Path) -> None:
     (folder / "run.yaml").write_text(RUN, encoding="utf-8")
 
 
+def timed(command: list[str]) -> tuple[str, float, float]:
+    """What a command prints, its seconds, and those of processor time."""
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    wide = {**os.environ, "COLUMNS": "140"}
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=wide).stdout
+    seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return printed, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def main() -> None:
     """Time the command and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", default="24GB")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--table", type=Path, help="Markdown file to write, its JSON beside it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_pair(folder)
         command = [sys.executable, "-m", "plugbridge", "plan", str(folder / "run.yaml"), "--memory", args.memory]
-        wide = {**os.environ, "COLUMNS": "140"}
-        begun = time.perf_counter()
-        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=wide).stdout
-        seconds = time.perf_counter() - begun
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = {"seconds": seconds, "processor_seconds": used.ru_utime + used.ru_stime}
+        rounds = [timed(command) for _ in range(args.rounds)]
+    printed = rounds[-1][0]
+    found = {"seconds": [one[1] for one in rounds], "processor_seconds": [one[2] for one in rounds]}
     print(printed, found)
     if args.table is not None:
         about = (__doc__ or "").partition("    python")[0].strip()
-        head = f"# Planning a 70B model\n\n{about}\n\n    python benchmarks/plan_speed.py --table {args.table}\n\n"
-        line = f"{found['seconds']:.1f} seconds, {found['processor_seconds']:.1f} of processor time.\n\n"
-        write_text(args.table, f"{head}{line}```\n{printed.strip()}\n```\n")
+        words = f"    python benchmarks/plan_speed.py --rounds {args.rounds} --table {args.table}"
+        head = f"# Planning a 70B model\n\n{about}\n\n{words}\n\n"
+        times, own = found["seconds"], found["processor_seconds"]
+        between = f"{min(times):.1f} to {max(times):.1f}"
+        line = f"{median(times):.1f} seconds ({between}), {median(own):.1f} of processor time."
+        write_text(args.table, f"{head}{line}\n\n```\n{printed.strip()}\n```\n")
         write_json(args.table.with_suffix(".json"), found)
 
 

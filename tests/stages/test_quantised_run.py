@@ -68,8 +68,8 @@ def test_a_run_in_eight_bits(
     assert report["models"]["large"]["load_in"] == "8bit"
     assert report["models"]["large"]["parameters"] == facts_of(tmp_path / "run", "prune")["large_parameters"]
     assert {"large_zero_shot", "large_plugged", "large_probe"} <= {row["name"] for row in report["rows"]}
-    start_states = couple.get("plug") == "ridge"
-    expected = ["start"] * (start_states or couple.get("plug") is None) + ["couple", "zero-shot", "plugged", "probe"]
+    fitted = couple.get("plug") == "ridge"  # a fresh start needs shapes alone
+    expected = ["start"] * fitted + ["couple", "zero-shot", "plugged", "probe"]
     assert len(loaded) == len(expected) + len(optional) + (couple["mode"] == "ladder")
 
 

@@ -58,8 +58,8 @@ def read_report(root: Path) -> dict[str, Any]:
     """One JSON object for a finished run.
 
     `rows`: name, metric, value, n, seconds and peak_bytes of making the model (training stages),
-    evaluate_seconds, parameters {trainable, changed, rank}. `peak` {stage, bytes, memory} is the whole job's,
-    `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
+    evaluate_seconds, parameters {trainable, changed, rank}. `peak` {stage, bytes, memory, reserved_bytes} is the whole
+    job's, `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
     Also `pgr` (performance gap recovered: (plugged - small) / (ceiling - small), null without a ceiling or a
     gap beyond chance), `stages`, `models`, `versions`, `seed`. What was done is read from the stages' markers, not
     from the run's config, which may be newer. Raises RunError if the run is not finished.
@@ -160,10 +160,11 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
 
 def _peak(markers: _Markers) -> dict[str, Any]:
     """The stage of the method that took the most memory, importance and evaluation included; references are not."""
-    own = {name: m["peak_bytes"] for name, m in markers.stages.items() if name in (*TRANSFER, "evaluate")}
-    stage = max(own, key=lambda name: own[name])
+    own = {name: marker for name, marker in markers.stages.items() if name in (*TRANSFER, "evaluate")}
+    stage = max(own, key=lambda name: own[name]["peak_bytes"])
     kind = "device" if str(markers.depends(stage)["device"]).startswith("cuda") else "resident"
-    return {"stage": stage, "bytes": own[stage], "memory": kind}
+    reserved = max(marker.get("reserved_bytes", 0) for marker in own.values())
+    return {"stage": stage, "bytes": own[stage]["peak_bytes"], "memory": kind, "reserved_bytes": reserved}
 
 
 def _counts(markers: _Markers) -> dict[str, dict[str, int]]:

@@ -96,6 +96,8 @@ def print_table(found: dict[str, Any]) -> None:
     peak = found["peak"]
     held = {"device": "allocated on the device", "resident": "resident, over the process without a model"}
     highest = f"{peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
+    if peak["reserved_bytes"]:
+        highest += f"; at most {peak['reserved_bytes'] / 2**20:,.0f} MiB were reserved"
     out.print(f"peak of the whole job, references left out: {highest}")
     coupling = found["coupling"]
     kept = f"; {coupling['cache_bytes'] / 2**20:,.0f} MiB of its activations were kept ({coupling['cache']})"

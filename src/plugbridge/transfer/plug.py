@@ -94,15 +94,17 @@ def apply_plug(method: Method, small: Layout, large: Layout, plug: Mapping[str, 
     the plug and in the module.
     """
     carried: Module = {}
+    matrices: dict[str, Tensor] = {}  # one for all layers: autograd keeps each until the backward pass
     for slot, tensor in module.items():
         pattern = pattern_of(method, large, slot)
         dim = model_dim(large, pattern)
-        if dim is None or plug_key(slot) not in plug:
+        key = plug_key(slot)
+        if dim is None or key not in plug:
             carried[slot] = tensor
             continue
         stacked, width = dim
-        maps = plug[plug_key(slot)]
-        matrix = torch.block_diag(*maps) if stacked else maps[0]
-        op = {" ".join((*stacked, *width)): Project(matrix)}
+        if key not in matrices:
+            matrices[key] = torch.block_diag(*plug[key]) if stacked else plug[key][0]
+        op = {" ".join((*stacked, *width)): Project(matrices[key])}
         carried[slot] = transform(tensor, pattern, op, known_sizes(small), slot.tensor)
     return carried

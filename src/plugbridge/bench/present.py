@@ -37,9 +37,9 @@ def page(
         seeds = ", ".join(map(str, first.seeds))
         lines += [f"{first.n} test rows, seeds {seeds}, majority class {first.majority:.3f}.", ""]
         others = list(dict.fromkeys(name for cell in cells for name in cell.differences))
-        names = ["", "coupling", "accuracy", "PGR", *(f"PGR above {name}" for name in others)]
+        names = ["coupling", "accuracy", "PGR", *(f"PGR above {name}" for name in others)]
         names += ["Bridge share", "large rows read", "seconds", "MiB"]
-        lines += [f"| {' | '.join(names)} |".replace("|  |", "| |"), "|---" * len(names) + "|"]
+        lines += [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         lines += [_line(cell, first.seeds, others) for cell in same]
         lines.append("")
     return "\n".join(lines)

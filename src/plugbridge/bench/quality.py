@@ -224,7 +224,7 @@ def _cell(
         pgr_low=pgr_low,
         pgr_high=pgr_high,
         control=control,
-        command=f"{command} --only {groups[0].name.rpartition('-s')[0]}-s",
+        command=f"{command} --only {groups[0].pair}-{groups[0].method}-{groups[0].task}-s",
         variant=title,
         n=len(table[0][0]),
         majority=float(majority["accuracy"]),
@@ -248,18 +248,13 @@ def intervals(
 ) -> tuple[float, float, float, float | None, float | None, float | None]:
     """(accuracy, low, high, PGR, low, high) from each seed's right (1) and wrong (0) answers.
 
-    PGR is of the mean accuracies. PGR is None where the gap between small and large is not above zero in at least
-    97.5 % of the resamples: a ratio to a gap that may not be there says nothing; those in which it is not are left out.
+    PGR is of the mean accuracies; None as `_share` says.
     """
     means = _resampled((right, small, large))
     value, base, top = (float(np.mean([a.mean() for a in side])) for side in (right, small, large))
     low, high = (float(q) for q in np.percentile(means[:, 0], [2.5, 97.5]))
-    gaps = means[:, 2] - means[:, 1]
-    if float(np.mean(gaps > 0)) < 0.975 or top <= base:
-        return value, low, high, None, None, None
-    shares = (means[:, 0] - means[:, 1])[gaps > 0] / gaps[gaps > 0]
-    pgr_low, pgr_high = (float(q) for q in np.percentile(shares, [2.5, 97.5]))
-    return value, low, high, (value - base) / (top - base), pgr_low, pgr_high
+    pgr = _share(value - base, top - base, means[:, 0] - means[:, 1], means[:, 2] - means[:, 1])
+    return (value, low, high, None, None, None) if pgr is None else (value, low, high, *pgr)
 
 
 def difference(
@@ -270,16 +265,24 @@ def difference(
 ) -> Difference | None:
     """(PGR of one model minus that of another, low, high), from their answers to the same rows with the same seeds.
 
-    What both share, the gap and how hard a row is, is no part of the doubt. None where there is no PGR.
+    What both share, the gap and how hard a row is, is no part of the doubt. None as `_share` says.
     """
     means = _resampled((right, other, small, large))
     a, b, base, top = (float(np.mean([x.mean() for x in side])) for side in (right, other, small, large))
-    gaps = means[:, 3] - means[:, 2]
-    if float(np.mean(gaps > 0)) < 0.975 or top <= base:
+    return _share(a - b, top - base, means[:, 0] - means[:, 1], means[:, 3] - means[:, 2])
+
+
+def _share(part: float, gap: float, parts: NDArray[np.float64], gaps: NDArray[np.float64]) -> Difference | None:
+    """(part / gap, low, high) from both as they are and as they were resampled.
+
+    None where the gap is not above zero in at least 97.5 % of the resamples: a ratio to a gap that may not be there
+    says nothing; those in which it is not are left out.
+    """
+    there = gaps > 0
+    if float(np.mean(there)) < 0.975 or gap <= 0:
         return None
-    shares = (means[:, 0] - means[:, 1])[gaps > 0] / gaps[gaps > 0]
-    low, high = (float(q) for q in np.percentile(shares, [2.5, 97.5]))
-    return (a - b) / (top - base), low, high
+    low, high = (float(q) for q in np.percentile(parts[there] / gaps[there], [2.5, 97.5]))
+    return part / gap, low, high
 
 
 def _resampled(sides: Sequence[Sequence[NDArray[np.float64]]]) -> NDArray[np.float64]:

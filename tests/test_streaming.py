@@ -22,7 +22,7 @@ from plugbridge.shrink.importance import activation, magnitude, record_second_mo
 from plugbridge.shrink.prune import plan_bridge, reduced_sizes
 from plugbridge.streaming import Absent, Window, load_streamed, values_of, window_of
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.transfer.start import record_states
+from plugbridge.transfer.states import Place, States, watch
 from plugbridge.tuners.module import attach
 from plugbridge.tuners.table import METHODS as TABLE
 from plugbridge.tuners.table import MethodSettings
@@ -158,11 +158,21 @@ def test_a_checkpoint_of_the_model_without_its_head(tmp_path: Path) -> None:
 def test_states_and_scores_of_options(sharded: Callable[[str], Path], family: str) -> None:
     plain, (model, layout, _) = resident(sharded(family)), streamed(sharded(family))
     encoder = Encoder(make_tokenizer(), layout.family.kind, None)
-    a, b = (record_states(m, layout, encoder, ROWS) for m in (plain, model))
-    for part in ("inputs", "outputs", "blocks"):
-        one, other = getattr(a, part), getattr(b, part)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    layers = [(stack, layer) for stack, count in layout.layers.items() for layer in range(count)]
+    sites = {
+        place: site
+        for _, (place, site) in ((path, layout.place_of(path)) for path, _ in layout.sites("attention_input"))
+    }
+    places = [Place("blocks", *at) for at in layers]
+    places += [Place(kind, at.stack, at.layer, site) for at, site in sites.items() for kind in ("inputs", "outputs")]
+    places += [Place("outputs", *at) for at in layers if at[0] == layout.family.prefix.stack]
+    for row in ROWS:
+        one: States = {}
+        other: States = {}
+        watch(plain, layout, encoder, row, places, one.__setitem__)
+        watch(model, layout, encoder, row, places, other.__setitem__)
+        assert one.keys() == other.keys() == set(places)
+        assert all(torch.equal(one[place], other[place]) for place in places)
     rows = [*ROWS, Encoded((9, 12, 10, 8), ((3, 4, 1), (4, 3, 1)), 0)]
     scores = [option_scores(m, encoder, rows, 2, Silent(), "") for m in (plain, model)]
     assert scores[0] == scores[1]

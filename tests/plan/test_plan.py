@@ -153,8 +153,12 @@ def test_passes_and_disk_follow_importance_and_cache(run_config: Callable[..., R
     assert works(score={"importance": "magnitude", "samples": samples}, prune=prune)["score"].passes == samples
     couple = {"steps": 4, "batch_size": 4, "mode": "ladder"}
     assert works(couple=couple)["couple (ladder)"].disk == 0
-    fitted = works(couple={**couple, "plug": "ridge", "align_samples": 5})["couple (ladder)"]
-    assert (fitted.passes, fitted.large_rows) == (4 + 5, 16 + 5)
+    for plug, layer_map, passes in (("ridge", "uniform", 1), ("random", "cka", 1), ("procrustes", "cka", 2)):
+        fitted = works(couple={**couple, "plug": plug, "layer_map": layer_map, "align_samples": 5})
+        start = fitted["couple: start from both models' states"]
+        assert (start.times, start.passes, start.large_rows, start.disk) == (5, 5 * passes, 5 * passes, 0)
+        assert (fitted["couple (ladder)"].passes, fitted["couple (ladder)"].large_rows) == (4, 16)
+    assert not any(name.startswith("couple:") for name in works(couple={**couple, "plug": "random"}))
     config = parse_config(run_config(couple={**couple, "cache": "disk"}), "x")
     subjects = subjects_of(config, 8, None)
     places = find_mode("ladder").caches

@@ -1,15 +1,18 @@
 """Where coupling starts: the best layer map, plugs that bring one model's states to the other's, a fresh module."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, partial
 from itertools import combinations_with_replacement
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from conftest import FAMILIES, METHODS, VOCAB, logits_of, make_model, make_tokenizer, randomise
 from plugbridge.families.spec import Layout
+from plugbridge.memory.alive import Alive
 from plugbridge.models import layout_for
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.align import ridge
@@ -21,16 +24,8 @@ from plugbridge.transfer.plug import (
     random_plug,
     uniform_layer_map,
 )
-from plugbridge.transfer.start import (
-    States,
-    best_monotone,
-    cka_layer_map,
-    fitted_plug,
-    fresh_start,
-    reads,
-    record_states,
-    small_start,
-)
+from plugbridge.transfer.start import PlugFit, best_monotone, cka_layer_map, fresh_start, reads, small_start
+from plugbridge.transfer.states import BothRows, Place, See, States, watch
 from plugbridge.tuners.module import Module, Slot, attach, load_state, pack, state_of, unpack
 from plugbridge.tuners.table import METHODS as TABLE
 from plugbridge.tuners.table import Method, MethodSettings
@@ -65,12 +60,47 @@ def _module(family: str, method: str, size: str) -> tuple[Layout, Module]:
     return layout, unpack(TABLE[method], layout, state_of(wrapped))
 
 
+def _everywhere(layout: Layout) -> list[Place]:
+    """Every place that a method may ask for."""
+    found = [Place("blocks", stack, layer) for stack, count in layout.layers.items() for layer in range(count)]
+    found += [Place("outputs", layout.family.prefix.stack, i) for i in range(layout.layers[layout.family.prefix.stack])]
+    for name, stack in layout.family.stack.items():
+        sites = dict.fromkeys(site for roles in stack.roles.values() for site in roles)
+        for site in sites:
+            for layer in range(layout.layers[name]):
+                found += [Place("inputs", name, layer, site), Place("outputs", name, layer, site)]
+    return found
+
+
+def _seen(model: PreTrainedModel, rows: list[Encoded]) -> States:
+    """A model's states everywhere on all rows."""
+    layout = layout_for(model)
+    found: dict[Place, list[Tensor]] = {}
+    for row in rows:
+        watch(
+            model, layout, _encoder(layout), row, _everywhere(layout), lambda at, x: found.setdefault(at, []).append(x)
+        )
+    return {place: torch.cat(parts) for place, parts in found.items()}
+
+
 @cache
 def _states(family: str, size: str) -> tuple[Layout, States]:
     """A model's layout and its states on rows enough to span every width."""
     model = make_model(family, **SHAPES[size])
-    layout = layout_for(model)
-    return layout, record_states(model, layout, _encoder(layout), _rows(12))
+    return layout_for(model), _seen(model, _rows(12))
+
+
+def _as_rows(narrow: States, wide: States) -> BothRows:
+    """States of both models as if they were one row's."""
+
+    def rows(small: Collection[Place], large: Collection[Place]) -> Iterator[tuple[States, Callable[[See], None]]]:
+        def run(see: See) -> None:
+            for place in large:
+                see(place, wide[place])
+
+        yield {place: narrow[place] for place in small}, run
+
+    return rows
 
 
 def _plugged(module: Module, groups: Mapping[str, object]) -> list[Slot]:
@@ -78,7 +108,7 @@ def _plugged(module: Module, groups: Mapping[str, object]) -> list[Slot]:
     return [slot for slot in module if plug_key(slot) in groups and "bias" not in slot.tensor]
 
 
-def _side(method: Method, slot: Slot) -> str:
+def _side(method: Method, slot: Slot) -> Literal["inputs", "outputs"]:
     return "inputs" if "{in}" in method.tensors[slot.tensor] else "outputs"
 
 
@@ -104,7 +134,7 @@ def test_best_monotone_is_the_best_of_all_that_keep_the_order() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_mapped_on_itself_layer_by_layer(family: str) -> None:
     layout, states = _states(family, "large")
-    assert cka_layer_map(layout, layout, states, states) == {stack: [0, 1, 2] for stack in layout.layers}
+    assert cka_layer_map(layout, layout, _as_rows(states, states)) == {stack: [0, 1, 2] for stack in layout.layers}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,9 +144,10 @@ def test_layers_are_mapped_by_what_is_alike_and_not_by_their_number(family: str)
     generator = torch.Generator().manual_seed(0)
     source = {stack: [0, 1, 1, 1, 1] for stack in large.layers}
     basis = torch.linalg.qr(_random(16, 8, generator=generator)).Q.mT
-    narrow = States(blocks={(s, i): _random(40, 8, generator=generator) for s in large.layers for i in range(2)})
-    wide = States(blocks={(s, j): 2 * narrow.blocks[s, i] @ basis for s in source for j, i in enumerate(source[s])})
-    start = small_start(TABLE["lora"], "random", "cka", small, large, tuned, (narrow, wide), seed=0)
+    narrow = {Place("blocks", s, i): _random(40, 8, generator=generator) for s in large.layers for i in range(2)}
+    wide = {Place("blocks", s, j): 2 * narrow[Place("blocks", s, i)] @ basis for s in source
+            for j, i in enumerate(source[s])}  # fmt: skip
+    start = small_start(TABLE["lora"], "random", "cka", small, large, tuned, _as_rows(narrow, wide), seed=0)
     wanted = duplicate(tuned, source)
     assert start.layer_map == source != uniform_layer_map(small, large)
     assert start.module.keys() == wanted.keys()
@@ -130,7 +161,7 @@ def test_layers_are_mapped_by_what_is_alike_and_not_by_their_number(family: str)
 def test_recorded_states_are_the_models_own(family: str) -> None:
     model = make_model(family, **SHAPES["large"])
     layout, rows = layout_for(model), _rows(3)
-    states = record_states(model, layout, _encoder(layout), rows)
+    states = _seen(model, rows)
     wanted: dict[str, list[list[Tensor]]] = {stack: [] for stack in layout.layers}
     for row in rows:
         target = torch.tensor([row.options[row.answer]])
@@ -145,30 +176,26 @@ def test_recorded_states_are_the_models_own(family: str) -> None:
     for stack, count in layout.layers.items():
         for layer in range(count - 1):  # transformers gives the last one after the final norm only
             blocks = torch.cat([hidden[layer + 1][0] for hidden in wanted[stack]])
-            assert torch.allclose(states.blocks[stack, layer], blocks, rtol=1e-5, atol=1e-5)
-    assert states.blocks.keys() == {(s, i) for s, n in layout.layers.items() for i in range(n)}
+            assert torch.allclose(states[Place("blocks", stack, layer)], blocks, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_maps_its_recorded_inputs_to_its_recorded_outputs(family: str) -> None:
     model = make_model(family, **SHAPES["large"])
     layout = layout_for(model)
-    states = record_states(model, layout, _encoder(layout), _rows(3))
+    states = _seen(model, _rows(3))
     roles = ("attention_input", "attention_output", "mlp_output")
     sites = [(path, layout.place_of(path)) for role in roles for path, _ in layout.sites(role)]
-    assert states.inputs.keys() == {(place.stack, place.layer, site) for _, (place, site) in sites}
-    assert states.outputs.keys() - states.inputs.keys() == {
-        (layout.family.prefix.stack, layer, "") for layer in range(3)
-    }
+    assert states.keys() == set(_everywhere(layout))
     for path, (place, site) in sites:
         key = (place.stack, place.layer, site)
         with torch.no_grad():
-            found = model.get_submodule(path)(states.inputs[key])
-        assert torch.allclose(states.outputs[key], found, rtol=1e-5, atol=1e-5), path
+            found = model.get_submodule(path)(states[Place("inputs", *key)])
+        assert torch.allclose(states[Place("outputs", *key)], found, rtol=1e-5, atol=1e-5), path
     value = {"gpt2": "attn.c_attn", "llama": "self_attn.v_proj"}.get(layout.family.name, "layer.0.SelfAttention.v")
     for layer in range(3):
-        both = states.outputs[layout.family.prefix.stack, layer, ""].chunk(2, -1)
-        parts = states.outputs[layout.family.prefix.stack, layer, value].split(both[1].shape[-1], -1)
+        both = states[Place("outputs", layout.family.prefix.stack, layer)].chunk(2, -1)
+        parts = states[Place("outputs", layout.family.prefix.stack, layer, value)].split(both[1].shape[-1], -1)
         assert torch.equal(both[1], parts[-1])
         if family == "gpt2":
             assert torch.equal(both[0], parts[1])
@@ -177,9 +204,9 @@ def test_every_layer_maps_its_recorded_inputs_to_its_recorded_outputs(family: st
 
 def test_recording_leaves_no_hook_and_no_graph() -> None:
     model = make_model("gpt2")
-    states = record_states(model, layout_for(model), _encoder(layout_for(model)), _rows(2))
+    states = _seen(model, _rows(2))
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
-    assert not any(x.requires_grad for x in (*states.inputs.values(), *states.outputs.values()))
+    assert not any(x.requires_grad for x in states.values())
 
 
 # plugs
@@ -208,7 +235,7 @@ def test_fitted_plugs_have_the_plugs_shapes(family: str, method: str, kind: str)
     _, narrow = _states(family, "small")
     large, wide = _states(family, "large")
     row = TABLE[method]
-    start = small_start(row, kind, "uniform", small, large, tuned, (narrow, wide), seed=0)
+    start = small_start(row, kind, "uniform", small, large, tuned, _as_rows(narrow, wide), seed=0)
     shapes = plug_shapes(row, small, large, start.module)
     assert {key: tuple(maps.shape) for key, maps in start.plug.items()} == shapes
     for key, maps in start.plug.items():
@@ -230,10 +257,10 @@ def test_between_a_model_and_itself_ridge_is_the_identity(
     layout, tuned = _module(family, method, "small")
     _, states = _states(family, "small")
     row = TABLE[method]
-    start = small_start(row, "ridge", "uniform", layout, layout, tuned, (states, states), seed=0)
+    start = small_start(row, "ridge", "uniform", layout, layout, tuned, _as_rows(states, states), seed=0)
     for slot in _plugged(start.module, start.plug):
         key, side = plug_key(slot), _side(row, slot)
-        x = getattr(states, side)[slot.stack, slot.layer, slot.site]
+        x = states[Place(side, slot.stack, slot.layer, slot.site)]
         parts = x if reads(row, slot.tensor) else x - x.mean(0)
         for part, matrix in zip(parts.chunk(len(start.plug[key]), -1), start.plug[key], strict=True):
             assert torch.allclose(part @ matrix, part, rtol=0, atol=2e-3 * float(part.std())), key
@@ -253,28 +280,54 @@ def test_a_plug_finds_the_map_between_the_states_where_its_tensors_sit(
     layers = {stack: [0, 1, 1] for stack in large.layers}  # not the uniform map
     module = duplicate(tuned, layers)
     shapes = plug_shapes(row, small, large, module)
-    narrow, wide, maps = States(), States(), {}
+    narrow: States = {}
+    wide: States = {}
+    maps: dict[tuple[str, str, str], Tensor] = {}
     for slot in _plugged(module, shapes):
         stacked, large_width, small_width = shapes[plug_key(slot)]
-        side, at = _side(row, slot), (slot.stack, layers[slot.stack][slot.layer], slot.site)
+        side = _side(row, slot)
+        at = Place(side, slot.stack, layers[slot.stack][slot.layer], slot.site)
         group = (slot.stack, slot.site, side)  # an adapter reads and writes at one place
         if group not in maps:
             maps[group] = torch.linalg.qr(_random(stacked, large_width, small_width, generator=generator)).Q
             if kind == "ridge":
                 maps[group] = maps[group] @ _random(small_width, small_width, generator=generator)
-        if at not in getattr(narrow, side):
-            getattr(narrow, side)[at] = _random(40, stacked * small_width, generator=generator)
-        parts = getattr(narrow, side)[at].chunk(stacked, -1)
+        if at not in narrow:
+            narrow[at] = _random(40, stacked * small_width, generator=generator)
+        parts = narrow[at].chunk(stacked, -1)
         found = torch.cat([part @ m.mT for part, m in zip(parts, maps[group], strict=True)], -1)
         shift = 0 if method == "adapter" or reads(row, slot.tensor) else 5
-        getattr(wide, side)[slot.stack, slot.layer, slot.site] = found + shift
-    plug = fitted_plug(row, kind, small, large, module, layers, narrow, wide)
+        wide[Place(side, slot.stack, slot.layer, slot.site)] = found + shift
+    fit = PlugFit(row, small, large, module, layers)
+    for states, run in _as_rows(narrow, wide)(*fit.places):
+        fit.add(states, run)
+    plug = fit.plug(kind)
     assert plug.keys() == shapes.keys()
     for slot in _plugged(module, plug):
         exact = maps[slot.stack, slot.site, _side(row, slot)]
         wanted = torch.linalg.pinv(exact).mT if reads(row, slot.tensor) else exact
         found = plug[plug_key(slot)].double()
         assert torch.allclose(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max())), slot
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_rows_take_no_more_memory(method: str) -> None:
+    small, tuned = _module("gpt2", method, "small")
+    models = [make_model("gpt2", **SHAPES[size]) for size in ("small", "large")]
+    large = layout_for(models[1])
+
+    def peak(count: int) -> int:
+        def rows(narrow: Collection[Place], wide: Collection[Place]) -> Iterator[tuple[States, Callable[[See], None]]]:
+            for row in (Encoded(tuple(range(5, 25)), ENDS, 0) for _ in range(count)):
+                states: States = {}
+                watch(models[0], small, _encoder(small), row, narrow, states.__setitem__)
+                yield states, partial(watch, models[1], large, _encoder(large), row, wide)
+
+        with Alive() as alive:
+            small_start(TABLE[method], "ridge", "cka", small, large, tuned, rows, seed=0)
+        return max(alive.peaks.values())
+
+    assert peak(60) <= peak(20)
 
 
 # a fresh module

@@ -32,7 +32,8 @@ from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_grad
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
 from plugbridge.transfer.plug import duplicate, plug_shapes, uniform_layer_map
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
-from plugbridge.transfer.start import Start
+from plugbridge.transfer.start import LayerLikeness, MapKind, PlugFit, Start, StartKind
+from plugbridge.transfer.states import States, watch
 from plugbridge.tuners.module import Module, attach, saved_key, trainable, unpack
 
 MakeStep = Callable[[Case], "Step"]
@@ -272,6 +273,50 @@ def _fresh_module(case: Case, empty: PreTrainedModel, layout: Layout) -> Module:
     return unpack(case.method, layout, state)
 
 
+def align(case: Case, plug: StartKind, layer_map: MapKind) -> Step:
+    """Both models read a row; what a start is fitted to is summed up, and fitted."""
+    model, layout = run_only(case)
+    assert case.small is not None
+    small, narrow = replace(case, config=case.small, streamed=False, bits=None).build()
+    layers = uniform_layer_map(narrow, layout)
+    module = duplicate(_fresh_module(case, replace(case, config=case.small).on_meta()[0], narrow), layers)
+    fit = PlugFit(case.method, narrow, layout, module, layers) if plug != "random" else None
+    likeness = LayerLikeness(narrow, layout) if layer_map == "cka" else None
+    (row,) = case.rows(1)
+
+    def read() -> None:
+        for sums in (fit, likeness):
+            if sums is not None:
+                places = sums.places
+                states: States = {}
+                watch(small, narrow, case.encoder, row, places[0], states.__setitem__)
+                sums.add(states, partial(watch, model, layout, case.encoder, row, places[1]))
+
+    def end() -> None:
+        if fit is not None:
+            fit.plug(plug)
+
+    passes = (fit is not None) + (likeness is not None)
+    return Step({"read": read, "fit": end}, [(model, "model")], passes, chosen=None, held=[model, small, fit, likeness])
+
+
+def alignment(plug: StartKind, layer_map: MapKind) -> str:
+    """The name of the step that fits such a start."""
+    return f"align, {plug}, {layer_map}"
+
+
+def alignments() -> dict[str, MakeStep]:
+    """A step of every start that is fitted to states, by name."""
+    ways: list[tuple[StartKind, MapKind]] = [
+        ("random", "cka"),
+        ("ridge", "uniform"),
+        ("ridge", "cka"),
+        ("procrustes", "uniform"),
+        ("procrustes", "cka"),
+    ]
+    return {alignment(plug, layer_map): partial(align, plug=plug, layer_map=layer_map) for plug, layer_map in ways}
+
+
 def polish(case: Case) -> Step:
     """A forward pass of the plugged model."""
     model, layout = run_only(case)
@@ -318,6 +363,7 @@ STEPS: dict[str, MakeStep] = {
     "score": score,
     "prune": prune,
     "repair": repair,
+    **alignments(),
     **{f"couple, {name}": make for name, make in couplings().items()},
     "polish": polish,
     "evaluate": evaluate,

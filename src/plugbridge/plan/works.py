@@ -10,11 +10,11 @@ from plugbridge.cost import free_memory
 from plugbridge.families.spec import Layout
 from plugbridge.memory.case import Case
 from plugbridge.memory.rows import Row, baselines, top_layers
-from plugbridge.memory.steps import STEPS
+from plugbridge.memory.steps import STEPS, alignment
 from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype
 from plugbridge.prepare import bridge_sizes, resolve, wants_streaming
 from plugbridge.shrink.prune import count_parameters
-from plugbridge.stages.couple import reads_states
+from plugbridge.stages.couple import alignment_passes
 from plugbridge.stages.shrink import rows_at_once, rows_scored
 from plugbridge.streaming import block_bytes
 from plugbridge.transfer.couple import find_mode
@@ -122,10 +122,21 @@ def works_of(s: Subjects) -> Iterator[Work]:
     steps = config.couple.steps
     runs = steps if find_mode(config.couple.mode).runs_large else 0
     case = replace(coupled, small=None if config.couple.plug == "fresh" else s.small.config)
+    aligned = config.couple.align_samples * alignment_passes(config)
+    if aligned:
+        assert config.couple.plug is not None  # resolved
+        step = STEPS[alignment(config.couple.plug, config.couple.layer_map)]
+        start = replace(coupled, trained={}, small=s.small.config)
+        yield Work(
+            Row("couple: start from both models' states", "", start, step),
+            config.couple.align_samples,
+            0,
+            aligned,
+            aligned,
+        )
     row = Row(f"couple ({config.couple.mode})", "", case, STEPS[f"couple, {config.couple.mode}"])
-    aligned = config.couple.align_samples if reads_states(config) else 0
     rows = runs * coupled.batch
-    yield Work(row, steps, _cache_bytes(s, rows), runs + aligned, rows + aligned)
+    yield Work(row, steps, _cache_bytes(s, rows), runs, rows)
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)

@@ -1,14 +1,14 @@
 """Coupling module, plug and Bridge."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from plugbridge.config import RunConfig
 from plugbridge.families.spec import Layout, layout_of_config
@@ -16,14 +16,15 @@ from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import load_config, load_model
 from plugbridge.prepare import Prepared
 from plugbridge.stages.work import CHECKPOINT, Work, bridge_folder, layouts, rate_of_training, read_plan, schedule_of
-from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.encode import Encoded
 from plugbridge.train import batch_indices, fit
 from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.coupling import Coupling, bridge_state, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.down import start_down
 from plugbridge.transfer.ladder import length_in
-from plugbridge.transfer.start import Start, States, fresh_start, record_states, small_start
+from plugbridge.transfer.start import Start, fresh_start, small_start
+from plugbridge.transfer.states import BothRows, Place, See, States, watch
 from plugbridge.tuners.module import Module, Slot, read, save, unpack
 
 
@@ -90,13 +91,15 @@ def couple(work: Work) -> dict[str, Any]:
 
 def uses_large(config: RunConfig) -> bool:
     """Whether coupling loads the large model: to run it, or to start from it."""
-    return find_mode(config.couple.mode).runs_large or config.couple.plug == "fresh" or reads_states(config)
+    return find_mode(config.couple.mode).runs_large or config.couple.plug == "fresh" or alignment_passes(config) > 0
 
 
-def reads_states(config: RunConfig) -> bool:
-    """Whether coupling starts from what the two models' states have in common, and so runs both on some rows."""
+def alignment_passes(config: RunConfig) -> int:
+    """How often coupling runs both models on some rows first, to start from what their states have in common."""
     settings = config.couple
-    return settings.plug != "fresh" and (settings.plug != "random" or settings.layer_map != "uniform")
+    if settings.plug == "fresh":
+        return 0
+    return (settings.plug != "random") + (settings.layer_map != "uniform")
 
 
 def cache_room(prepared: Prepared) -> int:
@@ -123,9 +126,9 @@ def _drawn(prepared: Prepared) -> list[Encoded]:
 
 
 def _rows_aligned(prepared: Prepared) -> int:
-    """Rows that both models read so that coupling can start from their states."""
-    samples = prepared.config.couple.align_samples
-    return min(samples, len(prepared.large_rows["train"])) if reads_states(prepared.config) else 0
+    """Rows that both models read so that coupling can start from their states, as often as they are read."""
+    samples = min(prepared.config.couple.align_samples, len(prepared.large_rows["train"]))
+    return samples * alignment_passes(prepared.config)
 
 
 def _large_rows(prepared: Prepared, runs_large: bool, cached: bool) -> int:
@@ -144,32 +147,29 @@ def _start(work: Work, small: Layout, large: Layout) -> Start:
     assert settings.plug is not None  # resolved
     if settings.plug == "fresh":
         return fresh_start(p.method, p.settings, large, p.load_to_fit()[0])
-    states: tuple[States, States] | None = None
-    if reads_states(p.config):
-        # the same tokens for both: as the model with fewer positions reads them
-        narrower = (p.encoder.positions or math.inf) <= (p.large_encoder.positions or math.inf)
-        encoder, rows = (p.encoder, p.rows) if narrower else (p.large_encoder, p.large_rows)
-        chosen = rows["train"][: settings.align_samples]
-        states = (
-            _states(work, "small", p.load(p.config.small), encoder, chosen),
-            _states(work, "large", p.load_run_only(), encoder, chosen),
-        )
     tuned = unpack(p.method, small, read(work.root / "tune" / "module"))
-    return small_start(p.method, settings.plug, settings.layer_map, small, large, tuned, states, p.config.seed)
+    rows = _rows_of_both(work) if alignment_passes(p.config) else None
+    return small_start(p.method, settings.plug, settings.layer_map, small, large, tuned, rows, p.config.seed)
 
 
-def _states(
-    work: Work, name: str, loaded: tuple[PreTrainedModel, Layout], encoder: Encoder, rows: list[Encoded]
-) -> States:
-    model, layout = loaded
-    with work.progress.bar(f"states of {name}", len(rows)) as advance:
+def _rows_of_both(work: Work) -> BothRows:
+    """The rows that a start is fitted on, for both models; of the states only the small model's of one row are kept."""
+    p = work.prepared
+    # the same tokens for both: as the model with fewer positions reads them
+    narrower = (p.encoder.positions or math.inf) <= (p.large_encoder.positions or math.inf)
+    encoder, rows = (p.encoder, p.rows) if narrower else (p.large_encoder, p.large_rows)
+    chosen = rows["train"][: p.config.couple.align_samples]
+    small, large = p.load(p.config.small), p.load_run_only()
 
-        def counted() -> Iterator[Encoded]:
-            for row in rows:
-                yield row
+    def run(narrow: Collection[Place], wide: Collection[Place]) -> Iterator[tuple[States, Callable[[See], None]]]:
+        with work.progress.bar("states of both models", len(chosen)) as advance:
+            for row in chosen:
+                states: States = {}
+                watch(*small, encoder, row, narrow, states.__setitem__)
+                yield states, partial(watch, *large, encoder, row, wide)
                 advance(1)
 
-        return record_states(model, layout, encoder, counted())
+    return run
 
 
 def _save_coupled(work: Work, coupling: Coupling, weights: Mapping[str, Tensor]) -> None:

@@ -5,34 +5,36 @@ the same tokens. `fresh` takes nothing of the small model: the method's own init
 (Jin et al. 2023, Table 8's "BM").
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import EncoderDecoderCache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from plugbridge.families.spec import Layout
-from plugbridge.tasks.encode import Encoded, Encoder, gold
-from plugbridge.tensors.align import linear_cka, procrustes, ridge
+from plugbridge.tensors.align import Likeness, Moments, procrustes, ridge
 from plugbridge.tensors.axes import parse
 from plugbridge.transfer.plug import (
     LayerMap,
     Plug,
     duplicate,
-    model_dim,
     plug_key,
     plug_shapes,
     random_plug,
     uniform_layer_map,
 )
-from plugbridge.tuners.module import Module, attach, pattern_of, state_of, unpack
+from plugbridge.transfer.states import BothRows, Place, See, States
+from plugbridge.tuners.module import Module, attach, state_of, unpack
 from plugbridge.tuners.table import Method, MethodSettings
 
 StartKind = Literal["random", "ridge", "procrustes", "fresh"]
 MapKind = Literal["uniform", "cka"]
+TOKENS_OF_A_ROW = 32
+"""Tokens of a row at most that layers are compared on."""
+TOKENS_AT_ONCE = 256
+"""Tokens that layers are compared on at once, those of several rows."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,6 @@ class Start:
     plug: Plug
     small: Layout
     layer_map: LayerMap
-
-
-@dataclass
-class States:
-    """A model's states on some tokens, (tokens, width) each.
-
-    `inputs` and `outputs` of linear layers and `outputs` of past keys and values (site "") by
-    (stack, layer, site); `blocks` are the outputs of whole layers.
-    """
-
-    inputs: dict[tuple[str, int, str], Tensor] = field(default_factory=dict[tuple[str, int, str], Tensor])
-    outputs: dict[tuple[str, int, str], Tensor] = field(default_factory=dict[tuple[str, int, str], Tensor])
-    blocks: dict[tuple[str, int], Tensor] = field(default_factory=dict[tuple[str, int], Tensor])
 
 
 def fresh_start(method: Method, settings: MethodSettings, large: Layout, model: PreTrainedModel) -> Start:
@@ -75,36 +64,79 @@ def small_start(
     small: Layout,
     large: Layout,
     tuned: Module,
-    states: tuple[States, States] | None,
+    rows: BothRows | None,
     seed: int,
 ) -> Start:
     """The small model's tuned module, duplicated to the large model's layers, with a plug to start from.
 
-    `states` are the small and the large model's on the same tokens; only random plugs on a uniform
-    map do without.
+    `rows` are gone through once for a fitted plug and once for a layer map; random plugs on a uniform map do without.
     """
     layers = uniform_layer_map(small, large)
     if map_kind == "cka":
-        assert states is not None
-        layers = cka_layer_map(small, large, *states)
+        assert rows is not None
+        layers = cka_layer_map(small, large, rows)
     module = duplicate(tuned, layers)
     plug = random_plug(plug_shapes(method, small, large, module), torch.Generator().manual_seed(seed))
     if kind in ("ridge", "procrustes"):
-        assert states is not None
-        plug = fitted_plug(method, kind, small, large, module, layers, *states)
+        assert rows is not None
+        fit = PlugFit(method, small, large, module, layers)
+        for narrow, run in rows(*fit.places):
+            fit.add(narrow, run)
+        plug = fit.plug(kind)
     return Start(module, plug, small, layers)
 
 
-def cka_layer_map(small: Layout, large: Layout, narrow: States, wide: States) -> LayerMap:
+def cka_layer_map(small: Layout, large: Layout, rows: BothRows) -> LayerMap:
     """For each large layer the small layer most like it, in order: the sum of CKAs is the largest possible."""
-    found: LayerMap = {}
-    for stack, count in large.layers.items():
-        alike = [
-            [linear_cka(narrow.blocks[stack, i], wide.blocks[stack, j]) for i in range(small.layers[stack])]
-            for j in range(count)
-        ]
-        found[stack] = best_monotone(alike)
-    return found
+    likeness = LayerLikeness(small, large)
+    for narrow, run in rows(*likeness.places):
+        likeness.add(narrow, run)
+    return likeness.layer_map()
+
+
+class LayerLikeness:
+    """How alike the layers of two models are, from some tokens of every row."""
+
+    def __init__(self, small: Layout, large: Layout) -> None:
+        sides = [{s: [Place("blocks", s, i) for i in range(n)] for s, n in m.layers.items()} for m in (small, large)]
+        self._narrow, self._wide = sides
+        self._sums = {s: Likeness(large.layers[s], small.layers[s]) for s in large.layers}
+        self._batch: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {s: [] for s in large.layers}
+
+    @property
+    def places(self) -> tuple[list[Place], list[Place]]:
+        """The places to see, in the small model and in the large one."""
+        narrow, wide = ([place for places in side.values() for place in places] for side in (self._narrow, self._wide))
+        return narrow, wide
+
+    def add(self, narrow: States, run: Callable[[See], None]) -> None:
+        """Take some tokens of a row: the states of both models on them wait until there are enough to compare."""
+        wide: States = {}
+        run(lambda place, y: wide.update({place: _some(y)}))
+        for stack, waiting in self._batch.items():
+            waiting.append(([_some(narrow[at]) for at in self._narrow[stack]], [wide[at] for at in self._wide[stack]]))
+            if sum(len(x[0]) for x, _ in waiting) >= TOKENS_AT_ONCE:
+                self._compare(stack)
+
+    def _compare(self, stack: str) -> None:
+        small, large = ([torch.cat(layer) for layer in zip(*side, strict=True)]
+                        for side in zip(*self._batch[stack], strict=True))  # fmt: skip
+        self._batch[stack].clear()
+        self._sums[stack].add(large, small)
+
+    def layer_map(self) -> LayerMap:
+        """The best map of all that was seen; a last batch of less than half the tokens counts only if alone."""
+        for stack, waiting in self._batch.items():
+            if waiting and (self._sums[stack].empty or sum(len(x[0]) for x, _ in waiting) >= TOKENS_AT_ONCE // 2):
+                self._compare(stack)
+        return {stack: best_monotone(sums.matrix()) for stack, sums in self._sums.items()}
+
+
+def _some(x: Tensor) -> Tensor:
+    """At most so many tokens of a row, evenly spread."""
+    if len(x) <= TOKENS_OF_A_ROW:
+        return x
+    return x[torch.linspace(0, len(x) - 1, TOKENS_OF_A_ROW).round().long()]
 
 
 def best_monotone(alike: Sequence[Sequence[float]]) -> list[int]:
@@ -132,103 +164,61 @@ def reads(method: Method, tensor: str) -> bool:
     return not method.stacked and any("{" in name for name in parse(method.tensors[tensor])[-1])
 
 
-def fitted_plug(
-    method: Method,
-    kind: StartKind,
-    small: Layout,
-    large: Layout,
-    module: Module,
-    layers: LayerMap,
-    narrow: States,
-    wide: States,
-) -> Plug:
-    """A plug for each group from the states where the group sits, all its layers together.
+class PlugFit:
+    """A plug for each group from the states where the group sits, all its layers together, as they go by.
 
     A tensor that reads must find in the large model's states what it found in the small model's:
     the map brings large states to small ones. A tensor that writes needs the opposite map. What is
-    written is a change of states, so there their mean is taken off.
+    written is a change of states, so there a layer's mean is taken off.
     """
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    stacks: dict[str, int] = {}
-    kinds: dict[str, bool] = {}
-    for slot in module:
-        dim = model_dim(large, pattern_of(method, large, slot))
-        key = plug_key(slot)
-        if dim is None or "bias" in slot.tensor:  # a weight and its bias share one map
-            continue
-        side = "inputs" if "{in}" in method.tensors[slot.tensor] else "outputs"
-        x: Tensor = getattr(narrow, side)[slot.stack, layers[slot.stack][slot.layer], slot.site]
-        y: Tensor = getattr(wide, side)[slot.stack, slot.layer, slot.site]
-        kinds[key] = reads(method, slot.tensor)
-        stacks[key] = plug_shapes(method, small, large, {slot: module[slot]})[key][0]
-        pairs.setdefault(key, []).append((x, y) if kinds[key] else (x - x.mean(0), y - y.mean(0)))
-    plug: Plug = {}
-    for key, found in pairs.items():
-        x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
-        maps = [
-            fitted_map(kind, a, b, kinds[key])
-            for a, b in zip(x.chunk(stacks[key], -1), y.chunk(stacks[key], -1), strict=True)
-        ]
-        plug[key] = torch.stack(maps).float().contiguous()
-    return plug
+
+    def __init__(self, method: Method, small: Layout, large: Layout, module: Module, layers: LayerMap) -> None:
+        self._sums: dict[str, list[Moments]] = {}
+        self._reads: dict[str, bool] = {}
+        self._at: dict[Place, list[tuple[Place, str]]] = {}
+        shapes = plug_shapes(method, small, large, module)
+        for slot in module:
+            key = plug_key(slot)
+            if key not in shapes or "bias" in slot.tensor:  # a weight and its bias share one map
+                continue
+            stacked, wide, narrow = shapes[key]
+            self._reads[key] = reads(method, slot.tensor)
+            ends = (wide, narrow) if self._reads[key] else (narrow, wide)
+            self._sums.setdefault(key, [Moments(*ends) for _ in range(stacked)])
+            side = "inputs" if "{in}" in method.tensors[slot.tensor] else "outputs"
+            place = Place(side, slot.stack, slot.layer, slot.site)
+            source = Place(side, slot.stack, layers[slot.stack][slot.layer], slot.site)
+            self._at.setdefault(place, []).append((source, key))
+
+    @property
+    def places(self) -> tuple[list[Place], list[Place]]:
+        """The places to see, in the small model and in the large one."""
+        return list({source: None for found in self._at.values() for source, _ in found}), list(self._at)
+
+    def add(self, narrow: States, run: Callable[[See], None]) -> None:
+        """Count in a row: the small model's states, and the large model's as `run` shows them."""
+
+        def see(place: Place, y: Tensor) -> None:
+            for source, key in self._at[place]:
+                ends = (y, narrow[source]) if self._reads[key] else (narrow[source], y)
+                mean = None if self._reads[key] else place
+                parts = (end.chunk(len(self._sums[key]), -1) for end in ends)
+                for sums, a, b in zip(self._sums[key], *parts, strict=True):
+                    sums.add(a, b, mean)
+
+        run(see)
+
+    def plug(self, kind: StartKind) -> Plug:
+        """The plug of all that was seen."""
+        return {
+            key: torch.stack([fitted_map(kind, part, self._reads[key]).float() for part in sums]).contiguous()
+            for key, sums in self._sums.items()
+        }
 
 
-def fitted_map(kind: StartKind, x: Tensor, y: Tensor, reading: bool) -> Tensor:
-    """One plug map (large, small) from small states x: (n, small) and large states y: (n, large)."""
+def fitted_map(kind: StartKind, moments: Moments, reading: bool) -> Tensor:
+    """One plug map (large, small), of sums from large states to small ones where a tensor reads, else the other way."""
     if kind == "procrustes":
-        return procrustes(y, x)
-    return ridge(y, x) if reading else ridge(x, y).mT
-
-
-@torch.no_grad()
-def record_states(model: PreTrainedModel, layout: Layout, encoder: Encoder, rows: Iterable[Encoded]) -> States:
-    """Run rows, one at a time, and keep what linear layers read and write, what blocks write, and the cache."""
-    kept = States()
-    lists: dict[tuple[str, Any], list[Tensor]] = {}
-    with _hooks(model, layout, lists):
-        for row in rows:
-            batch = gold(encoder, [row]).to(model.device)
-            output = model(**batch.inputs(encoder.kind), use_cache=True)
-            cache = output.past_key_values
-            if isinstance(cache, EncoderDecoderCache):
-                cache = cache.self_attention_cache
-            reader = layout.family.prefix.stack
-            for layer in range(layout.layers[reader]):
-                held = cast(Any, cache.layers[layer])
-                pair: tuple[Tensor, Tensor] = (held.keys, held.values)
-                both = [part.transpose(1, 2).flatten(2) for part in pair]  # (1, length, heads * head_dim)
-                lists.setdefault(("outputs", (reader, layer, "")), []).append(torch.cat(both, -1).flatten(0, 1).cpu())
-    for (kind, key), parts in lists.items():
-        getattr(kept, kind)[key] = torch.cat(parts).float()
-    return kept
-
-
-@contextmanager
-def _hooks(model: nn.Module, layout: Layout, lists: dict[tuple[str, Any], list[Tensor]]) -> Generator[None]:
-    def keep(kind: str, key: Any, x: Tensor) -> None:
-        lists.setdefault((kind, key), []).append(x.detach().reshape(-1, x.shape[-1]).cpu())
-
-    def on_linear(key: tuple[str, int, str]) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            keep("inputs", key, inputs[0])
-            keep("outputs", key, output)
-
-        return hook
-
-    def on_block(key: tuple[str, int]) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-            keep("blocks", key, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name, stack in layout.family.stack.items():
-            sites = {site for roles in stack.roles.values() for site in roles}
-            for layer in range(layout.layers[name]):
-                path = stack.path.format(layer)
-                block = model.get_submodule(path)
-                hooks.callback(block.register_forward_hook(on_block((name, layer))).remove)
-                for site in sites:
-                    linear = block.get_submodule(site)
-                    hooks.callback(linear.register_forward_hook(on_linear((name, layer, site))).remove)
-        yield
+        found = procrustes(moments)
+        return found if reading else found.mT
+    return ridge(moments) if reading else ridge(moments).mT

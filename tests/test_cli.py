@@ -482,7 +482,11 @@ def test_a_mistaken_command_is_one_line(
     [
         (put("tune.learning_rate", 1e30), [], "tune small: the loss is nan at step 2 of 2; try a learning rate below"),
         (put("couple.learning_rate", 1e30), ["tune", "score", "prune"], "couple (feedback): the loss is nan at step"),
-        (weights("small", lambda s: s["transformer.wte.weight"].fill_(torch.nan)), [], "tune small: the loss is nan"),
+        (
+            weights("small", lambda s: s["transformer.wte.weight"].fill_(torch.nan)),
+            [],
+            "tune small: the loss is nan at step 1 of 2, before anything was learned: tensor 'transformer.wte.",
+        ),
         (weights("large", lambda s: s["transformer.wpe.weight"].fill_(torch.nan)), ["tune"], "finite: tensor 'transfo"),
     ],
 )  # fmt: skip

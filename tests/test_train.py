@@ -181,6 +181,13 @@ def test_a_bad_loss_changes_nothing(tmp_path: Path, bad: Callable[[dict[str, Ten
     assert calls == 3
 
 
+def test_a_first_loss_is_not_the_rates_fault(tmp_path: Path) -> None:
+    p = parameters()
+    with pytest.raises(TrainingDiverged, match=r"loss is nan at step 1 of 7, before anything was learned$") as e:
+        train(p, tmp_path, lambda _rows: p["b"].sum() * torch.nan)
+    assert not e.value.learned
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 9])
 def test_a_step_in_parts_is_the_whole_step(tmp_path: Path, size: int) -> None:
     found: list[tuple[list[float], dict[str, Tensor]]] = []

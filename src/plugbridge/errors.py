@@ -31,7 +31,11 @@ class RunError(PlugbridgeError):
 
 
 class TrainingDiverged(PlugbridgeError):
-    """A loss was not finite."""
+    """A loss was not finite; `learned` is whether anything had been learned before."""
+
+    def __init__(self, message: str, learned: bool = True) -> None:
+        super().__init__(message)
+        self.learned = learned
 
 
 class ShapeError(PlugbridgeError):

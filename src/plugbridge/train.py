@@ -132,11 +132,12 @@ def shares(rows: list[T], micro_batch: int | None, weight_of: Callable[[T], int]
 
 
 def _require_finite(what: str, value: float, title: str, step: int, schedule: Schedule, rates: list[float]) -> None:
-    if not math.isfinite(value):
-        raise TrainingDiverged(
-            f"{title}: the {what} is {value} at step {step + 1} of {schedule.steps}; "
-            f"try a learning rate below {max(rates):g}"
-        )
+    if math.isfinite(value):
+        return
+    found = f"{title}: the {what} is {value} at step {step + 1} of {schedule.steps}"
+    if step == 0:
+        raise TrainingDiverged(f"{found}, before anything was learned", learned=False)
+    raise TrainingDiverged(f"{found}; try a learning rate below {max(rates):g}")
 
 
 def _checkpoint(

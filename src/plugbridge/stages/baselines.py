@@ -19,10 +19,9 @@ from plugbridge.models import parameter_count
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.prune import plan_bridge, reduced_sizes
 from plugbridge.stages.shrink import measure_units
-from plugbridge.stages.work import CHECKPOINT, Work, accuracy, schedule_of
+from plugbridge.stages.work import CHECKPOINT, Work, accuracy, schedule_of, train
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.spec import Split
-from plugbridge.train import fit
 from plugbridge.transfer.ladder import Heights, LadderNetwork, start_ladder
 
 RATES = {"finetuned": 1e-4, "ladder": 3e-3}
@@ -107,10 +106,8 @@ def _train(
         return mean_loss(network, gold(encoder, batch).to(p.device), encoder.kind)
 
     torch.manual_seed(p.config.seed)
-    losses = fit(
-        parameters, subject.rows["train"], loss, schedule_of(settings, p.config.seed, {"": rate}),
-        work.folder / CHECKPOINT, work.progress, title, lambda row: row.targets,
-    )  # fmt: skip
+    schedule = schedule_of(settings, p.config.seed, {"": rate})
+    losses = train(work, [network], parameters, subject.rows["train"], loss, schedule, title)
     network.eval()
     validation = accuracy(work, network, encoder, subject.rows["validation"], "validate")
     write_json(work.folder / "losses.json", losses)

@@ -15,9 +15,18 @@ from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.models import load_config, load_model
 from plugbridge.prepare import Prepared
-from plugbridge.stages.work import CHECKPOINT, Work, bridge_folder, layouts, rate_of_training, read_plan, schedule_of
+from plugbridge.stages.work import (
+    CHECKPOINT,
+    Work,
+    bridge_folder,
+    layouts,
+    rate_of_training,
+    read_plan,
+    schedule_of,
+    train,
+)
 from plugbridge.tasks.encode import Encoded
-from plugbridge.train import batch_indices, fit
+from plugbridge.train import batch_indices
 from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.coupling import Coupling, bridge_state, drop_vocabulary, require_gradients, silence
@@ -67,11 +76,9 @@ def couple(work: Work) -> dict[str, Any]:
         "ladder/": settings.plug_learning_rate,
         "bridge/": settings.bridge_learning_rate,
     }
-    losses = fit(
-        parameters, p.large_rows["train"], loss, schedule_of(settings, p.config.seed, rates),
-        work.folder / CHECKPOINT, work.progress, f"couple ({settings.mode})",
-        lambda row: row.targets,
-    )  # fmt: skip
+    models = [bridge] if coupling.large_model is None else [coupling.large_model, bridge]
+    schedule = schedule_of(settings, p.config.seed, rates)
+    losses = train(work, models, parameters, p.large_rows["train"], loss, schedule, f"couple ({settings.mode})")
     _save_coupled(work, coupling, weights)
     write_json(work.folder / "losses.json", losses)
     (work.folder / CHECKPOINT).unlink(missing_ok=True)

@@ -6,8 +6,7 @@ import torch
 
 from plugbridge.files import folder_atomically, write_json
 from plugbridge.models import load_model
-from plugbridge.stages.work import CHECKPOINT, Work, read_plan, schedule_of
-from plugbridge.train import fit
+from plugbridge.stages.work import CHECKPOINT, Work, read_plan, schedule_of, train
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
 
 RATE = 1e-3
@@ -25,12 +24,11 @@ def repair(work: Work) -> dict[str, Any]:
     bridge.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    losses = fit(
-        parameters, p.large_rows["train"],
-        repair_loss(settings.target, large, layout, bridge, read_plan(work.root).to(p.device), p.large_encoder),
-        schedule_of(settings, p.config.seed, {"": RATE if settings.learning_rate is None else settings.learning_rate}),
-        work.folder / CHECKPOINT, work.progress, f"repair ({settings.target})",
-    )  # fmt: skip
+    loss = repair_loss(settings.target, large, layout, bridge, read_plan(work.root).to(p.device), p.large_encoder)
+    rate = RATE if settings.learning_rate is None else settings.learning_rate
+    schedule = schedule_of(settings, p.config.seed, {"": rate})
+    rows, title = p.large_rows["train"], f"repair ({settings.target})"
+    losses = train(work, [large, bridge], parameters, rows, loss, schedule, title)
     with folder_atomically(work.folder / "bridge") as folder:
         bridge.save_pretrained(str(folder))
         p.large_encoder.tokenizer.save_pretrained(str(folder))

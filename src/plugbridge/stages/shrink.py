@@ -31,10 +31,9 @@ from plugbridge.shrink.prune import plan_bridge, principal_basis
 from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
 from plugbridge.shrink.sweep import Done, blocks_of, sweep
-from plugbridge.stages.work import BASIS, Work
-from plugbridge.streaming import block_bytes, values_of, window_of
+from plugbridge.stages.work import BASIS, Work, why_not_finite
+from plugbridge.streaming import block_bytes, window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
-from plugbridge.tensors.checkpoint import AGAIN
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
 
@@ -127,16 +126,8 @@ def units_of(
     second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
     for key, values in {**scores, **energy, **second}.items():
         if not bool(values.isfinite().all()):
-            raise ModelError(f"the scores of '{key}' in {model.name_or_path} are not finite: {_why(model)}")
+            raise ModelError(f"the scores of '{key}' in {model.name_or_path} are not finite: {why_not_finite(model)}")
     return Units(scores, energy, second, shelf.bytes if shelf is not None else 0)
-
-
-def _why(model: PreTrainedModel) -> str:
-    """What makes a model's numbers NaN or infinite."""
-    for name, values in values_of(model):
-        if not bool(values.isfinite().all()):
-            return f"tensor '{name}' has entries that are NaN or infinite; {AGAIN}"
-    return f"every weight of it is finite, so it overflows in {model.dtype}; use dtype: float32"
 
 
 def rows_scored(importance: Importance, samples: int) -> int:

@@ -10,10 +10,9 @@ from plugbridge.config import TrainConfig
 from plugbridge.evaluate import mean_loss
 from plugbridge.files import folder_atomically, write_json
 from plugbridge.models import parameter_count
-from plugbridge.stages.work import CHECKPOINT, Work, accuracy, rate_of_training, schedule_of
+from plugbridge.stages.work import CHECKPOINT, Work, accuracy, rate_of_training, schedule_of, train
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.spec import Split
-from plugbridge.train import fit
 from plugbridge.tuners.module import attach, save, state_of, trainable
 
 
@@ -33,7 +32,7 @@ def ceiling(work: Work) -> dict[str, Any]:
 def _tune(
     work: Work,
     source: str,
-    train: TrainConfig,
+    settings: TrainConfig,
     encoder: Encoder,
     rows: Mapping[Split, list[Encoded]],
     title: str,
@@ -43,16 +42,14 @@ def _tune(
     torch.manual_seed(p.config.seed)
     wrapped, config = attach(model, p.method, layout, p.settings)
     wrapped.train()
-    rates = {"": rate_of_training(train, p.method)}
+    rates = {"": rate_of_training(settings, p.method)}
 
     def loss(batch: list[Encoded]) -> Tensor:
         return mean_loss(wrapped, gold(encoder, batch).to(p.device), encoder.kind)
 
     parameters = trainable(wrapped)
-    losses = fit(
-        parameters, rows["train"], loss, schedule_of(train, p.config.seed, rates),
-        work.folder / CHECKPOINT, work.progress, title, lambda row: row.targets,
-    )  # fmt: skip
+    schedule = schedule_of(settings, p.config.seed, rates)
+    losses = train(work, [model], parameters, rows["train"], loss, schedule, title)
     with folder_atomically(work.folder / "module") as folder:
         save(folder, config, state_of(wrapped), source)
     wrapped.eval()

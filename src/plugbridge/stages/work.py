@@ -1,15 +1,16 @@
 """What every stage's function gets, and what several of them read."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from plugbridge.config import PartsConfig, TrainConfig
 from plugbridge.cost import Cost
+from plugbridge.errors import TrainingDiverged
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.generate import generate_texts
@@ -18,10 +19,12 @@ from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import facts_of
 from plugbridge.shrink.prune import BridgePlan
+from plugbridge.streaming import values_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.metrics import Answer, chosen, metrics_of, written
 from plugbridge.tasks.rows import Row
-from plugbridge.train import Schedule
+from plugbridge.tensors.checkpoint import AGAIN
+from plugbridge.train import Schedule, fit
 from plugbridge.tuners.table import Method
 
 CHECKPOINT = "checkpoint.pt"
@@ -60,8 +63,47 @@ def rate_of_training(train: TrainConfig, method: Method) -> float:
     return train.learning_rate if train.learning_rate is not None else method.learning_rate
 
 
+def train(
+    work: Work,
+    models: Sequence[nn.Module],
+    parameters: Mapping[str, Tensor],
+    rows: Sequence[Encoded],
+    loss_of: Callable[[list[Encoded]], Tensor],
+    schedule: Schedule,
+    title: str,
+) -> list[float]:
+    """Train named tensors as `plugbridge.train.fit` does, resuming from the stage's checkpoint; returns the losses.
+
+    Where the first loss is not finite already, the message says what is wrong with the `models` in it.
+    """
+    try:
+        return fit(
+            parameters, rows, loss_of, schedule, work.folder / CHECKPOINT, work.progress, title,
+            lambda row: row.targets,
+        )  # fmt: skip
+    except TrainingDiverged as error:
+        if error.learned:
+            raise
+        raise TrainingDiverged(f"{error}: {why_not_finite(*models)}", learned=False) from error
+
+
+def why_not_finite(*models: nn.Module) -> str:
+    """What makes models' numbers NaN or infinite."""
+    dtypes: dict[str, None] = {}
+    for model in models:
+        for name, values in values_of(model):
+            if not bool(values.isfinite().all()):
+                source = f" of {path}" if (path := getattr(model, "name_or_path", "")) else ""
+                own = name.replace(".base_layer", "")  # peft's wrapping
+                return f"tensor '{own}'{source} has entries that are NaN or infinite; {AGAIN}"
+            if values.is_floating_point():
+                dtypes[str(values.dtype).removeprefix("torch.")] = None
+    advice = "; use dtype: float32" if dtypes.keys() - {"float32"} else ""
+    return f"every weight is finite, so it overflows in {' or '.join(dtypes)}{advice}"
+
+
 def answers_of(
-    p: Prepared, model: torch.nn.Module, encoder: Encoder, rows: Sequence[Encoded], progress: Progress, title: str
+    p: Prepared, model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], progress: Progress, title: str
 ) -> list[Answer]:
     """A model's answers to rows: the likeliest options, or what it writes where the task's form generates."""
     form, size = p.task.form(encoder.kind), p.config.evaluate.batch_size
@@ -79,7 +121,7 @@ def source_of(row: Encoded) -> Row:
     return row.row
 
 
-def accuracy(work: Work, model: torch.nn.Module, encoder: Encoder, rows: list[Encoded], title: str) -> dict[str, float]:
+def accuracy(work: Work, model: nn.Module, encoder: Encoder, rows: list[Encoded], title: str) -> dict[str, float]:
     """The task's metrics of a model on rows."""
     answers = answers_of(work.prepared, model, encoder, rows, work.progress, title)
     return metrics_of(work.prepared.task.metrics, answers)

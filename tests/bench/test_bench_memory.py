@@ -15,7 +15,7 @@ import torch
 from plugbridge.bench import memory, reproduce
 from plugbridge.bench.memory import Count, Machine, count_shape, read_counts, rows_of, write_counts
 from plugbridge.bench.memory_figure import draw_steps, step_name
-from plugbridge.bench.memory_page import MEMORY, memory_page, named_runs, paper_bytes
+from plugbridge.bench.memory_page import MEMORY, REDUCTION, memory_page, named_runs, paper_bytes, paper_cells
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import Measurement, lasting
@@ -315,14 +315,32 @@ def test_table_seven_is_reproduced_on_the_t5_shape(tmp_path: Path, monkeypatch: 
     text = "".join(reproduce.reproduce(asked, Silent(), lambda _run, _what: None))
     assert "## T5-3B, batch 1 x 8; the paper's Table 7 beside it" in text
     assert all(page.with_suffix(ending).is_file() for ending in (".json", ".png", ".svg", ".tex"))
-    assert "| LoRA | 3.0 (52134.0, -52131.0) |" in text
-    assert "LoRA & 3.0 (52134.0, --52131.0)" in page.with_suffix(".tex").read_text()
-    assert "| full fine-tuning | (77465.0) |" in text  # did not fit: never filled in
+    assert "| LoRA | 3.0 (52134.0, -52131.0) | (1.5) |" in text
+    assert "LoRA & 3.0 (52134.0, --52131.0) & (1.5)" in page.with_suffix(".tex").read_text()
+    assert "| full fine-tuning | (77465.0) | (1.0) |" in text  # did not fit: never filled in
     assert f"- full fine-tuning: predicted {needs['full fine-tuning'] / 2**20:,.0f} MiB" in text
-    cells = {cell["row"]: cell for cell in json.loads(page.with_name("table7_rows.json").read_text())}
+    rows_made = json.loads(page.with_name("table7_rows.json").read_text())
+    cells = {cell["row"]: cell for cell in rows_made if cell["metric"] == "MiB"}
     assert cells["LoRA"]["difference"] == 3.0 - 52134.0
     assert cells["full fine-tuning"]["value"] is None
     assert cells["ours: LoRA"]["obtained"] == "not run"
+    monkeypatch.setattr(memory, "measured", lambda *_: pytest.fail("--summary runs nothing"))
+    monkeypatch.setattr(reproduce, "free_memory", lambda _device: 2**60)
+    again = "".join(reproduce.reproduce(replace(asked, summary=True), Silent(), lambda _run, _what: None))
+    assert again == text
+
+
+def test_reductions_are_of_full_fine_tuning() -> None:
+    counts = [
+        Count("GPT2-XL", 8, 512, name, "train", size * 2**20, size * 2**20, 1.0, True, 1.0, "x")
+        for name, size in (("full fine-tuning", 900), ("LoRA", 300), ("ours: LoRA, feedback", 100))
+    ]
+    found = {(c.row, c.metric): (c.value, c.printed) for c in paper_cells(counts, "table6", "feedback")}
+    assert found["LoRA", REDUCTION] == (3.0, pytest.approx(1.35, abs=0.005))
+    assert found["ours: LoRA", REDUCTION] == (9.0, pytest.approx(7.1, abs=0.05))
+    assert found["full fine-tuning", REDUCTION] == (1.0, 1.0)
+    without = {(c.row, c.metric): c.value for c in paper_cells(counts[1:], "table6", "feedback")}
+    assert without["LoRA", REDUCTION] is None
 
 
 def test_figure_1a_has_whole_runs_beside_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from conftest import VOCAB, save_model, toy_rows
 from plugbridge.bench import paper
-from plugbridge.bench.cells import Reproduced, collect, count_table, run_table
+from plugbridge.bench.cells import SHARE, Reproduced, collect, count_table, run_table
 from plugbridge.bench.paper import Choice, Column, Pair, load_paper, planned, run_configs
 from plugbridge.bench.similarity import changes, cosine, similarity_configs
 from plugbridge.bench.tables import latex, markdown
@@ -114,7 +114,8 @@ def test_a_table_is_run_resumed_and_written(small_table: tuple[paper.Table, Choi
     table, choice, folder = small_table
     root, data = folder / "runs", folder / "data"
     before = collect("table1", table, choice, None, root, {})
-    assert [cell.value for cell in before] == [None] * 6
+    assert [cell.value for cell in before] == [None] * 9
+    assert [cell.printed for cell in before if cell.task == "#Params"] == [100, 1.98, 0]
     assert {cell.obtained for cell in before} == {"not run"}
     told: list[tuple[str, str]] = []
     reasons = run_table(table, choice, None, data, root, Silent(), lambda run, what: told.append((run, what)))
@@ -128,9 +129,18 @@ def test_a_table_is_run_resumed_and_written(small_table: tuple[paper.Table, Choi
         assert cell.difference == cell.value - cell.printed
         assert 0 <= cell.value <= 100
         assert cell.n == 10
-        assert Path(cell.obtained.rpartition(":")[0]).is_dir()
+        where, _, how = cell.obtained.partition(": ")
+        assert Path(where).is_dir()
+        assert "2 steps of 32 rows at 0.0" in how
+        assert ("coupled standalone through a Bridge of 1/" in how) == (label == "large Adapter Plug-in")
         assert cells[label, "copa"].value is None
         assert "COPA" in cells[label, "copa"].obtained
+    shares = {row: cell for (row, task), cell in cells.items() if task == "#Params"}
+    assert shares["small FT"].value == 100
+    adapter = shares["large Adapter"]
+    assert adapter.value is not None
+    assert adapter.difference == adapter.value - 1.98
+    assert shares["large Adapter Plug-in"].value == adapter.value  # an ordinary checkpoint of the same method
     marker = next(root.glob("*/rte-lora-*/tune/done.json"))
     first = marker.read_bytes()
     run_table(table, choice, None, data, root, Silent(), lambda _run, _what: None)
@@ -154,10 +164,27 @@ def test_markdown_shows_ours_the_printed_value_and_the_difference() -> None:
 
 
 def test_latex_is_escaped_and_empty_cells_stay_empty() -> None:
-    text = latex(CELLS, "Table 1: 100 % of x")
+    text = latex(CELLS, "Table 1: 100 % of x", "In mode `a_b`.", "plugbridge reproduce table1")
     assert r"large\_a & 71.2 (80.0, --8.8) & (70.0) \\" in text
-    assert r"\caption{Table 1: 100 \% of x. Ours (paper, difference).}" in text
+    assert r"\caption{Table 1: 100 \% of x. Ours (paper, difference). In mode a\_b.}" in text
     assert text.count("{") == text.count("}")
+    assert "%     plugbridge reproduce table1\n" in text
+    assert "% - large_a, rte: runs/x: large_tuned, 100 rows\n" in text
+    assert all(line.startswith("%") for line in text.partition(r"\begin{table}")[0].splitlines())
+    assert "Ours." in latex([replace(CELLS[0], printed=None, difference=None)], "x", "y", "z")
+
+
+def test_shares_of_parameters_have_two_digits() -> None:
+    cells = [
+        Reproduced("table1", "a", "#Params", SHARE, 1.98, 0.4567, 0.4567 - 1.98, None, "runs/x: large_tuned"),
+        Reproduced("table1", "b", "#Params", SHARE, 100.0, 100.0, 0.0, None, "runs/x: large_finetuned"),
+        Reproduced("table1", "c", "#Params", SHARE, 0.0, 0.4567, 0.4567, None, "runs/x: large_plugged"),
+    ]
+    page = markdown(cells, "x", "y", "z")
+    assert "| | #Params, % of the model's |" in page
+    assert "| a | 0.46 (1.98, -1.52) |" in page
+    assert "| b | 100.0 (100.0, +0.0) |" in page
+    assert "| c | 0.46 (0.0, +0.5) |" in page
 
 
 def test_counts_are_the_models_own(pairs: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
@@ -177,15 +204,18 @@ def test_counts_are_the_models_own(pairs: Callable[[str], tuple[Path, Path]], tm
 
 def test_counts_of_models_that_are_not_at_hand_are_of_their_published_shapes() -> None:
     paper = load_paper()
-    cells = {(c.row, c.task): c for c in count_table(paper.counts, paper.pairs, printed=True)}
-    counted = {name: cells[name, "large"].value for name in paper.pairs}
+    names = list(paper.counts.pairs)
+    cells = {
+        (c.row, c.task): c for c in count_table(paper.counts, {name: paper.pairs[name] for name in names}, printed=True)
+    }
+    counted = {name: cells[name, "large"].value for name in names}
     # openai-community/gpt2-xl, google-t5/t5-3b and t5-11b as they are published
     assert counted == {
         "gpt2": 1557.6112,
         "t5-3b": pytest.approx(2851.6, abs=0.1),
         "t5-xxl": pytest.approx(11307.3, abs=0.1),
     }
-    assert [cells[name, "small"].value for name in paper.pairs] == [
+    assert [cells[name, "small"].value for name in names] == [
         pytest.approx(124.44, abs=0.01), pytest.approx(222.9, abs=0.1), pytest.approx(737.67, abs=0.1),
     ]  # fmt: skip
     assert all("of the published shape of" in cell.obtained for cell in cells.values())
@@ -256,11 +286,29 @@ def test_the_command_writes_all_its_files(
     demo = ["reproduce", "table2", "--demo", "--out", str(tmp_path / "r"), "--quiet"]
     assert _called(demo, monkeypatch) == 0
     assert {cell["obtained"] for cell in json.loads((tmp_path / "r" / "table2.json").read_text())} == {
-        "gpt2/small and gpt2/large", "t5/small and t5/large",
-    }  # fmt: skip
+        "gpt2/small and gpt2/large; the Bridge is 1/19.5 of the large model",
+        "t5/small and t5/large; the Bridge is 1/16.0 of the large model",
+    }
     assert "\n| t5 | 0." in (tmp_path / "r" / "table2.md").read_text()
     assert _called(["reproduce", "table1", *words, "--summary"], monkeypatch) == 0
-    assert "0 of 121 cells" in capsys.readouterr().out
+    assert "0 of 132 cells" in capsys.readouterr().out
+    for table, given, said in (
+        (
+            "table1",
+            ["--set", "couple.mode=ladder"],
+            "--set couple.mode: the paper's tables set couple.mode",
+        ),
+        ("table1", ["--set", "prune={budget: 0.1}"], "--set prune: the paper's tables set prune.budget themselves"),
+        ("table5", ["--set", "evaluate.models=[small_tuned]"], "--set evaluate.models: the paper's tables set"),
+        ("table5", ["--mode", "nonsense"], "no coupling mode 'nonsense'"),
+        ("table2", ["--mode", "ladder"], "table2 does not read --mode"),
+        ("table6", ["--set", "seed=1"], "table6 does not read --set"),
+        ("fig1a", ["--seed", "1"], "fig1a does not read --seed"),
+        ("fig1b", ["--mode", "ladder"], "fig1b does not read --mode"),
+        ("fig1b", ["--task", "rte", "--task", "cb"], "fig1b is about one task"),
+    ):
+        assert _called(["reproduce", table, *words, *given], monkeypatch) == 2
+        assert said in capsys.readouterr().err.replace("\n", " ")
     assert _called(["reproduce", "table9", *words], monkeypatch) == 2
     assert "no table 'table9'" in capsys.readouterr().err
     assert _called(["reproduce", "table1", "--small", small], monkeypatch) == 2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from plugbridge.bench.paper import Choice, Counts, Pair, Planned, Table, planned, run_configs
+from plugbridge.bench.paper import Choice, Counts, Pair, Planned, Row, Table, planned, run_configs
 from plugbridge.config import RunConfig, load_config
 from plugbridge.errors import ConfigError, DataError, ModelError, PlugbridgeError, RunError
 from plugbridge.files import write_text
@@ -21,8 +21,11 @@ from plugbridge.progress import Progress
 from plugbridge.report import read_report
 from plugbridge.run import borrow, execute, locked
 from plugbridge.shrink.prune import budgeted_sizes, count_parameters
+from plugbridge.stages.baselines import RATES
 from plugbridge.stages.build import build_stages
+from plugbridge.tuners.table import find_method
 
+SHARE = "% of the model's"
 Announce = Callable[[str, str], None]
 
 
@@ -30,8 +33,8 @@ Announce = Callable[[str, str], None]
 class Reproduced:
     """One cell: the printed value (null in the demonstration), ours (null if it was not run), and how it was made.
 
-    Values are percent, or millions of parameters. `n` counts test rows, `obtained` names the run's directory and
-    the model in it, or says why there is no value.
+    Values are percent, or what `metric` says. `n` counts test rows, `obtained` names the run's directory, the model in
+    it and how that was trained, or says why there is no value.
     """
 
     table: str
@@ -54,7 +57,7 @@ def run_table(
     A task whose files are not there, a model that cannot be loaded and a stage that fails (its loss is not finite, say)
     leave their runs out: returned are their reasons by run. Stages that runs share are done once.
     """
-    return do_runs(run_configs(table, choice, tasks), _home(root, choice), data, progress, announce)
+    return do_runs(run_configs(table, choice, tasks), home_of(root, choice), data, progress, announce)
 
 
 def do_runs(
@@ -86,9 +89,10 @@ def do_runs(
     return reasons
 
 
-def _home(root: Path, choice: Choice) -> Path:
-    """Where a choice's runs are: apart by what the tables do not name."""
-    return root / f"{_slug(choice.pair.small)}-{_slug(choice.pair.large)}-{choice.mode}-s{choice.seed}"
+def home_of(root: Path, choice: Choice, figure: str = "") -> Path:
+    """Where a choice's runs are: apart by what the tables do not name, and those of a figure by themselves."""
+    how = figure or choice.mode
+    return root / f"{_slug(choice.pair.small)}-{_slug(choice.pair.large)}-{how}-s{choice.seed}"
 
 
 def named(pair: Pair) -> str:
@@ -105,8 +109,55 @@ def collect(
 ) -> list[Reproduced]:
     """The table's cells from finished runs; a cell whose run was not done, or done otherwise, is empty."""
     configs = run_configs(table, choice, tasks)
-    reports = {run: _report(_home(root, choice) / run, config) for run, config in configs.items()}
-    return [_cell(name, cell, reports.get(cell.run), root, choice, reasons) for cell in planned(table, choice.demo)]
+    home = home_of(root, choice)
+    reports = {run: _report(home / run, config) for run, config in configs.items()}
+    found: list[Reproduced] = []
+    for cell in planned(table, choice.demo):
+        report, where = reports.get(cell.run), str(home / cell.run)
+        made = None
+        if report is not None:
+            made = _Made(report, f"{where}: {cell.row.model}, {_training(configs[cell.run], cell.row.model, report)}")
+        if table.counts_parameters and not any(other.row == cell.row.label for other in found):
+            found.append(_parameters(name, cell.row, made, choice.demo))
+        found.append(_cell(name, cell, made, reasons))
+    return found
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A finished run's report, and how the model that a cell is about was made in it."""
+
+    report: dict[str, Any]
+    how: str
+
+    def row(self, model: str) -> dict[str, Any]:
+        """What the report says of a model."""
+        return next(row for row in self.report["rows"] if row["name"] == model)
+
+
+def _training(config: RunConfig, model: str, report: Mapping[str, Any]) -> str:
+    """How a model was trained, in words."""
+    sections = {"small_tuned": config.tune, "large_tuned": config.ceiling, "large_plugged": config.couple}
+    settings: Any = sections[model] if model in sections else getattr(config.baselines, model)
+    default = find_method(config.method.name).learning_rate if model in sections else RATES["finetuned"]
+    rate = default if settings.learning_rate is None else settings.learning_rate
+    said = f"{settings.steps:,} steps of {settings.batch_size} rows at {rate:g}"
+    if model != "large_plugged":
+        return said
+    share = report["models"]["bridge"]["share"]
+    return f"coupled {config.couple.mode} through a Bridge of 1/{1 / share:.1f}, {said}"
+
+
+def _parameters(table: str, row: Row, made: _Made | None, demo: bool) -> Reproduced:
+    """The column of parameters: what a tuned model's checkpoint adds or changes."""
+    value = None
+    if made is not None:
+        size = made.report["models"]["large" if row.model.startswith("large") else "small"]["parameters"]
+        value = 100 * made.row(row.model)["parameters"]["changed"] / size
+    printed = None if demo else row.parameters
+    difference = None if value is None or printed is None else value - printed
+    how = "not run" if made is None else made.how
+    return Reproduced(table, row.label, "#Params", SHARE, printed, value, difference, None, how)
 
 
 def _report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
@@ -117,16 +168,13 @@ def _report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
         return None
 
 
-def _cell(
-    table: str, cell: Planned, report: dict[str, Any] | None, root: Path, choice: Choice, reasons: Mapping[str, str]
-) -> Reproduced:
+def _cell(table: str, cell: Planned, made: _Made | None, reasons: Mapping[str, str]) -> Reproduced:
     printed = None if math.isnan(cell.printed) else cell.printed
     value, n = None, None
     obtained = reasons.get(cell.run, "not run")
-    if report is not None:
-        row = next(row for row in report["rows"] if row["name"] == cell.row.model)
-        value, n = 100 * float(row["metrics"][cell.metric]), int(row["n"])
-        obtained = f"{_home(root, choice) / cell.run}: {cell.row.model}"
+    if made is not None:
+        row = made.row(cell.row.model)
+        value, n, obtained = 100 * float(row["metrics"][cell.metric]), int(row["n"]), made.how
     return Reproduced(
         table=table, row=cell.row.label, task=cell.column.task, metric=cell.metric, printed=printed, value=value,
         difference=None if value is None or printed is None else value - printed, n=n, obtained=obtained,
@@ -138,6 +186,9 @@ def count_table(counts: Counts, pairs: Mapping[str, Pair], printed: bool) -> lis
     cells: list[Reproduced] = []
     for name, pair in pairs.items():
         found, obtained = _counted(pair)
+        _, whole, bridge = found
+        if whole is not None and bridge is not None:
+            obtained = f"{obtained}; the Bridge is 1/{whole / bridge:.1f} of the large model"
         beside = counts.pairs[name] if printed else (None, None, None)
         for what, value, said in zip(("small", "large", "Bridge"), found, beside, strict=True):
             difference = None if value is None or said is None else value - said

@@ -1,7 +1,7 @@
 """Counts of memory and time as Markdown pages, the paper's numbers beside ours."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from plugbridge.bench.cells import Reproduced
@@ -113,19 +113,34 @@ def whole_runs(wanted: Sequence[Job], same: Sequence[Count]) -> list[WholeRun]:
     return found
 
 
+REDUCTION = "times less than full fine-tuning"
+
+
 def paper_cells(counts: Sequence[Count], table: str, mode: str) -> list[Reproduced]:
-    """The rows of the paper's table: a training step's MiB, the plug-in's in a coupling mode; empty if not measured."""
+    """The rows of the paper's table: a training step's MiB, the plug-in's in a coupling mode; empty if not measured.
+
+    Beside it how often that goes into full fine-tuning's, as the paper's MR.
+    """
     found: list[Reproduced] = []
     for model in dict.fromkeys(count.model for count in counts):
         known = {count.method: count for count in counts if count.model == model}
-        for method in PAPER["Table 6"]:
+        said: Mapping[str, int] = PAPER[TABLES[model]] if model in TABLES else {}
+        whole: tuple[float | None, float | None] = (None, None)
+        for place, method in enumerate(PAPER["Table 6"]):
             count = known.get(f"{method}, {mode}" if method.startswith(f"{OURS}:") else method)
             value = count.peak_bytes / 2**20 if count is not None and count.measured else None
-            printed = PAPER[TABLES[model]][method] if model in TABLES else None
-            less = None if value is None or printed is None else value - printed
+            printed = said.get(method)
+            whole = (value, printed) if place == 0 else whole  # full fine-tuning
+            shares = [_times(*pair) for pair in zip(whole, (value, printed), strict=True)]
             how = "not run" if count is None else _how(count)
-            found.append(Reproduced(table, method, model, "MiB", printed, value, less, None, how))
+            for metric, ours, paper in (("MiB", value, printed), (REDUCTION, *shares)):
+                less = None if ours is None or paper is None else ours - paper
+                found.append(Reproduced(table, method, model, metric, paper, ours, less, None, how))
     return found
+
+
+def _times(whole: float | None, part: float | None) -> float | None:
+    return None if whole is None or part is None else whole / part
 
 
 def _how(count: Count) -> str:

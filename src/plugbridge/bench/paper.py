@@ -15,6 +15,20 @@ from plugbridge.errors import ConfigError
 
 Model = Literal["small_tuned", "small_finetuned", "large_tuned", "large_finetuned", "large_plugged"]
 DEMO_TASK = "wordnet-kind"
+OWNED = (
+    "small",
+    "large",
+    "task",
+    "seed",
+    "method.name",
+    "prune.budget",
+    "prune.reduction",
+    "couple.mode",
+    "couple.plug",
+    "evaluate.models",
+    "evaluate.split",
+)
+"""Settings of a run that a table's rows are about: not the user's to set."""
 
 
 class _Strict(BaseModel):
@@ -36,23 +50,31 @@ class Column(_Strict):
 
 
 class Row(_Strict):
-    """A row of a table: which model of a run it is, and the printed values (percent), metric by metric."""
+    """A row of a table: which model of a run it is, and the printed values (percent), metric by metric.
+
+    `parameters` are the printed ones, in percent of the model's.
+    """
 
     label: str
     model: Model
     method: str
     reduction: float = Field(default=16, gt=1)
     start: Literal["random", "fresh"] = "random"
+    parameters: float | None = None
     values: tuple[float, ...]
 
 
 class Table(_Strict):
-    """A table that is made by runs; `note` is about its rows, `printed` about the values that the paper prints."""
+    """A table that is made by runs; `note` is about its rows, `printed` about the values that the paper prints.
+
+    `counts_parameters` is whether it has a column of them.
+    """
 
     title: str
     pair: str
     note: str = ""
     printed: str = ""
+    counts_parameters: bool = False
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 
@@ -111,6 +133,17 @@ def load_paper() -> Paper:
     pairs = {name: Pair.model_validate(pair) for name, pair in raw.pop("pairs").items()}
     counts = Counts.model_validate(raw.pop("table2"))
     return Paper(pairs, {name: Table.model_validate(table) for name, table in raw.items()}, counts)
+
+
+def refuse_owned(sets: Sequence[str]) -> None:
+    """Raise ConfigError for settings that a table sets itself, or that a section with some of them replaces."""
+    for override in sets:
+        key = override.partition("=")[0].strip()
+        owned = next((o for o in OWNED if o == key or o.startswith(f"{key}.") or key.startswith(f"{o}.")), None)
+        if owned is not None:
+            option = "mode" if owned == "couple.mode" else owned
+            instead = f"; give --{option}" if option in ("small", "large", "task", "seed", "mode") else ""
+            raise ConfigError(f"--set {key}: the paper's tables set {owned} themselves{instead}")
 
 
 def columns_of(table: Table, demo: bool) -> tuple[Column, ...]:

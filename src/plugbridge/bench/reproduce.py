@@ -1,15 +1,15 @@
 """`plugbridge reproduce`: one table or figure of the paper on the models given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, named, run_table
+from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, home_of, named, run_table
 from plugbridge.bench.memory import Machine, count_shape, rows_of
 from plugbridge.bench.memory_figure import draw_runs, draw_steps
 from plugbridge.bench.memory_page import MEMORY, memory_page, paper_cells, runs_page
-from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper
-from plugbridge.bench.similarity import compare, draw_likeness, mean_by_comparison, similarity_configs
+from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper, refuse_owned
+from plugbridge.bench.similarity import Likeness, compare, draw_likeness, mean_by_comparison, similarity_configs
 from plugbridge.bench.tables import latex, markdown
 from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
@@ -19,15 +19,29 @@ from plugbridge.memory.shapes import Shape, find_shapes
 from plugbridge.models import load_config, pick_device
 from plugbridge.progress import Progress
 from plugbridge.report import read_report
+from plugbridge.transfer.couple import find_mode
 
 MEMORY_TABLES = ("table6", "table7", "fig1a")
 MODE_NOTE = (
-    "Plug-in rows are coupled in mode `{mode}`, with a Bridge of 1/16 of the large model's parameters where the row "
-    "says nothing else, seed {seed}."
+    "Plug-in rows are coupled in mode `{mode}`, with a Bridge of at most 1/16 of the large model's parameters where "
+    "the row says nothing else, seed {seed}."
 )
-DEMO_NOTE = "The shipped pair and task stand in for the paper's, which have no value to compare with."
+DEMO_NOTE = "{what} in for the paper's, which have no value to compare with."
+COUNT_NOTE = (
+    "#Params are what a tuned model's checkpoint adds or changes; the paper prints 0 % for plug-ins, since none of the "
+    "large model's own parameters is updated."
+)
 SPLIT_NOTE = "Test rows are the official validation files: SuperGLUE's test labels are not public."
 Announce = Callable[[str, str], None]
+ALL = ("mode", "task", "seed", "set", "summary")
+READ = {
+    "table2": (),
+    "table6": ("mode", "summary"),
+    "table7": ("mode", "summary"),
+    "fig1a": ("summary",),
+    "fig1b": ("task", "seed", "set", "summary"),
+}
+"""Options that a table or figure reads, where it does not read all of them."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,17 @@ class Asked:
     command: str
 
 
+def check_options(table: str, given: Collection[str]) -> None:
+    """Raise ConfigError for the first of the options given that a table does not read."""
+    for option in given:
+        if option not in READ.get(table, ALL):
+            raise ConfigError(f"{table} does not read --{option}")
+
+
 def reproduce(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str]:
     """Make it and write it; yields what to print. Raises ConfigError."""
+    find_mode(asked.mode)
+    refuse_owned(asked.sets)
     if asked.table == "table2":
         return _counts(asked)
     if asked.table in MEMORY_TABLES:
@@ -67,7 +90,8 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
         small, large = (load_config(source) for source in asked.pair)
         shape = Shape("/".join(Path(asked.pair[1]).parts[-2:]), large, small, shape.batch, shape.length)
     device = pick_device("auto")
-    machine = Machine(free_memory(device), device, 1, asked.root / "weights")
+    room = 0 if asked.summary else free_memory(device)
+    machine = Machine(room, device, 1, asked.root / "weights")
     path = asked.page.with_suffix(".json")
     rows, pictures = rows_of(shape, device), [asked.page.with_suffix(ending) for ending in (".png", ".svg")]
     if asked.table == "fig1a":
@@ -77,12 +101,12 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
         write_text(asked.page, runs_page(counts, asked.command))
         draw_runs(counts, pictures)
     else:
-        title = f"Table {asked.table.removeprefix('table')}: peak memory of a training step"
+        title = f"{_number(asked)}: peak memory of a training step"
         cells = paper_cells(counts, asked.table, asked.mode)
         note = f"Plug-in rows (ours) are coupled in mode `{asked.mode}`; every step, and how it was counted, below."
         every = memory_page(counts, MEMORY, asked.command).replace("# Memory and time", "## Every step", 1)
         write_text(asked.page, f"{markdown(cells, title, note, asked.command)}\n{every}")
-        write_text(asked.page.with_suffix(".tex"), latex(cells, title))
+        write_text(asked.page.with_suffix(".tex"), latex(cells, title, note, asked.command))
         write_json(asked.page.with_name(f"{asked.page.stem}_rows.json"), as_rows(cells))
         draw_steps(counts, pictures)
     yield asked.page.read_text(encoding="utf-8")
@@ -111,16 +135,23 @@ def _table(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str
     if not asked.summary:
         reasons = run_table(table, choice, asked.tasks, asked.data, asked.root, progress, announce)
     cells = collect(asked.table, table, choice, asked.tasks, asked.root, reasons)
-    title = f"Table {asked.table.removeprefix('table')}: {table.title}"
+    own = asked.demo or asked.pair is not None
+    title = f"{_number(asked)}: {f'its rows on {named(choice.pair)}' if own else table.title}"
     made = f"{MODE_NOTE.format(mode=asked.mode, seed=asked.seed)} Models: {named(choice.pair)}."
-    notes = [DEMO_NOTE, table.note, made] if asked.demo else [table.note, table.printed, SPLIT_NOTE, made]
-    note = " ".join(filter(None, notes))
+    counted = COUNT_NOTE if table.counts_parameters else ""
+    shipped = "The shipped task stands" if asked.pair is not None else "The shipped pair and task stand"
+    notes = [DEMO_NOTE.format(what=shipped), table.note] if asked.demo else [table.note, table.printed, SPLIT_NOTE]
+    note = " ".join(filter(None, [*notes, made, counted]))
     write_text(asked.page, markdown(cells, title, note, asked.command))
-    write_text(asked.page.with_suffix(".tex"), latex(cells, title))
+    write_text(asked.page.with_suffix(".tex"), latex(cells, title, note, asked.command))
     write_json(asked.page.with_suffix(".json"), as_rows(cells))
     yield asked.page.read_text(encoding="utf-8")
-    made = sum(cell.value is not None for cell in cells)
-    yield f"{made} of {len(cells)} cells; {asked.page}, .tex and .json beside it"
+    done = sum(cell.value is not None for cell in cells)
+    yield f"{done} of {len(cells)} cells; {asked.page}, .tex and .json beside it"
+
+
+def _number(asked: Asked) -> str:
+    return f"Table {asked.table.removeprefix('table')}"
 
 
 def _counts(asked: Asked) -> Iterator[str]:
@@ -133,35 +164,46 @@ def _counts(asked: Asked) -> Iterator[str]:
     if asked.pair is not None:
         pairs = {"your pair": pairs["gpt2"]}
     cells = count_table(counts, pairs, printed=not own)
-    title = f"Table 2: {counts.title}"
+    title = f"{_number(asked)}: {counts.title}"
     write_text(asked.page, markdown(cells, title, counts.note, asked.command))
-    write_text(asked.page.with_suffix(".tex"), latex(cells, title))
+    write_text(asked.page.with_suffix(".tex"), latex(cells, title, counts.note, asked.command))
     write_json(asked.page.with_suffix(".json"), as_rows(cells))
     yield asked.page.read_text(encoding="utf-8")
 
 
 def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str]:
-    """Figure 1(b), on RTE with LoRA as in the paper, or on the task asked for."""
-    choice = _choice(asked, "gpt2")
-    task = (asked.tasks or ((DEMO_TASK,) if asked.demo else ("rte",)))[0]
-    configs = similarity_configs(choice, task, "lora")
-    folder = asked.root / "fig1b"
-    reasons = {} if asked.summary else do_runs(configs, folder, asked.data, progress, announce)
-    if reasons:
-        raise ConfigError("figure 1b needs all three runs; " + "; ".join(f"{n}: {why}" for n, why in reasons.items()))
-    fitted, random, other = folders = [folder / name for name in configs]
-    for done in folders:
-        read_report(done)
-    found = compare("lora", fitted, random, other)
-    title = f"What LoRA adds on {task}: {named(choice.pair)}"
+    """Figure 1(b), on RTE with LoRA as in the paper, or on the task asked for: both of the paper's small models."""
+    pairs = ("gpt2",) if asked.demo or asked.pair is not None else ("gpt2", "gpt2-medium")
+    task, *more = asked.tasks or (DEMO_TASK if asked.demo else "rte",)
+    if more:
+        raise ConfigError("fig1b is about one task; give --task once")
+    found: dict[str, list[Likeness]] = {}
+    for choice in (_choice(asked, pair) for pair in pairs):
+        configs = similarity_configs(choice, task, "lora")
+        folder = home_of(asked.root, choice, "fig1b")
+        reasons = {} if asked.summary else do_runs(configs, folder, asked.data, progress, announce)
+        if reasons:
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise ConfigError(f"figure 1b needs all three runs; {why}")
+        folders = [folder / name for name in configs]
+        for done in folders:
+            read_report(done)
+        found[f"What LoRA adds on {task}: {named(choice.pair)}"] = compare("lora", *folders)
     for ending in (".png", ".svg"):
-        draw_likeness(found, title, asked.page.with_suffix(ending))
-    means = mean_by_comparison(found)
-    lines = [f"| {name} | {value:+.3f} |" for name, value in means.items()]
-    head = ["# Figure 1(b): how alike the modules are", "", ABOUT, "", "Made by", "", f"    {asked.command}", ""]
-    text = "\n".join([*head, f"| {title} | mean cosine |", "|---|---|", *lines, ""])
+        draw_likeness(found, asked.page.with_suffix(ending))
+    lines = ["# Figure 1(b): how alike the modules are", "", ABOUT, "", "Made by", "", f"    {asked.command}", ""]
+    for title, places in found.items():
+        means = mean_by_comparison(places).items()
+        lines += [
+            f"| {title} | mean cosine |",
+            "|---|---|",
+            *(f"| {name} | {value:+.3f} |" for name, value in means),
+            "",
+        ]
+    text = "\n".join(lines)
     write_text(asked.page, text)
-    write_json(asked.page.with_suffix(".json"), [asdict(f) for f in found])
+    rows = [{"pair": title.partition(": ")[2], **asdict(place)} for title, places in found.items() for place in places]
+    write_json(asked.page.with_suffix(".json"), rows)
     yield text
     yield f"{asked.page}, .png, .svg and .json beside it"
 
@@ -169,4 +211,5 @@ def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
 ABOUT = """Cosine between what the small model's and the large model's own LoRA add to each weight (B A). The small one
 is carried to the large model's width by orthogonal maps fitted to both models' states on 256 training rows, its
 layers spread evenly; a random plug is the control, the large model's LoRA of another seed what likeness to expect at
-most. The paper reports "up to 75 %" and does not say how modules of unequal shape were compared."""
+most. The paper reports "up to 75 %" between GPT2-medium and GPT2-XL and does not say how modules of unequal shape were
+compared."""

@@ -93,23 +93,29 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / size if size > 0 else 0.0
 
 
-def draw_likeness(found: list[Likeness], title: str, path: Path) -> None:
-    """A line of cosines over the large model's places for each comparison; PNG or SVG by the path's ending."""
+def draw_likeness(found: Mapping[str, list[Likeness]], path: Path) -> None:
+    """For each title a panel, a line of cosines over the large model's places for each comparison.
+
+    PNG or SVG by the path's ending.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, colour in zip(dict.fromkeys(f.compared for f in found), ("#c1440e", "#8a8a8a", "#3b6ea5"), strict=True):
-        values = [f.cosine for f in found if f.compared == name]
-        mean = sum(values) / len(values)
-        axes.plot(range(1, len(values) + 1), values, marker="o", ms=4, color=colour, label=f"{name} (mean {mean:.2f})")
-    axes.axhline(0, color="#222222", lw=0.8)
-    axes.set_ylim(-1.05, 1.05)
-    axes.set_xlabel("place in the large model, from the bottom")
-    axes.set_ylabel("cosine of what the modules add")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(7.2, 3.4 * len(found)), layout="constrained")
+    colours = ("#c1440e", "#8a8a8a", "#3b6ea5")
+    for panel, (title, likenesses) in enumerate(found.items(), 1):
+        axes = figure.add_subplot(len(found), 1, panel)
+        for name, colour in zip(dict.fromkeys(f.compared for f in likenesses), colours, strict=True):
+            values = [f.cosine for f in likenesses if f.compared == name]
+            mean = sum(values) / len(values)
+            places = range(1, len(values) + 1)
+            axes.plot(places, values, marker="o", ms=4, color=colour, label=f"{name} (mean {mean:.2f})")
+        axes.axhline(0, color="#222222", lw=0.8)
+        axes.set_ylim(-1.05, 1.05)
+        axes.set_xlabel("place in the large model, from the bottom")
+        axes.set_ylabel("cosine of what the modules add")
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.legend(fontsize=8, frameon=False, loc="upper left")
+        axes.spines[["top", "right"]].set_visible(False)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=150)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from plugbridge.bench.cells import Reproduced
+from plugbridge.bench.cells import SHARE, Reproduced
 
 
 def markdown(cells: Sequence[Reproduced], title: str, note: str, command: str) -> str:
@@ -23,18 +23,21 @@ def markdown(cells: Sequence[Reproduced], title: str, note: str, command: str) -
     return "\n".join(lines) + "\n"
 
 
-def latex(cells: Sequence[Reproduced], title: str) -> str:
-    """The same as a LaTeX table (booktabs)."""
+def latex(cells: Sequence[Reproduced], title: str, note: str, command: str) -> str:
+    """The same as a LaTeX table (booktabs); how each row was made stands in comments."""
     columns = _columns(cells)
     head = " & ".join(["", *(_escaped(_heading(column)) for column in columns)])
-    lines = [r"\begin{table}", r"\centering", r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule"]
+    lines = ["% Made by", f"%     {command}", "% An empty cell was not run. How each was obtained:"]
+    lines += [f"% {line}" for line in _origins(cells)]
+    lines += [r"\begin{table}", r"\centering", r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule"]
     lines += [head + r" \\", r"\midrule"]
     for row in _rows(cells):
         lines.append(" & ".join([_escaped(row), *(_text(cells, row, column, "--") for column in columns)]) + r" \\")
+    what = "Ours (paper, difference)" if any(cell.printed is not None for cell in cells) else "Ours"
     lines += [
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{_escaped(title)}. Ours (paper, difference).}}",
+        rf"\caption{{{_escaped(f'{title}. {what}. {note}'.replace('`', ''))}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
@@ -68,15 +71,19 @@ def _heading(column: tuple[str, str]) -> str:
 
 def _text(cells: Sequence[Reproduced], row: str, column: tuple[str, str], minus: str) -> str:
     cell = next(c for c in cells if (c.row, c.task, c.metric) == (row, *column))
-    digits = 3 if cell.metric == "million parameters" and (cell.value or 0) < 10 else 1
+    few = (cell.value or 0) < 10
+    digits = 3 if cell.metric == "million parameters" and few else 2 if cell.metric == SHARE and few else 1
     ours = "" if cell.value is None else f"{cell.value:.{digits}f}"
     if cell.printed is None:
         return ours
+    digits = 2 if cell.metric == SHARE and 0 < cell.printed < 100 else 1
     if cell.difference is None:
-        return f"({cell.printed:.1f})"
+        return f"({cell.printed:.{digits}f})"
     sign = "+" if cell.difference >= 0 else minus
-    return f"{ours} ({cell.printed:.1f}, {sign}{abs(cell.difference):.1f})"
+    return f"{ours} ({cell.printed:.{digits}f}, {sign}{abs(cell.difference):.{digits}f})"
 
 
 def _escaped(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
+    for sign in "_%&#":
+        text = text.replace(sign, rf"\{sign}")
+    return text

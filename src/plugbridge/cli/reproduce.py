@@ -19,9 +19,9 @@ def reproduce(
     small: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
     large: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="the embedded pair and task: minutes instead of days")] = False,
-    mode: Annotated[str, typer.Option(help="how to couple; the paper's is standalone")] = "standalone",
+    mode: Annotated[str | None, typer.Option(help="how to couple  [default: standalone, the paper's]")] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="only this task; repeatable")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="one seed for every run")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="one seed for every run  [default: 0]")] = None,
     out_dir: RunsOption = None,
     target: Annotated[
         Path | None, typer.Option("--table", help="Markdown file to write; LaTeX and JSON beside it")
@@ -37,15 +37,18 @@ def reproduce(
     if (small is None) != (large is None):
         raise ConfigError("give both --small and --large, or neither")
     setup(quiet)
-    from plugbridge.bench.reproduce import Asked
+    from plugbridge.bench.reproduce import Asked, check_options
     from plugbridge.bench.reproduce import reproduce as make
+
+    options = {"mode": mode, "task": tasks, "seed": seed, "set": sets, "summary": summary or None}
+    check_options(table, [name for name, value in options.items() if value is not None])
 
     root = out_dir if out_dir is not None else Path("runs") / "reproduce"
     page = target if target is not None else root / f"{table}.md"
     pair = None if small is None or large is None else (small, large)
     asked = Asked(
-        table, pair, demo, mode, tuple(tasks) if tasks else None, seed, tuple(sets or ()), data, root, page, summary,
-        "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])),
+        table, pair, demo, mode or "standalone", tuple(tasks) if tasks else None, seed or 0, tuple(sets or ()), data,
+        root, page, summary, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])),
     )  # fmt: skip
     for line in make(asked, progress(quiet), announcer(quiet)):
         out.print(line)

@@ -137,6 +137,11 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     assert (tmp_path / "other" / "RTE.jsonl").read_text() == first
     assert call(*submit, "--task", "ax-b", "--model", "small_tuned")[0] == 0
     assert [line["idx"] for line in lines_of(tmp_path / "board" / "AX-b.jsonl")] == [0, 1, 2, 3]
+    odd = tmp_path / "odd"
+    (odd / "AX-b").mkdir(parents=True)
+    write_jsonl(odd / "AX-b" / "AX-b.jsonl", [{**PAIR, "idx": idx} for idx in (3, "4", "x5")])
+    refused = mistake(call(*submit, "--task", "ax-b", "--tests", odd, "--model", "small_tuned"))
+    assert refused == f"{odd}/AX-b/AX-b.jsonl:3: idx is 'x5'; the leaderboard needs a whole number"
     assert "the run has no model 'large_tuned'; known: small_zero_shot, " in mistake(
         call(*submit, "--model", "large_tuned")
     )

@@ -138,6 +138,8 @@ def test_test_rows_have_no_label() -> None:
         ("wsc", without(WSC, "target", "span2_text"), "'span2_text' is missing"),
         ("wsc", without(WSC, "target", "span2_text", put="she"), "the text does not hold span2_text 'she'; "),
         ("wsc", without(WSC, "idx"), "field 'idx' is missing; the row has label, marked"),
+        ("multirc", without(MULTIRC, "idx", put=True), "idx is true; expected a whole number or a text"),
+        ("multirc", without(MULTIRC, "passage", "questions", 1, "idx", put=True), "'idx' is bool; expected int"),
         ("multirc", without(MULTIRC, "passage", "questions", 1, "answers", 0, "idx", put=30), "idx 30 was that of "),
         ("multirc", without(MULTIRC, "passage", "questions", 1, "idx", put=12),
          "two questions have idx 12; every question of a paragraph needs its own"),
@@ -187,3 +189,13 @@ def test_duplicate_ids_are_refused_by_file_and_line(tmp_path: Path, name: str) -
     write_jsonl(path, [{"idx": 0}, {"label": 1}])
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}:2: field 'idx' is missing; the row has label$"):
         list(read_flat(load_task(name), path))
+
+
+@pytest.mark.parametrize("idx", ["null", "true", "0.5", "1.0", "NaN", '" "', "[1]", "{}"])
+def test_what_is_no_id_is_refused_by_file_and_line(tmp_path: Path, idx: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"idx": "a0"}}\n{{"idx": {idx}}}\n', encoding="utf-8")
+    message = f"{path}:2: idx is {idx}; expected a whole number or a text"
+    for name in ("rte", "ax-b"):
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            list(read_flat(load_task(name), path))

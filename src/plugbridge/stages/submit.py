@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plugbridge.cost import Cost
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, DataError
 from plugbridge.files import write_text
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
@@ -17,7 +17,7 @@ from plugbridge.stages.evaluate import candidates
 from plugbridge.stages.work import Work, answers_of
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.metrics import Answer
-from plugbridge.tasks.rows import find_files, make_row, read_flat
+from plugbridge.tasks.rows import Row, find_files, make_row, read_flat
 from plugbridge.tasks.spec import Leaderboard, Task
 
 
@@ -40,6 +40,8 @@ def submit(p: Prepared, root: Path, task: Task, model: str, data: Path | None, o
     path = find_files(task, data, {"test": board.rows})["test"]
     encoder = found[model].encoder
     rows = [make_row(task, form, where, raw, labelled=False) for where, raw in read_flat(task, path)]
+    for row in rows:
+        number_of(row)
     encoded = [encoder.encode(task, form, row) for row in rows]
     loaded = found[model].load()
     answers = answers_of(replace(p, task=task), loaded, encoder, encoded, progress, f"submit {board.file}")
@@ -48,11 +50,19 @@ def submit(p: Prepared, root: Path, task: Task, model: str, data: Path | None, o
     return out / board.file
 
 
+def number_of(row: Row) -> int:
+    """A row's idx, as the leaderboard takes it. Raises DataError for a text that is no number."""
+    idx = row.fields["idx"]
+    if not isinstance(idx, int) and not (idx.isascii() and idx.isdecimal()):
+        raise DataError(f"{row.where}: idx is '{idx}'; the leaderboard needs a whole number")
+    return int(idx)
+
+
 def board_lines(board: Leaderboard, form: PromptForm, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The leaderboard's lines, in the answers' order."""
     if board.shape == "questions":
         return _by_question(board, form, answers)
-    return [{"idx": int(answer.row.fields["idx"]), "label": _label(board, form, answer)} for answer in answers]
+    return [{"idx": number_of(answer.row), "label": _label(board, form, answer)} for answer in answers]
 
 
 def _label(board: Leaderboard, form: PromptForm, answer: Answer) -> str | int:

@@ -1,5 +1,6 @@
 """A task's rows: read, unfolded, put into words, held out and limited."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -90,8 +91,12 @@ def read_flat(task: Task, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check_id(name: str, raw: Mapping[str, Any], where: str, seen: dict[str, str], what: str = "row") -> None:
-    """Take note of an id in `seen`. Raises DataError for one that is there already, or missing."""
-    value = text_of(field_of(raw, name, where))
+    """Take note of an id in `seen`. Raises DataError for one that is there already, missing, or no id."""
+    field_of(raw, name, where)
+    found = raw[name]
+    if isinstance(found, bool) or not isinstance(found, int | str) or not str(found).strip():
+        raise DataError(f"{where}: {name} is {json.dumps(found)}; expected a whole number or a text")
+    value = str(found)
     if value in seen:
         raise DataError(f"{where}: {name} {value} was that of {seen[value]} already; every {what} needs its own")
     seen[value] = where

@@ -128,7 +128,7 @@ def part(raw: Raw, name: str, kind: type[T], where: str) -> T:
     if name not in raw:
         raise DataError(f"{where}: '{name}' is missing; found {', '.join(sorted(raw)) or 'nothing'}")
     value = raw[name]
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise DataError(f"{where}: '{name}' is {type(value).__name__}; expected {kind.__name__}")
     return value
 

@@ -154,7 +154,7 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         if encoded and encoders[0].positions == encoder.positions:
             encoded.append(encoded[0])
         else:
-            encoded.append({s: [encoder.encode(task, form, row) for row in texts[s]] for s in SPLITS})
+            encoded.append({s: encoder.encode_all(task, form, texts[s]) for s in SPLITS})
     return Prepared(
         config=config,
         task=task,

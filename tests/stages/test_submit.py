@@ -11,7 +11,7 @@ from test_answers import multirc
 
 import test_cli
 from conftest import VOCAB, save_model, write_jsonl
-from plugbridge.stages.submit import board_lines
+from plugbridge.stages.submit import board_lines, uninformed
 from plugbridge.tasks.metrics import chosen, written
 from plugbridge.tasks.rows import make_row
 from plugbridge.tasks.spec import load_task, task_names
@@ -63,6 +63,23 @@ def test_a_line_of_what_t5_wrote(name: str, raw: Raw, text: str, label: str) -> 
     form = task.form("seq2seq")
     row = make_row(task, form, "here", {**raw, "idx": 7}, labelled=False)
     assert board_lines(task.leaderboard, form, [written(form, row, text)]) == [{"idx": 7, "label": label}]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "raw", "label"),
+    [
+        ("rte", "causal", PAIR, "entailment"),
+        ("record", "causal", QUERY, "Costa"),
+        ("record", "seq2seq", QUERY, ""),
+        ("wsc", "seq2seq", PRONOUN, "False"),
+    ],
+)
+def test_a_line_of_what_no_model_read(name: str, kind: str, raw: Raw, label: str) -> None:
+    task = load_task(name)
+    assert task.leaderboard is not None
+    form = task.form(kind)
+    row = make_row(task, form, "here", {**raw, "idx": 7}, labelled=False)
+    assert board_lines(task.leaderboard, form, [uninformed(form, row)]) == [{"idx": 7, "label": label}]
 
 
 def test_multirc_is_nested_again() -> None:
@@ -142,6 +159,23 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     write_jsonl(odd / "AX-b" / "AX-b.jsonl", [{**PAIR, "idx": idx} for idx in (3, "4", "x5")])
     refused = mistake(call(*submit, "--task", "ax-b", "--tests", odd, "--model", "small_tuned"))
     assert refused == f"{odd}/AX-b/AX-b.jsonl:3: idx is 'x5'; the leaderboard needs a whole number"
+    test = [{"premise": "w1", "hypothesis": " ".join(["w2"] * n), "idx": i} for i, n in enumerate((2, 99, 3, 98))]
+    (odd / "RTE").mkdir()
+    write_jsonl(odd / "RTE" / "test.jsonl", test)
+    code, printed, _ = call(*submit, "--tests", odd, "--out", "long")
+    wrote, unread = printed.splitlines()
+    assert (code, wrote) == (0, "long/RTE.jsonl: answers of large_plugged")
+    assert unread.startswith(
+        f"2 of 4 rows were not read and have the first option: {odd}/RTE/test.jsonl:2: the prompt takes "
+    )
+    found = lines_of(tmp_path / "long" / "RTE.jsonl")
+    assert [line["idx"] for line in found] == [0, 1, 2, 3]
+    assert [found[1]["label"], found[3]["label"]] == ["entailment", "entailment"]
+    write_jsonl(odd / "RTE" / "test.jsonl", [test[0], test[2]])
+    assert call(*submit, "--tests", odd, "--out", "short") == (0, "short/RTE.jsonl: answers of large_plugged\n", "")
+    assert lines_of(tmp_path / "short" / "RTE.jsonl") == found[::2]
+    write_jsonl(odd / "RTE" / "test.jsonl", [test[1]])
+    assert "without its passage, 'premise', it still takes" in mistake(call(*submit, "--tests", odd))
     assert "the run has no model 'large_tuned'; known: small_zero_shot, " in mistake(
         call(*submit, "--model", "large_tuned")
     )

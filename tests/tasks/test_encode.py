@@ -1,5 +1,6 @@
 """Rows in tokens: what is cut, what is padded, what is refused."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from conftest import VOCAB, make_tokenizer
 from plugbridge.config import parse_config
 from plugbridge.errors import DataError
 from plugbridge.prepare import prepare
-from plugbridge.tasks.encode import IGNORE, Encoded, Encoder, collate, gold
+from plugbridge.tasks.encode import IGNORE, Encoded, Encoder, TooLong, collate, gold
 from plugbridge.tasks.rows import Row, make_row
 from plugbridge.tasks.spec import Task, parse_task
 
@@ -79,16 +80,39 @@ def test_a_row_that_fits_exactly_is_not_cut() -> None:
     task = task_of("is it : {word}")
     row = encode(encoder(positions=5), task, word="w1")
     assert row.prompt == ids("is it : w1")
-    with pytest.raises(DataError, match=r"rows.jsonl:7: the prompt takes 4 tokens but the model has room for 3"):
+    message = (
+        "rows.jsonl:7: the prompt takes 4 tokens but the model has room for 3 (its positions, or max_length, less the "
+        "longest option); shorten the prompt, or name the field that may be cut as the task's `passage`"
+    )
+    with pytest.raises(TooLong, match=f"^{re.escape(message)}$"):
         encode(encoder(positions=4), task, word="w1")
 
 
 def test_what_no_cut_can_save_is_refused() -> None:
     task = task_of("{text} is it : {word}", passage="text")
-    with pytest.raises(DataError, match="takes 6 tokens but the model has room for 3"):
+    message = (
+        r"takes 6 tokens but the model has room for 3 \(.*\); without its passage, 'text', it still takes 4; "
+        "raise max_length, take a model with more positions, or leave the row out$"
+    )
+    with pytest.raises(TooLong, match=message):
         encode(encoder(positions=4), task, text="w1 w2", word="w1")
     with pytest.raises(DataError, match="field 'text' is missing"):
         encode(encoder(positions=4), task_of("is it : {word}", passage="text"), word="w1")
+
+
+def test_rows_too_long_are_counted() -> None:
+    task = task_of("{text} is it : {word}", passage="text")
+
+    def encode_all(*words: str) -> list[Encoded]:
+        fields = [{"text": "w1 w2", "word": word, "label": "odd"} for word in words]
+        rows = [make_row(task, task.causal, f"rows.jsonl:{i}", raw) for i, raw in enumerate(fields)]
+        return encoder(positions=5).encode_all(task, task.causal, rows)
+
+    assert [row.prompt for row in encode_all("w3", "w4")] == [ids("is it : w3"), ids("is it : w4")]
+    with pytest.raises(TooLong, match=r"^rows.jsonl:1: .* still takes 6; .* leave the row out$"):
+        encode_all("w3", "w4 w5 w6")
+    with pytest.raises(TooLong, match=r"^rows.jsonl:1: .* leave the row out \(2 more of 4 rows are too long\)$"):
+        encode_all("w3", "w4 w5 w6", "w4 w5", "w4 w5 w6")
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,10 @@ def submit(
     folder = tests or data or (Path(config.data) if config.data else None)
     if from_hub(folder):
         raise ConfigError("the hub is for rows with labels; give --tests DIR of the official test files")
-    path = write_answers(prepared, root, chosen, model, folder, out_dir, progress(quiet))
-    out.print(f"{path}: answers of {model}")
+    done = write_answers(prepared, root, chosen, model, folder, out_dir, progress(quiet))
+    out.print(f"{done.path}: answers of {model}")
+    if done.long:
+        out.print(f"{len(done.long):,} of {done.rows:,} rows were not read and have {done.instead}: {done.long[0]}")
 
 
 def print_table(found: dict[str, Any]) -> None:

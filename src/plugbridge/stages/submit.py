@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,28 @@ from plugbridge.run import check_needs
 from plugbridge.stages.build import build_stages
 from plugbridge.stages.evaluate import candidates
 from plugbridge.stages.work import Work, answers_of
+from plugbridge.tasks.encode import Encoded, Encoder, TooLong
 from plugbridge.tasks.form import PromptForm
-from plugbridge.tasks.metrics import Answer
+from plugbridge.tasks.metrics import Answer, chosen, written
 from plugbridge.tasks.rows import Row, find_files, make_row, read_flat
 from plugbridge.tasks.spec import Leaderboard, Task
 
 
-def submit(p: Prepared, root: Path, task: Task, model: str, data: Path | None, out: Path, progress: Progress) -> Path:
-    """Write the leaderboard's file of a task; returns its path.
+@dataclass(frozen=True)
+class Submitted:
+    """The leaderboard's file, its number of rows, and why some of them were not put to the model."""
+
+    path: Path
+    rows: int
+    long: tuple[str, ...]
+    instead: str
+    """What the rows that are too long were answered with."""
+
+
+def submit(
+    p: Prepared, root: Path, task: Task, model: str, data: Path | None, out: Path, progress: Progress
+) -> Submitted:
+    """Write the leaderboard's file of a task. It takes every row, so a row too long for the model is in it too.
 
     The task is the run's own, or one that puts rows to models in the same way (AX-b and AX-g for RTE).
     Raises ConfigError, RunError for a run that is not finished, DataError.
@@ -42,12 +56,36 @@ def submit(p: Prepared, root: Path, task: Task, model: str, data: Path | None, o
     rows = [make_row(task, form, where, raw, labelled=False) for where, raw in read_flat(task, path)]
     for row in rows:
         number_of(row)
-    encoded = [encoder.encode(task, form, row) for row in rows]
+    encoded, long = _those_that_fit(encoder, task, form, rows)
     loaded = found[model].load()
-    answers = answers_of(replace(p, task=task), loaded, encoder, encoded, progress, f"submit {board.file}")
+    title = f"submit {board.file}"
+    given = iter(answers_of(replace(p, task=task), loaded, encoder, list(encoded.values()), progress, title))
+    answers = [next(given) if i in encoded else uninformed(form, row) for i, row in enumerate(rows)]
     lines = board_lines(board, form, answers)
     write_text(out / board.file, "".join(json.dumps(line) + "\n" for line in lines))
-    return out / board.file
+    instead = "the first option" if form.generate is None else "an empty text"
+    return Submitted(out / board.file, len(rows), tuple(map(str, long)), instead)
+
+
+def _those_that_fit(
+    encoder: Encoder, task: Task, form: PromptForm, rows: Sequence[Row]
+) -> tuple[dict[int, Encoded], list[TooLong]]:
+    """Rows in tokens by position, and why the others are too long. Raises TooLong if no row fits."""
+    found: dict[int, Encoded] = {}
+    long: list[TooLong] = []
+    for i, row in enumerate(rows):
+        try:
+            found[i] = encoder.encode(task, form, row)
+        except TooLong as error:
+            long.append(error)
+    if not found and long:
+        raise long[0]
+    return found, long
+
+
+def uninformed(form: PromptForm, row: Row) -> Answer:
+    """An answer to a row that no model has read: its first option, or an empty text where models write."""
+    return chosen(row, 0) if form.generate is None else written(form, row, "")
 
 
 def number_of(row: Row) -> int:

@@ -15,6 +15,10 @@ from plugbridge.tasks.spec import Task
 IGNORE = -100
 
 
+class TooLong(DataError):
+    """A row that does not fit the model, however much of its passage is cut."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One row in tokens, and the row itself. For seq2seq models every option ends with the end-of-sequence token.
@@ -75,7 +79,7 @@ class Encoder:
     def encode(self, task: Task, form: PromptForm, row: Row) -> Encoded:
         """One row in tokens; a passage too long for the model's positions is cut, nothing else.
 
-        Raises DataError for options that are empty or equal in tokens, and for rows too long.
+        Raises DataError for options that are empty or equal in tokens, and TooLong for a row that no cut makes fit.
         """
         options = self._options(form, row)
         longest = max((len(option) for option in options), default=0)
@@ -89,6 +93,20 @@ class Encoder:
         if self.positions is not None and len(prompt) + longest > self.positions:
             prompt = self._cut(task, form, row, self.positions - longest)
         return Encoded(prompt, options, row.answer if form.generate is None else 0, row)
+
+    def encode_all(self, task: Task, form: PromptForm, rows: Sequence[Row]) -> list[Encoded]:
+        """Rows in tokens. Raises DataError as `encode`; of rows too long it names the first, and how many more are."""
+        found: list[Encoded] = []
+        long: list[TooLong] = []
+        for row in rows:
+            try:
+                found.append(self.encode(task, form, row))
+            except TooLong as error:
+                long.append(error)
+        if long:
+            more = f" ({len(long) - 1:,} more of {len(rows):,} rows are too long)" if len(long) > 1 else ""
+            raise TooLong(f"{long[0]}{more}") from long[0]
+        return found
 
     def _options(self, form: PromptForm, row: Row) -> tuple[tuple[int, ...], ...]:
         if form.generate is not None:
@@ -122,10 +140,18 @@ class Encoder:
             if len(ids) <= room:
                 return ids
         need = len(self._prompt(row.prompt))
-        raise DataError(
+        raise TooLong(
             f"{row.where}: the prompt takes {need} tokens but the model has room for {room} "
-            "(its positions, or max_length, less the longest option); shorten the prompt, or name the field that "
-            "may be cut as the task's `passage`"
+            f"(its positions, or max_length, less the longest option); {self._remedy(task, form, row)}"
+        )
+
+    def _remedy(self, task: Task, form: PromptForm, row: Row) -> str:
+        if task.passage is None:
+            return "shorten the prompt, or name the field that may be cut as the task's `passage`"
+        least = len(self._prompt(refill(task, form, row, "")))
+        return (
+            f"without its passage, '{task.passage}', it still takes {least}; raise max_length, "
+            "take a model with more positions, or leave the row out"
         )
 
 

@@ -42,6 +42,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Raw]], list[tuple[str
 
         module = ModuleType("datasets")
         module.load_dataset = load_dataset  # type: ignore[attr-defined]
+        module.__version__ = "4.0.0"  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "datasets", module)
         return asked
 
@@ -133,13 +134,47 @@ def test_mistakes(hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match=r"^--data hub needs the package datasets; pip install 'plugbridge\[hub\]'$"):
         hub_rows(load_task("rte"), "causal", 0)
 
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no network")
+
+class DatasetsError(Exception):
+    """Stands for the library's own base class, which is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (ConnectionError("no network"), DataError, "cannot read aps/super_glue/rte:train from the hub: no network"),
+        (ValueError("no split"), DataError, "cannot read aps/super_glue/rte:train from the hub: no split"),
+        (RuntimeError("Dataset scripts are no longer supported"), ConfigError,
+         "datasets 4.0.0 cannot load aps/super_glue/rte:train from the hub: Dataset scripts are no longer supported; "
+         "try another version of datasets, or give --data DIR"),
+        (DatasetsError("odd"), ConfigError, "datasets 4.0.0 cannot load aps/super_glue/rte:train from the hub: odd; "
+         "try another version of datasets, or give --data DIR"),
+    ],
+)  # fmt: skip
+def test_what_the_library_cannot_do(
+    hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], message: str
+) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise raised
 
     hub(PAIRS)
-    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"^cannot read aps/super_glue/rte:train from the hub: no network$"):
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset)
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         hub_rows(load_task("rte"), "causal", 0)
+
+
+@pytest.mark.parametrize(("name", "there"), [("ax-b", "axb"), ("ax-g", "axg")])
+def test_diagnostics_are_trained_on_rte(hub: Callable[..., Any], name: str, there: str) -> None:
+    task = load_task(name)
+    names = {"premise": "sentence1", "hypothesis": "sentence2"} if name == "ax-b" else {}
+    asked = hub([{names.get(k, k): v for k, v in row.items()} for row in PAIRS])
+    found, prints = hub_rows(task, "causal", 0)
+    assert asked == [("aps/super_glue", "rte", "train"), ("aps/super_glue", there, "test")]
+    assert set(prints) == {"aps/super_glue/rte:train", f"aps/super_glue/{there}:test"}
+    assert len(found["test"]) == 20
+    assert found["test"][3].where == f"aps/super_glue/{there}:test:3"
+    assert found["test"][3].prompt == "w3\nQuestion: it is True or False?\nAnswer:"
+    assert [row.answer for row in found["test"][:2]] == [0, 1]
 
 
 NESTED: Raw = {

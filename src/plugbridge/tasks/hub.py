@@ -10,7 +10,6 @@ from plugbridge.tasks.spec import Split, Task
 from plugbridge.tasks.unfold import UNFOLD, article, cloze, part, sorted_texts
 
 HUB = "hub"  # what to give as --data or `data:`
-_SPLITS: dict[Split, str] = {"train": "train", "test": "validation"}  # the hub's test rows have no labels
 
 
 def from_hub(data: Path | None) -> bool:
@@ -23,27 +22,32 @@ def hub_rows(task: Task, kind: str, seed: int) -> tuple[dict[Split, list[Row]], 
     if task.hub is None:
         raise ConfigError(f"task '{task.name}' is not read from the hub; give --data DIR")
     try:
-        from datasets import load_dataset  # pyright: ignore
+        import datasets  # pyright: ignore
     except ImportError as error:
         raise ConfigError("--data hub needs the package datasets; pip install 'plugbridge[hub]'") from error
-    path, name = task.hub.path, task.hub.name
+    places = task.hub.places
+    sources = {split: f"{task.hub.path}/{name}:{theirs}" for split, (name, theirs) in places.items()}
     found: dict[Split, Any] = {}
-    for split, theirs in _SPLITS.items():
+    for split, (name, theirs) in places.items():
         try:
-            found[split] = load_dataset(path, name, split=theirs)
+            found[split] = datasets.load_dataset(task.hub.path, name, split=theirs)
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}/{name}:{theirs} from the hub: {error}") from error
+            raise DataError(f"cannot read {sources[split]} from the hub: {error}") from error
+        except Exception as error:  # its own classes, and RuntimeError for a repository that is a script
+            raise ConfigError(
+                f"datasets {datasets.__version__} cannot load {sources[split]} from the hub: {error}; "
+                "try another version of datasets, or give --data DIR"
+            ) from error
 
     def read(split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
         seen: dict[str, str] = {}
         for i, raw in enumerate(found[split]):
-            where = f"{path}/{name}:{_SPLITS[split]}:{i}"
+            where = f"{sources[split]}:{i}"
             row = flat(task, cast(Mapping[str, Any], raw), where)
             if task.id is not None:
                 check_id(task.id, row, where, seen)
             yield where, row
 
-    sources = {split: f"{path}/{name}:{theirs}" for split, theirs in _SPLITS.items()}
     prints = {sources[split]: str(getattr(rows, "_fingerprint", "unknown")) for split, rows in found.items()}
     return split_rows(task, kind, read, sources, seed), prints
 
@@ -60,7 +64,9 @@ def flat(task: Task, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(number, int) or not 0 <= number < len(labels):
             raise DataError(f"{where}: label {number!r} is not a number below {len(labels)}")
         row[task.label] = labels[number]
-    if task.unfold == "wsc":
+    if task.unfold == "diagnostic":
+        [row] = UNFOLD["diagnostic"](row, where)
+    elif task.unfold == "wsc":
         [row] = UNFOLD["wsc"]({**row, "target": row}, where)
     elif task.unfold == "record":
         row = _record(row, where)

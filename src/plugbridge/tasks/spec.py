@@ -48,11 +48,21 @@ class Leaderboard(_Strict):
 
 
 class Hub(_Strict):
-    """The task on the Hugging Face hub: repository, configuration, and the label names of its label numbers."""
+    """The task on the Hugging Face hub: repository, configuration, and the label names of its label numbers.
+
+    `test` is the configuration whose test split has labels, where there is one.
+    """
 
     path: str
     name: str
     labels: tuple[str, ...] = ()
+    test: str | None = None
+
+    @property
+    def places(self) -> dict[Split, tuple[str, str]]:
+        """Configuration and split there, by split here: elsewhere the hub's test rows have no labels."""
+        test = (self.name, "validation") if self.test is None else (self.test, "test")
+        return {"train": (self.name, "train"), "test": test}
 
 
 class Task(_Strict):

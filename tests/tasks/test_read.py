@@ -79,12 +79,20 @@ def test_only_blank_columns_may_be_empty(tmp_path: Path) -> None:
         read(tmp_path, form, "1\t*\t \n")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path, encoding: Any) -> None:
     content = b"\xef\xbb\xbftext\tlabel\na\t1\n"
-    form = Tsv(name="tsv", columns=("text", "label"), encoding="utf-8-sig")
+    form = Tsv(name="tsv", columns=("text", "label"), encoding=encoding)
     assert (
         read(tmp_path, form, content) == read(tmp_path, form, content[3:]) == [("rows:2", {"text": "a", "label": "1"})]
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "content"), [(Jsonl(), '{"a": "\ufeff"}\n'), (CSV, "label,title,text\n1,a,b\n"), (LINES, "0 a\n")]
+)
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, form: Format, content: str) -> None:
+    assert read(tmp_path, form, f"\ufeff{content}") == read(tmp_path, form, content)
 
 
 PARALLEL = ParallelLines(name="parallel lines", columns={"label": "labels", "premise": "s1", "hypothesis": "s2"})

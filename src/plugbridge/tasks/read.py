@@ -192,7 +192,10 @@ def _lines(path: Path, encoding: Encoding) -> Iterator[tuple[str, str]]:
 
 
 def _text(path: Path, encoding: Encoding) -> str:
-    """A whole file, with every line end made a line feed. Raises DataError naming the line of a bad byte."""
+    """A whole file without its byte order mark, and with every line end made a line feed.
+
+    Raises DataError naming the line of a bad byte.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -202,4 +205,4 @@ def _text(path: Path, encoding: Encoding) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not {encoding.upper()} text (byte {error.start} of the file)") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

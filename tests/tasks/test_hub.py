@@ -210,6 +210,11 @@ def less(row: Raw, *names: str) -> Raw:
             "'entities' holds NoneType; expected texts",
         ),
         ("record", {**record_rows(RECORD)[1], "answers": None}, "'answers' is NoneType; expected list"),
+        (
+            "record",
+            {**record_rows(RECORD)[1], "answers": ["Ajax"]},
+            "answer 'Ajax' is none of the article's 3 entities",
+        ),
         ("record", {**record_rows(RECORD)[1], "passage": None}, "'passage' is NoneType; expected str"),
         ("record", {**record_rows(RECORD)[1], "query": "Who lost?"}, "the query has no @placeholder: 'Who lost?'"),
         ("record", {**record_rows(RECORD)[1], "idx": {"passage": 3}}, "'query' is missing; found passage"),

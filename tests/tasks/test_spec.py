@@ -113,6 +113,13 @@ def test_bad_rows_are_named(name: str, raw: dict[str, Any], message: str) -> Non
         make_row(task, task.form("causal"), "here", raw)
 
 
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_a_question_of_neither_kind_is_refused_whatever_the_model(kind: str) -> None:
+    task = load_task("copa")
+    with pytest.raises(DataError, match=r"^here: question is 'why'; expected one of \['cause', 'effect'\]$"):
+        make_row(task, task.form(kind), "here", {**CHOICE, "question": "why"})
+
+
 def test_numbers_and_truth_values_are_written_as_json() -> None:
     raw = {"n": 3, "part": 0.5, "yes": True, "list": [1, "a"], "text": "as {it} is"}
     assert fill("{n} {part} {yes} {text} {{n}}", raw, "here") == "3 0.5 true as {it} is {n}"

@@ -153,6 +153,8 @@ def test_test_rows_have_no_label() -> None:
         ("record", without(RECORD, "passage", "entities", 0, "start", put=8), "an entity is from 8 to 7, not within"),
         ("record", without(RECORD, "qas", 1, "query", put="Costa lost."),
          "the query has no @placeholder: 'Costa lost.'"),
+        ("record", without(RECORD, "qas", 1, "answers", 0, "text", put="Ajax"),
+         "answer 'Ajax' is none of the article's 3 entities"),
         ("record", without(RECORD, "qas", 1, "idx", put=40), "idx 40 was that of "),
     ],
 )  # fmt: skip
@@ -166,7 +168,8 @@ def test_bad_objects_are_refused_by_file_and_line(tmp_path: Path, task: str, raw
 
 
 def test_an_entity_may_end_with_the_text() -> None:
-    raw = without(RECORD, "passage", "entities", 3, put={"start": 62, "end": 64})
+    raw = without(RECORD, "qas", put=RECORD["qas"][:1])
+    raw = without(raw, "passage", "entities", 3, put={"start": 62, "end": 64})
     assert unfolded("record", raw)[0]["entities"] == ["Costa", "Olimpija", "too"]
 
 
@@ -178,6 +181,14 @@ def test_two_paragraphs_of_one_idx_are_refused_by_file_and_line(tmp_path: Path) 
     message = f"{path}:3: idx 6 was that of {path}:1 already; every paragraph needs its own"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         list(read_flat(load_task("multirc"), path))
+
+
+def test_two_articles_of_one_idx_are_refused_by_file_and_line(tmp_path: Path) -> None:
+    other = without(RECORD, "qas", put=[{**RECORD["qas"][0], "idx": 42}])
+    path = write_jsonl(tmp_path / "rows.jsonl", [RECORD, {**other, "idx": 7}, without(other, "qas", 0, "idx", put=43)])
+    message = f"{path}:3: idx 3 was that of {path}:1 already; every article needs its own"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        list(read_flat(load_task("record"), path))
 
 
 @pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic", "ax-b", "ax-g"])

@@ -113,13 +113,18 @@ def fill(template: str, raw: Mapping[str, Any], where: str, blank: Collection[st
 
 
 def prompt_of(form: PromptForm, raw: Mapping[str, Any], where: str, blank: Collection[str] = ()) -> str:
-    """A row's prompt. Raises DataError as `fill`, and for a value of `prompt_by` that has no prompt."""
+    """A row's prompt. Raises DataError as `fill` and `template_of`."""
+    return fill(template_of(form, raw, where), raw, where, blank)
+
+
+def template_of(form: PromptForm, raw: Mapping[str, Any], where: str) -> str:
+    """The template of a row's prompt. Raises DataError for a value of `prompt_by` that has no prompt."""
     if form.prompts is None or form.prompt_by is None:
-        return fill(form.prompt or "", raw, where, blank)
+        return form.prompt or ""
     choice = str(field_of(raw, form.prompt_by, where))
     if choice not in form.prompts:
         raise DataError(f"{where}: {form.prompt_by} is '{choice}'; expected one of {sorted(form.prompts)}")
-    return fill(form.prompts[choice], raw, where, blank)
+    return form.prompts[choice]
 
 
 def text_field(raw: Mapping[str, Any], name: str, where: str, blank: bool = False) -> str:

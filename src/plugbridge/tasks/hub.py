@@ -7,7 +7,7 @@ from typing import Any, cast
 from plugbridge.errors import ConfigError, DataError
 from plugbridge.tasks.rows import Row, check_id, split_rows
 from plugbridge.tasks.spec import Split, Task
-from plugbridge.tasks.unfold import UNFOLD, article, cloze, part, sorted_texts
+from plugbridge.tasks.unfold import UNFOLD, accepted, article, cloze, part
 
 HUB = "hub"  # what to give as --data or `data:`
 
@@ -77,7 +77,7 @@ def flat(task: Task, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _record(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     shared = article(part(row, "passage", str, where), _texts(row, "entities", where))
-    answers = sorted_texts(_texts(row, "answers", where))
+    answers = accepted(_texts(row, "answers", where), shared["entities"], where)
     return {**shared, **_ids(row, ("passage",), "query", where), "query": cloze(row, where), "answers": answers}
 
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from plugbridge.errors import DataError
-from plugbridge.tasks.form import PromptForm, field_of, fill, prompt_of, text_field, text_of
+from plugbridge.tasks.form import PromptForm, field_of, fill, prompt_of, template_of, text_field, text_of
 from plugbridge.tasks.read import parts_of, read_rows
 from plugbridge.tasks.spec import SPLITS, Split, Task
-from plugbridge.tasks.unfold import UNFOLD
+from plugbridge.tasks.unfold import SHARED, UNFOLD
 
 TEST_SEED = 0  # draws test rows whatever the run's seed: all seeds score the same rows, and none has tuned on them
 UNLABELLED = -1
@@ -80,10 +80,10 @@ def input_files(task: Task, data: Path | None) -> dict[str, Path]:
 def read_flat(task: Task, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, fields) of every row of a file, nested ones unfolded. Raises DataError on the first bad one."""
     seen: dict[str, str] = {}
-    paragraphs: dict[str, str] = {}
+    outer: dict[str, str] = {}
     for where, raw in read_rows(path, task.format):
-        if task.unfold == "multirc":  # its questions are told apart by the paragraph's idx
-            check_id("idx", raw, where, paragraphs, "paragraph")
+        if task.unfold in SHARED:  # questions are told apart, and held out, by what they are about
+            check_id("idx", raw, where, outer, SHARED[task.unfold])
         for flat in UNFOLD[task.unfold](raw, where) if task.unfold is not None else (raw,):
             if task.id is not None:
                 check_id(task.id, flat, where, seen)
@@ -164,9 +164,11 @@ def draw(rows: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:
 def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any], labelled: bool = True) -> Row:
     """Put one row into words. Raises DataError for an unusable field, or a missing, null or unknown label.
 
-    A row that is not `labelled` is `UNLABELLED`, whatever its label.
+    A row that the causal form has no prompt for is refused for every kind of model. A row that is not `labelled` is
+    `UNLABELLED`, whatever its label.
     """
     prompt = prompt_of(form, raw, where, task.blank)
+    template_of(task.causal, raw, where)
     label = _label(raw, task.label, where) if labelled else ""
     if form.words is not None:
         options = tuple(form.words.values())

@@ -5,7 +5,7 @@ for a part that is missing or of the wrong kind. A label that is not there stays
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 from plugbridge.errors import DataError
@@ -44,7 +44,7 @@ def record(raw: Raw, where: str) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {**shared, "query": cloze(query, where), "idx": part(query, "idx", int, where)}
         if "answers" in query:
             answers = _objects(query, "answers", where, empty=True)
-            row["answers"] = sorted_texts(part(answer, "text", str, where) for answer in answers)
+            row["answers"] = accepted((part(answer, "text", str, where) for answer in answers), row["entities"], where)
         yield row
 
 
@@ -60,6 +60,15 @@ def article(text: str, entities: Iterable[str]) -> dict[str, Any]:
     """What ReCoRD's rows about one article share: passage, entities, and those as one text."""
     found = [entity for entity in sorted_texts(entities) if entity]
     return {"passage": without_bullets(text), "entities": found, "entity_list": ", ".join(found)}
+
+
+def accepted(texts: Iterable[str], entities: Sequence[str], where: str) -> list[str]:
+    """ReCoRD's answers to a query. Raises DataError for one that is no entity of the article."""
+    found = sorted_texts(texts)
+    for text in found:
+        if text not in entities:
+            raise DataError(f"{where}: answer '{text}' is none of the article's {len(entities)} entities")
+    return found
 
 
 def cloze(raw: Raw, where: str) -> str:
@@ -121,6 +130,8 @@ UNFOLD: dict[Unfolding, Callable[[Raw, str], Iterator[dict[str, Any]]]] = {
     "diagnostic": diagnostic,
     "mrpc": mrpc,
 }
+
+SHARED: dict[Unfolding | None, str] = {"multirc": "paragraph", "record": "article"}  # what one object's rows are about
 
 
 def part(raw: Raw, name: str, kind: type[T], where: str) -> T:

@@ -54,6 +54,17 @@ def test_csv(tmp_path: Path) -> None:
     ]
 
 
+def test_csv_may_do_without_its_header(tmp_path: Path) -> None:
+    form = Csv(name="csv", columns=("label", "title", "text"), bare=True)
+    rows = '"1","a","b, ""c"""\n"2","d","e"\n'
+    bare, headed = read(tmp_path, form, rows), read(tmp_path, form, f"label,title,text\n{rows}")
+    assert [where for where, _ in bare] == ["rows:1", "rows:2"]
+    assert [row for _, row in bare] == [row for _, row in headed]
+    assert bare[0][1] == {"label": "1", "title": "a", "text": 'b, "c"'}
+    with pytest.raises(DataError, match=r"rows:1: the line has 2 of 3 columns; expected label, title, text$"):
+        read(tmp_path, form, "label,text\n1,a\n")
+
+
 def test_csv_between_tabs(tmp_path: Path) -> None:
     form = Csv(name="csv", separator="\t", columns=("text", "label"), header=False)
     assert read(tmp_path, form, '"a ""b"""\t1\nc, d\t2') == [

@@ -190,6 +190,10 @@ FORM = {"causal": {"prompt": "{x}", "words": WORDS}}
             {**FORM, "holdout_test": 0.1, "files": {"train": "a", "test": "b"}},
             "^t.toml: give either `holdout_test` or a test file$",
         ),
+        (
+            {**FORM, "or_files": [{"test": "b"}]},
+            "^t.toml: `or_files` has test; expected train, as in `files`$",
+        ),
         ({**FORM, "limit": {"train": 0}}, "t.toml: limit.train: Input should be greater than 0"),
         ({**FORM, "limit": {"dev": 9}}, "t.toml: limit.dev.*: Input should be 'train', 'validation' or 'test'"),
         ({**FORM, "format": {"name": "xml"}}, "t.toml: format: Input tag 'xml' found using 'name' does not match"),
@@ -309,6 +313,10 @@ def test_later_keys_do_not_touch_the_digest_of_a_task_without_them() -> None:
     assert set(load_task("wsc").form("seq2seq").model_dump(mode="json")) == forms | {
         "generate", "judge", "max_new_tokens",
     }  # fmt: skip
+    assert set(load_task("cola").model_dump(mode="json")) == old | {"format"}
+    assert set(load_task("agnews").model_dump(mode="json")["format"]) == {
+        "name", "columns", "separator", "header", "encoding",
+    }  # fmt: skip
     assert set(load_task("sst2").model_dump(mode="json")["format"]) == {"name", "columns", "header", "encoding"}
 
 
@@ -386,6 +394,35 @@ def test_folders_of_tasks_from_local_files(tmp_path: Path, name: str, layouts: l
         assert split_files(task, tmp_path / str(i)) == {split: folder / file for split, file in task.files.items()}
 
 
+GLUE_ROWS = {
+    "cola": "gj04\t1\t\tThey run \"far\".\ngj04\t0\t*\tThey runs.\n" * 5,
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "1\t2\t3\tThey \"run\".\tThey run.\n" * 9,
+    "agnews": '"3","Rain ""falls""","It rained, at last."\n' * 20,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "files", "prompt"),
+    [
+        ("cola", "CoLA", ("train.tsv", "dev.tsv"), 'They run "far".\nIs this'),
+        ("mrpc", "glue/MRPC", ("train.tsv", "dev.tsv"), 'They "run".\nThey run.\nQuestion'),
+        ("agnews", "agnews", ("train.csv", "test.csv"), 'Rain "falls". It rained, at last.\nTopic:'),
+    ],
+)
+def test_other_distributions(tmp_path: Path, name: str, folder: str, files: tuple[str, str], prompt: str) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    for file in files:
+        (tmp_path / folder / file).write_text(GLUE_ROWS[name], encoding="utf-8")
+    task = load_task(name)
+    rows = load_rows(task, "causal", tmp_path, 0)
+    assert rows["test"][0].prompt.startswith(prompt)
+    assert f"{tmp_path}/{folder}/{files[1]}:" in rows["test"][0].where
+    if task.or_files:
+        for file in task.files.values():
+            (tmp_path / folder / file).touch()
+        assert list(split_files(task, tmp_path).values()) == [tmp_path / folder / n for n in task.files.values()]
+
+
 def test_files_that_are_nowhere(tmp_path: Path) -> None:
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "train.tsv").touch()
@@ -394,6 +431,9 @@ def test_files_that_are_nowhere(tmp_path: Path) -> None:
         split_files(load_task("sst2"), tmp_path)
     with pytest.raises(DataError, match=r"a directory that holds SST-2/train\.tsv$"):
         split_files(load_task("sst2"), None)
+    wanted = "msr_paraphrase_train.txt, msr_paraphrase_test.txt or train.tsv, dev.tsv"
+    with pytest.raises(DataError, match=f"^task 'mrpc': {tmp_path}/MRPC does not hold {wanted}, nor does "):
+        split_files(load_task("mrpc"), tmp_path)
 
 
 @pytest.mark.needs_data

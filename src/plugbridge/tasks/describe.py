@@ -1,5 +1,6 @@
 """Tasks for a reader: one JSON object each, and the table of docs/tasks.md."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from plugbridge.tasks.form import PromptForm
@@ -16,6 +17,7 @@ def describe(task: Task) -> dict[str, Any]:
         "shipped": task.shipped,
         "metrics": list(task.metrics),
         "files": dict(task.files),
+        "or_files": [dict(names) for names in task.or_files],
         "folder": task.folder,
         "hub": None if task.hub is None else f"{task.hub.path}/{task.hub.name}",
         "leaderboard": None if task.leaderboard is None else task.leaderboard.file,
@@ -33,11 +35,15 @@ def answers(form: PromptForm) -> str:
     return ", ".join(f"`{text}`" for text in (form.words or {}).values() or form.options or ())
 
 
+def _files(task: Task, names: Mapping[str, str]) -> str:
+    return ", ".join(f"`{task.folder}/{name}` ({split})" for split, name in names.items())
+
+
 def tasks_markdown(tasks: list[Task]) -> str:
     """A section for every task: source, files, metrics, and its prompts."""
     lines: list[str] = []
     for task in tasks:
-        names = ", ".join(f"`{task.folder}/{name}` ({split})" for split, name in task.files.items())
+        names = ", or ".join(_files(task, layout) for layout in (task.files, *task.or_files))
         lines += [f"### {task.name}", "", f"{task.title}. {task.source}. Licence: {task.licence}.", ""]
         lines += [f"- files: {names}", f"- metrics: {', '.join(task.metrics)}"]
         for kind, name in (("causal", "autoregressive"), ("seq2seq", "T5")):

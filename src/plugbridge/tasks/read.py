@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -43,13 +44,14 @@ class Tsv(_Format):
 class Csv(_Format):
     """RFC 4180: `columns` between `separator`s; a quoted field may hold separators, doubled quotes and line breaks.
 
-    A `header`, where there is one, must be the columns word for word.
+    A `header`, where there is one, must be the columns word for word; with `bare` a file may do without.
     """
 
     name: Literal["csv"]
     columns: tuple[str, ...] = Field(min_length=1)
     separator: str = Field(default=",", min_length=1, max_length=1)
     header: bool = True
+    bare: bool = Field(default=False, exclude=True)  # the rows are the same
     encoding: Encoding = "utf-8"
 
 
@@ -119,7 +121,7 @@ def read_tsv(path: Path, form: Tsv) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_csv(path: Path, form: Csv) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:first line, text by column) of every record. Raises DataError on the first bad one."""
-    return _named(path, form.columns, form.header, _records(path, form))
+    return _named(path, form.columns, form.header, _records(path, form), bare=form.bare)
 
 
 def read_labelled_lines(path: Path, form: LabelledLines) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -144,13 +146,16 @@ def _named(
     header: bool,
     cells: Iterable[tuple[str, list[str]]],
     blank: Sequence[str] = (),
+    bare: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Cells by column, less the blanks around them; an empty cell is as bad as a missing one, but for `blank`."""
     found = iter(cells)
     if header:
         where, names = next(found, (f"{path}:1", []))
         if names != list(columns):
-            raise DataError(f"{where}: the header is {_shown(names)}; expected {_shown(columns)}")
+            if not bare:
+                raise DataError(f"{where}: the header is {_shown(names)}; expected {_shown(columns)}")
+            found = chain([(where, names)], found)
     for where, values in found:
         texts = [value.strip() for value in values]
         if not any(texts):

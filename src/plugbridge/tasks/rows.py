@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -44,26 +45,30 @@ class Row:
 
 def split_files(task: Task, data: Path | None) -> dict[str, Path]:
     """Paths of a task's files. Raises DataError naming what was looked for."""
-    return find_files(task, data, task.files)
+    return find_files(task, data, task.files, *task.or_files)
 
 
-def find_files(task: Task, data: Path | None, names: Mapping[str, str]) -> dict[str, Path]:
-    """Paths of files of a task's folder, all in one place. Raises DataError naming what was looked for."""
+def find_files(task: Task, data: Path | None, *layouts: Mapping[str, str]) -> dict[str, Path]:
+    """Paths of the first set of files that is in a task's folder, all in one place.
+
+    Raises DataError naming what was looked for.
+    """
     if task.shipped:
         roots = [Path(str(files("plugbridge.tasks"))) / "data" / task.folder]
     elif data is None:
         raise DataError(
             f"task '{task.name}' needs its files; give --data DIR or set PLUGBRIDGE_DATA to a "
-            f"directory that holds {task.folder}/{next(iter(names.values()))}"
+            f"directory that holds {task.folder}/{next(iter(layouts[0].values()))}"
         )
     else:
         folders = [data / task.folder, *(data / name / task.folder for name in task.within), data]
         roots = [place for folder in folders for place in (folder, *(folder / name for name in task.inside))]
-    for root in roots:
+    for names, root in product(layouts, roots):
         paths = {split: root / name for split, name in names.items()}
         if all(part.is_file() for path in paths.values() for part in parts_of(path, task.format)):
             return paths
-    wanted = ", ".join(part.name for name in names.values() for part in parts_of(Path(name), task.format))
+    sets = ([part.name for name in names.values() for part in parts_of(Path(name), task.format)] for names in layouts)
+    wanted = " or ".join(", ".join(names) for names in sets)
     others = "".join(f", nor does {root}" for root in roots[1:])
     raise DataError(f"task '{task.name}': {roots[0]} does not hold {wanted}{others}")
 

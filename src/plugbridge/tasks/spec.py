@@ -69,7 +69,8 @@ class Task(_Strict):
     """One task.
 
     `folder` is looked up in the data directory, then in the folders of it that `within` names; the files lie in it or
-    in one of the folders `inside` it. A `shipped` task's is beside this module. `format` says how the `files` are
+    in one of the folders `inside` it. A `shipped` task's is beside this module. `or_files` are other distributions'
+    names of the same splits; the first set that is there as a whole is read. `format` says how the `files` are
     written, `unfold` how one of their objects becomes rows, and `id` names the field that no two rows of a file share.
     Of the fields that a prompt names, only those in `blank` may be blank. `holdout_test` is the share of the train
     rows that becomes the test split where there is no test file;
@@ -88,6 +89,7 @@ class Task(_Strict):
     inside: tuple[str, ...] = Field(default=(), exclude=True)
     shipped: bool = False
     files: dict[str, str]
+    or_files: tuple[dict[str, str], ...] = Field(default=(), exclude=True)  # what they hold is digested
     format: Format = Jsonl()
     unfold: Unfolding | None = None
     id: str | None = Field(default=None, exclude=True)  # what is refused changes no result
@@ -112,6 +114,13 @@ class Task(_Strict):
         ):
             if share > 0 and split in self.files:
                 raise ValueError(f"give either `{key}` or a {split} file")
+        return self
+
+    @model_validator(mode="after")
+    def _same_splits(self) -> "Task":
+        for names in self.or_files:
+            if set(names) != set(self.files):
+                raise ValueError(f"`or_files` has {', '.join(names)}; expected {', '.join(self.files)}, as in `files`")
         return self
 
     @model_validator(mode="after")

@@ -50,7 +50,8 @@ def made_up(name: str, count: int = 24) -> list[dict[str, Any]]:
 
     return [
         {
-            "premise": f"{text(5)}.", "hypothesis": f"{text(1)}.", "passage": f"{text(5)}.", "question": text(1),
+            "premise": f"{text(5)}.", "hypothesis": text(1) + ("" if name == "cb" else "."),
+            "passage": f"{text(5)}.", "question": text(1),
             "choice1": f"{text(1)}.", "choice2": f"{text(2)} now.", "label": draw.choice(labels[name]),
             **({"question": draw.choice(("cause", "effect"))} if name == "copa" else {}),
         }

@@ -54,7 +54,7 @@ def test_metrics_are_superglues() -> None:
          "It rained.\nQuestion: It was wet. True or False?\nAnswer:", (" True", " False"), 1),
         ("rte", "seq2seq", {**PAIR, "label": "entailment"},
          "rte sentence1: It rained. sentence2: It was wet.", ("entailment", "not_entailment"), 0),
-        ("cb", "causal", {**PAIR, "label": "neutral"},
+        ("cb", "causal", {**PAIR, "hypothesis": "It was wet", "label": "neutral"},
          "It rained.\nQuestion: It was wet. True, False, or Neither?\nAnswer:", (" True", " False", " Neither"), 2),
         ("cb", "seq2seq", {**PAIR, "label": "contradiction"},
          "cb hypothesis: It was wet. premise: It rained.", ("entailment", "contradiction", "neutral"), 1),

@@ -1,14 +1,18 @@
 """A sweep runs every combination, on validation rows, and names the best."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import test_cli
 from plugbridge.bench.sweep import Tried, best_of, combinations, sweep_page
+from plugbridge.cli.sweep import sweep_table
 from plugbridge.errors import ConfigError
+from plugbridge.report import TITLES
 from test_cli import Call, mistake
 
 call = test_cli.call  # fixtures
@@ -30,6 +34,10 @@ def test_every_combination_is_run_once_on_validation_rows(
     ]
     best = max(found, key=lambda run: run["values"]["large_plugged"])
     assert f"--set {best['sets'][0]} --set {best['sets'][1]}" in printed
+    rows = [line.strip("│").split("│") for line in printed.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [rate, layers, f"{run['values']['large_plugged']:.3f}"] for (rate, layers), run in zip(both, found, strict=True)
+    ]
     for run in root.iterdir():
         if run.is_dir():
             marker = json.loads((run / "evaluate" / "done.json").read_text())
@@ -48,6 +56,25 @@ def test_mistakes_are_said_before_anything_runs(call: Call, config: Callable[...
     assert "couple.nosuch" in mistake(call("sweep", path, "--vary", "couple.nosuch=1,2"))
     assert "--by nobody" in mistake(call("sweep", path, "--vary", "couple.steps=1,2", "--by", "nobody"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_table_of_eighty_columns_cuts_nothing() -> None:
+    values = dict.fromkeys(TITLES, 0.123) | {"large_plugged": 0.456}
+    keys = ("couple.learning_rate", "couple.align_samples", "prune.reduction", "method.rank")
+    sets = [tuple(f"{key}={i}.00{i}" for key in keys) for i in (1, 2, 3)]
+    tried = [Tried(sets[0], values, "question_match", 600), Tried(sets[1], values, "question_match", 600)]
+    failed = Tried(sets[2], {}, "", 0, "loss is nan")
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(sweep_table([*tried, failed], "large_plugged", tried[0]))
+    lines = captured.get().splitlines()
+    assert "…" not in captured.get()
+    assert max(map(len, lines)) <= 80
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert rows == [["1.001"] * 4 + ["0.456"], ["2.002"] * 4 + ["0.456"], ["3.003"] * 4 + ["failed"]]
+    heads = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines if line.startswith("┃")]
+    found = ["".join(cells).replace(" ", "") for cells in zip(*heads, strict=True)]
+    assert found == [*keys, "large,pluggedquestion_match"]
 
 
 def test_a_page_has_the_best_in_bold_and_what_failed() -> None:

@@ -2,14 +2,18 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from plugbridge.cli.options import ConfigArg, DataOption, QuietOption, RunsOption, SetOption
 from plugbridge.cli.terminal import announcer, out, progress, setup
+
+if TYPE_CHECKING:
+    from plugbridge.bench.sweep import Tried
 
 
 def sweep(
@@ -37,7 +41,6 @@ def sweep(
     setup(quiet)
     from plugbridge.bench.cells import do_runs
     from plugbridge.files import write_json, write_text
-    from plugbridge.report import TITLES
 
     root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
     reasons = do_runs(configs, root, data, progress(quiet), announcer(quiet))
@@ -46,17 +49,25 @@ def sweep(
     page = sweep_page(found, by, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])))
     write_text(root / "sweep.md", page)
     write_json(root / "sweep.json", as_json(found))
-    names = list(dict.fromkeys(name for run in found for name in run.values))
-    table = Table()
-    for column in (*(text.partition("=")[0] for text in found[0].sets), *(TITLES[name] for name in names)):
-        table.add_column(column)
-    for run in found:
-        values = [f"{run.values[name]:.3f}" if name in run.values else "" for name in names]
-        table.add_row(*(text.partition("=")[2] for text in run.sets), *values, style="bold" if run is best else None)
-    out.print(table)
+    out.print(sweep_table(found, by, best))
     for run in found:
         if run.failed:
             out.print(f"failed: {' '.join(run.sets)}: {run.failed}")
     if best is not None:
         out.print(f"best for {by} on {best.rows:,} validation rows: {' '.join(f'--set {text}' for text in best.sets)}")
-    out.print(f"{root / 'sweep.md'}, sweep.json beside it")
+    out.print(f"{root / 'sweep.md'} has every model, sweep.json beside it")
+
+
+def sweep_table(found: Sequence["Tried"], by: str, best: "Tried | None") -> Table:
+    """What was varied and what the judged model gave; long texts go on in the next line, none is cut."""
+    from plugbridge.report import TITLES
+
+    metric = "" if best is None else f" {best.metric}"
+    table = Table()
+    for text in found[0].sets:
+        table.add_column(text.partition("=")[0], overflow="fold")
+    table.add_column(f"{TITLES[by]}{metric}", overflow="fold", justify="right")
+    for run in found:
+        value = f"{run.values[by]:.3f}" if by in run.values else "failed"
+        table.add_row(*(text.partition("=")[2] for text in run.sets), value, style="bold" if run is best else None)
+    return table

@@ -118,7 +118,7 @@ def test_a_table_is_run_resumed_and_written(small_table: tuple[paper.Table, Choi
     assert [cell.printed for cell in before if cell.task == "#Params"] == [100, 1.98, 0]
     assert {cell.obtained for cell in before} == {"not run"}
     told: list[tuple[str, str]] = []
-    reasons = run_table(table, choice, None, data, root, Silent(), lambda run, what: told.append((run, what)))
+    reasons = run_table("table1", table, choice, None, data, root, Silent(), lambda run, what: told.append((run, what)))
     assert sorted(reasons) == ["copa-adapter-r16-random", "copa-lora-r16-random"]
     assert all("COPA" in reason for reason in reasons.values())
     cells = {(c.row, c.task): c for c in collect("table1", table, choice, None, root, reasons)}
@@ -143,7 +143,7 @@ def test_a_table_is_run_resumed_and_written(small_table: tuple[paper.Table, Choi
     assert shares["large Adapter Plug-in"].value == adapter.value  # an ordinary checkpoint of the same method
     marker = next(root.glob("*/rte-lora-*/tune/done.json"))
     first = marker.read_bytes()
-    run_table(table, choice, None, data, root, Silent(), lambda _run, _what: None)
+    run_table("table1", table, choice, None, data, root, Silent(), lambda _run, _what: None)
     assert marker.read_bytes() == first
     other = Choice(choice.pair, "standalone", 0, (*choice.sets, "tune.steps=3"))
     assert all(cell.value is None for cell in collect("table1", table, other, None, root, {}))

@@ -22,7 +22,7 @@ from plugbridge.report import read_report
 from plugbridge.run import borrow, execute, locked
 from plugbridge.shrink.prune import budgeted_sizes, count_parameters
 from plugbridge.stages.baselines import RATES
-from plugbridge.stages.build import build_stages
+from plugbridge.stages.build import build_stages, same_result
 from plugbridge.tuners.table import find_method
 
 SHARE = "% of the model's"
@@ -49,15 +49,15 @@ class Reproduced:
 
 
 def run_table(
-    table: Table, choice: Choice, tasks: Sequence[str] | None, data: Path | None, root: Path, progress: Progress,
-    announce: Announce,
+    name: str, table: Table, choice: Choice, tasks: Sequence[str] | None, data: Path | None, root: Path,
+    progress: Progress, announce: Announce,
 ) -> dict[str, str]:  # fmt: skip
     """Do a table's runs that are not done; `announce(run, what)` is told ``running`` or why one cannot be.
 
     A task whose files are not there, a model that cannot be loaded and a stage that fails (its loss is not finite, say)
     leave their runs out: returned are their reasons by run. Stages that runs share are done once.
     """
-    return do_runs(run_configs(table, choice, tasks), home_of(root, choice), data, progress, announce)
+    return do_runs(run_configs(table, choice, tasks), home_of(root, choice, name), data, progress, announce)
 
 
 def do_runs(
@@ -89,10 +89,10 @@ def do_runs(
     return reasons
 
 
-def home_of(root: Path, choice: Choice, figure: str = "") -> Path:
-    """Where a choice's runs are: apart by what the tables do not name, and those of a figure by themselves."""
-    how = figure or choice.mode
-    return root / f"{_slug(choice.pair.small)}-{_slug(choice.pair.large)}-{how}-s{choice.seed}"
+def home_of(root: Path, choice: Choice, table: str) -> Path:
+    """Where a choice's runs for a table or figure are. Runs of two tables may differ in the models that they make."""
+    how = f"-{choice.mode}" if table != "fig1b" else ""
+    return root / f"{table}-{_slug(choice.pair.small)}-{_slug(choice.pair.large)}{how}-s{choice.seed}"
 
 
 def named(pair: Pair) -> str:
@@ -109,7 +109,7 @@ def collect(
 ) -> list[Reproduced]:
     """The table's cells from finished runs; a cell whose run was not done, or done otherwise, is empty."""
     configs = run_configs(table, choice, tasks)
-    home = home_of(root, choice)
+    home = home_of(root, choice, name)
     reports = {run: _report(home / run, config) for run, config in configs.items()}
     found: list[Reproduced] = []
     for cell in planned(table, choice.demo):
@@ -163,7 +163,8 @@ def _parameters(table: str, row: Row, made: _Made | None, demo: bool) -> Reprodu
 def _report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """A run's report, if it is finished with today's settings."""
     try:
-        return read_report(folder) if resolve(load_config(folder / "config.yaml")) == resolve(config) else None
+        same = same_result(resolve(load_config(folder / "config.yaml")), resolve(config))
+        return read_report(folder) if same else None
     except (RunError, ConfigError):  # none, not finished, or of another version
         return None
 

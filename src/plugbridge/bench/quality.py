@@ -17,7 +17,7 @@ from plugbridge.files import write_json, write_text
 from plugbridge.prepare import prepare, resolve
 from plugbridge.progress import Progress, Silent
 from plugbridge.run import borrow, execute, facts_of, locked, read_marker
-from plugbridge.stages.build import build_stages, seen
+from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.shrink import rows_scored
 from plugbridge.workers import workers
 
@@ -129,8 +129,7 @@ def finished(group: Group, name: str, out: Path) -> bool:
     if read_marker(root / "evaluate") is None:
         return False
     written = parse_config(json.loads((root / "config.yaml").read_text(encoding="utf-8")), str(root))
-    now = dict(group.variants)[name]
-    return seen(written.model_dump(mode="json")) == seen(now.model_dump(mode="json"))
+    return same_result(written, dict(group.variants)[name])
 
 
 def left_out(groups: Sequence[Group], out: Path) -> tuple[int, dict[str, list[str]]]:

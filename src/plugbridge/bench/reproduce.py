@@ -133,7 +133,7 @@ def _table(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str
     choice = _choice(asked, table.pair)
     reasons: dict[str, str] = {}
     if not asked.summary:
-        reasons = run_table(table, choice, asked.tasks, asked.data, asked.root, progress, announce)
+        reasons = run_table(asked.table, table, choice, asked.tasks, asked.data, asked.root, progress, announce)
     cells = collect(asked.table, table, choice, asked.tasks, asked.root, reasons)
     own = asked.demo or asked.pair is not None
     title = f"{_number(asked)}: {f'its rows on {named(choice.pair)}' if own else table.title}"

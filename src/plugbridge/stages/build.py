@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from plugbridge.config import TrainConfig
+from plugbridge.config import RunConfig, TrainConfig
 from plugbridge.cost import baseline_memory, measure, settle
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
@@ -142,6 +142,11 @@ LATER = {"optimizer": "adamw"}
 def _dump(section: Any) -> dict[str, Any]:
     """A configuration section as JSON, without what does not change the result."""
     return seen(section.model_dump(mode="json"))
+
+
+def same_result(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two configurations differ in nothing but keys that change no result."""
+    return seen(one.model_dump(mode="json")) == seen(other.model_dump(mode="json"))
 
 
 def seen(raw: dict[str, Any]) -> dict[str, Any]:

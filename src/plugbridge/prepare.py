@@ -66,6 +66,17 @@ class Prepared:
     checkpoints: Mapping[str, Checkpoint]
     """Both models' safetensors files as they were found, by source."""
 
+    @property
+    def large_bytes(self) -> int:
+        """Bytes of the large model's safetensors files; 0 where its weights are in another format."""
+        checkpoint = self.checkpoints.get(self.config.large_path)
+        return 0 if checkpoint is None else checkpoint.nbytes
+
+    def require_unchanged(self) -> None:
+        """Raise ModelError if a model's files have changed: the memory of one on the CPU may be its files'."""
+        for checkpoint in self.checkpoints.values():
+            checkpoint.require_unchanged()
+
     def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
         """Load a model and meet it with its family. Raises ModelError if its files have changed since the start."""
         with self._unchanged(source):

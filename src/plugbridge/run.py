@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,20 @@ def check_room(root: Path, stages: Sequence[Stage], only: str | None) -> None:
             )
 
 
-def execute(root: Path, stages: Sequence[Stage], only: str | None, announce: Callable[[str, str], None]) -> None:
+Do = Callable[[Callable[[], StageResult]], StageResult]
+
+
+def execute(
+    root: Path,
+    stages: Sequence[Stage],
+    only: str | None,
+    announce: Callable[[str, str], None],
+    do: Do = lambda work: work(),
+) -> None:
     """Run all stages that are not done, or only one of them. The caller holds the lock.
 
-    `announce(stage, what)` is told ``skipped`` or ``running``. Raises RunError when `only` needs a
-    stage that is not done with today's settings, or a stage would run out of disk.
+    `announce(stage, what)` is told ``skipped`` or ``running``; `do` does a stage's work, here or elsewhere. Raises
+    RunError when `only` needs a stage that is not done with today's settings, or a stage would run out of disk.
     """
     check_needs(root, stages, only)
     check_room(root, stages, only)
@@ -166,7 +176,7 @@ def execute(root: Path, stages: Sequence[Stage], only: str | None, announce: Cal
             announce(stage.name, "skipped")
             continue
         announce(stage.name, "running")
-        _run_stage(folder, stage, digest, {name: digests[name] for name in stage.needs})
+        _run_stage(folder, stage, digest, {name: digests[name] for name in stage.needs}, do)
 
 
 def borrow(root: Path, donors: Sequence[Path], stages: Sequence[Stage]) -> None:
@@ -187,7 +197,7 @@ def borrow(root: Path, donors: Sequence[Path], stages: Sequence[Stage]) -> None:
                 shutil.copyfile(donor / DONE, folder / DONE)
 
 
-def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str]) -> None:
+def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str], do: Do) -> None:
     started = _read(folder / STARTED)
     if folder.exists() and (started is None or started.get("digest") != digest):
         shutil.rmtree(folder)
@@ -196,7 +206,7 @@ def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str]
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {"digest": digest, "depends": dict(stage.depends)})
     with disk_errors(folder):
-        result = stage.work(folder)
+        result = do(partial(stage.work, folder))
     outputs = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))

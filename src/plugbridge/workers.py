@@ -3,10 +3,18 @@
 import logging
 import multiprocessing
 import os
+import pickle
+import signal
 import threading
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+from plugbridge.errors import RunError
+
+T = TypeVar("T")
 
 NOISY = {
     **dict.fromkeys(("httpx", "httpx2", "urllib3", "matplotlib", "filelock"), logging.WARNING),
@@ -27,6 +35,62 @@ def workers(count: int, start: Literal["spawn", "fork"] = "spawn") -> ProcessPoo
     They begin anew, or as a copy of this process, which must not have begun to compute.
     """
     return ProcessPoolExecutor(count, multiprocessing.get_context(start), _begin)
+
+
+def apart(work: Callable[[], T]) -> T:
+    """What some work gives, done by a copy of this process, which must not have begun to compute.
+
+    Raises what it raises; RunError if the copy was killed.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    copy = context.Process(target=_answer, args=(work, there))
+    copy.start()
+    there.close()
+    try:
+        found, error, trace = here.recv()
+    except EOFError:
+        copy.join()
+        raise RunError(_ended(copy.exitcode or 0)) from None
+    finally:
+        copy.join()
+        here.close()
+    if error is not None:
+        raise error from _Elsewhere(trace)
+    return found
+
+
+class _Elsewhere(Exception):
+    """The traceback of an error in another process."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def _answer(work: Callable[[], Any], there: "connection.Connection[Any, Any]") -> None:
+    _begin()
+    try:
+        answer: tuple[Any, BaseException | None, str] = (work(), None, "")
+    except BaseException as error:
+        trace = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # such as one whose arguments are not those of its class
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        answer = (None, error, trace)
+    there.send(answer)
+
+
+def _ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            "the stage was killed, by the system if memory ran out; `plugbridge plan` says what it needs, and the same "
+            "command goes on from its last checkpoint"
+        )
+    if code == -signal.SIGBUS:
+        return "the stage was ended by SIGBUS: a file that it reads was cut short meanwhile; put it back and run again"
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+    return f"the stage's process ended {how}; run the same command again to resume"
 
 
 def _begin() -> None:

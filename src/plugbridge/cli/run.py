@@ -1,6 +1,7 @@
 """`plugbridge run`: all stages, and the finished run's table."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def execute_stages(
     config_path: Path, root: Path | None, data: Path | None, sets: list[str] | None, quiet: bool, only: str | None
 ) -> Path:
     """Run all stages, or only one; the run's directory."""
+    fresh = "torch" not in sys.modules  # nothing was computed yet: a copy of this process can go on
     config = load_config(config_path, tuple(sets or ()))
     root = root if root is not None else Path("runs") / config_path.stem
     from plugbridge.run import check_needs, check_root, execute, locked
@@ -26,15 +28,18 @@ def execute_stages(
     setup(quiet)
     from plugbridge.prepare import prepare
     from plugbridge.stages.build import build_stages
+    from plugbridge.workers import apart
 
-    stages = build_stages(prepare(config, data), root, progress(quiet))
+    prepared = prepare(config, data)
+    stages = build_stages(prepared, root, progress(quiet))
+    alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
     check_needs(root, stages, only)
     try:
         with locked(root):
             if not quiet:
                 err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {config_path} -> {root}"))
             _describe(root, config)
-            execute(root, stages, only, announcer(quiet))
+            execute(root, stages, only, announcer(quiet), apart if alone else lambda work: work())
     except KeyboardInterrupt:
         err.print("\ninterrupted; run the same command again to resume")
         raise typer.Exit(130) from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from plugbridge.cost import measure
+from plugbridge.cost import GIVEN_BACK, measure
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import at_depth, kinds_of
 from plugbridge.memory.steps import MakeStep
@@ -21,13 +21,6 @@ REPETITIONS = 3
 """Times that a step is done: the first one warms up, the fastest of the others counts."""
 LONG = 60.0
 """Seconds after which a step is not done again."""
-
-GIVEN_BACK = 2**17
-"""Blocks of more bytes go back to the system when they are freed.
-
-It is where glibc begins, too; but left alone it raises the limit to 32 MiB with the first block of that size that is
-freed, and from then on what is counted is how its heap is cut up: 1.5 times the bytes alive for many blocks of 256 KiB.
-"""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The stages of a run in order, with what each depends on."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.config import RunConfig, TrainConfig
-from plugbridge.cost import baseline_memory, measure, settle
+from plugbridge.cost import baseline_memory, measure, return_blocks, settle, warm_up
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
@@ -20,10 +21,13 @@ from plugbridge.stages.tune import ceiling, tune
 from plugbridge.stages.work import Work, rate_of_training
 from plugbridge.transfer.couple import find_mode
 
+BIG = 2**26
+"""Bytes of a large model from which memory matters more than the time that it takes to return it."""
+
 
 def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
     """All stages of a run, in order, with what each depends on."""
-    config, baseline = prepared.config, baseline_memory()  # libraries and rows are loaded, no model is
+    config, baseline, here = prepared.config, baseline_memory(), os.getpid()  # libraries and rows are loaded, no model
     common = {
         "seed": config.seed,
         "device": prepared.device,
@@ -48,9 +52,16 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         room: int = 0,
     ) -> Stage:
         def measured(folder: Path) -> StageResult:
+            if prepared.large_bytes >= BIG:
+                return_blocks()
+            before = baseline
+            if os.getpid() != here:  # a process of the stage's own
+                warm_up()
+                before = baseline_memory()
             settle()
-            with measure(prepared.device, baseline) as cost:
+            with measure(prepared.device, before) as cost:
                 facts = work(Work(prepared, root, folder, progress, cost))
+            prepared.require_unchanged()
             return StageResult(facts, cost.seconds, cost.peak_bytes, cost.reserved_bytes)
 
         return Stage(name, needs, {**common, **depends}, measured, room)

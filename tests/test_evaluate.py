@@ -7,6 +7,7 @@ import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from conftest import FAMILIES, METHODS, VOCAB, make_model, make_tokenizer, randomise
+from plugbridge.errors import NotFinite
 from plugbridge.evaluate import log_likelihood, mean_loss, option_scores, predictions
 from plugbridge.models import layout_for
 from plugbridge.progress import Silent
@@ -50,6 +51,17 @@ def naive(model: Any, kind: str, row: Encoded, option: tuple[int, ...], end: boo
         logits = model(input_ids=torch.tensor([row.prompt]), labels=torch.tensor([option])).logits[0]
     chosen = torch.log_softmax(logits.double(), -1)[torch.arange(len(option)), list(option)]
     return float((chosen if end or kind == "causal" else chosen[:-1]).mean())
+
+
+class Plain(torch.nn.Module):
+    """A network that is no Hugging Face model."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs)
 
 
 ONE = [(1, 1, 1)] * 9
@@ -135,6 +147,26 @@ def test_padding_changes_no_likelihood(family: str) -> None:
 
 def test_the_likeliest_option_wins_and_the_first_of_equals() -> None:
     assert predictions([[-1.0, -0.5, -2.0], [-1.0, -1.0], [-3.0]]) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("kind", [None, "gpt2", "t5"])
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "nan"), (torch.inf, "nan"), (-torch.inf, "(nan|-inf)")])
+def test_scores_that_are_not_finite_are_no_answers(kind: str | None, shape: str, value: float, said: str) -> None:
+    model: Any = make_model(kind or "gpt2")
+    lengths, opening = ROWS[shape]
+    rows = rows_of(KIND[kind or "gpt2"], lengths, opening=opening)
+    token = rows[4].options[1][-1 if kind != "t5" else -2]
+
+    def broken(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[..., token] = value
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(broken)
+    encoder = Encoder(make_tokenizer(), KIND[kind or "gpt2"], None)
+    with pytest.raises(NotFinite, match=f"^evaluate it: an option's score is {said}$"):
+        option_scores(model if kind else Plain(model), encoder, rows, 4, Silent(), "evaluate it")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

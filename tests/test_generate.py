@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, VOCAB, make_model, make_tokenizer, randomise
+from plugbridge.errors import NotFinite
 from plugbridge.generate import generate_texts
 from plugbridge.models import layout_for
 from plugbridge.progress import Silent
@@ -93,3 +94,26 @@ def test_an_end_mark_ends_a_text(family: str, plain: bool) -> None:
     together = generate_texts(Plain(model) if plain else model, encoder, rows, 6, 100, Silent(), "")
     assert calls == 3
     assert [len(text.split()) for text in together] == [2] * 7
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_write_nothing(family: str, plain: bool, value: float) -> None:
+    kind, model = KIND[family], make_model(family)
+    rows, encoder = rows_of(kind), Encoder(make_tokenizer(), kind, None)
+    calls = 0
+
+    def broken(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = logits.clone()
+        logits[..., EOS] = -torch.inf  # a token that is ruled out
+        if calls == 3:
+            logits[2] = value
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(broken)
+    with pytest.raises(NotFinite, match=f"^evaluate it: a likeliest token's logit is {value}$"):
+        generate_texts(Plain(model) if plain else model, encoder, rows, 6, 100, Silent(), "evaluate it")
+    assert calls == 3

@@ -22,6 +22,10 @@ class ModelError(PlugbridgeError):
     """A model directory is missing, unreadable, or not of a known family."""
 
 
+class NotFinite(ModelError):
+    """A model's answers are NaN or infinite."""
+
+
 class DataError(PlugbridgeError):
     """A task's rows are missing or malformed; the message names file and line."""
 

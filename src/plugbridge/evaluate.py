@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plugbridge.errors import NotFinite
 from plugbridge.progress import Progress
 from plugbridge.reading import base_of, go_on, read_prompts
 from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, collate, pad_right
@@ -67,7 +69,7 @@ def option_scores(
     the last token only, that reading scores them all. Where all options of all rows are single tokens before a seq2seq
     end mark, the mark does not count. A network that is no Hugging Face model reads the prompt anew for every option.
     Rows are batched by length; the batching changes no score beyond rounding. `batch_size` is the most prompts, and
-    the most options, of one forward pass.
+    the most options, of one forward pass. Raises NotFinite.
     """
     device = next(model.parameters()).device
     end = 1 if encoder.kind == "seq2seq" else 0
@@ -83,6 +85,8 @@ def option_scores(
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             for i, values in zip(chunk, score(model, encoder, [rows[i] for i in chunk], device), strict=True):
+                if bad := [value for value in values if not isfinite(value)]:
+                    raise NotFinite(f"{title}: an option's score is {bad[0]}")
                 scores[i] = values
             advance(len(chunk))
     return scores

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from plugbridge.errors import NotFinite
 from plugbridge.models import last_positions
 from plugbridge.progress import Progress
 from plugbridge.tasks.encode import Encoded, Encoder, collate
@@ -24,7 +26,7 @@ def generate_texts(
     """What a model writes after every prompt, in the rows' order, without special tokens.
 
     It ends before the tokenizer's end mark, or after `max_new_tokens`. Rows are batched by length and padded on the
-    left for causal models; the batching changes no text beyond rounding.
+    left for causal models; the batching changes no text beyond rounding. Raises NotFinite.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
@@ -34,10 +36,30 @@ def generate_texts(
             chunk = order[start : start + batch_size]
             prompts = [rows[i].prompt for i in chunk]
             go_on = _continue if hasattr(model, "generate") else _continue_plainly
-            for i, tokens in zip(chunk, go_on(model, encoder, prompts, max_new_tokens, device), strict=True):
+            try:
+                found = go_on(model, encoder, prompts, max_new_tokens, device)
+            except NotFinite as error:
+                raise NotFinite(f"{title}: {error}") from error
+            for i, tokens in zip(chunk, found, strict=True):
                 texts[i] = cast(str, encoder.tokenizer.decode(tokens, skip_special_tokens=True))
             advance(len(chunk))
     return texts
+
+
+class _Finite(LogitsProcessor):
+    """Looks at what transformers' own `generate` chooses from; a NaN would be its first choice."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        del input_ids
+        _require_finite(scores)
+        return scores
+
+
+def _require_finite(logits: Tensor) -> None:
+    """Tokens that are ruled out may be at minus infinity, the likeliest one of a row may not."""
+    highest = logits.amax(-1)
+    if not bool(highest.isfinite().all()):
+        raise NotFinite(f"a likeliest token's logit is {float(highest[~highest.isfinite()][0])}")
 
 
 def _continue(
@@ -59,6 +81,7 @@ def _continue(
         num_beams=1,
         eos_token_id=encoder.tokenizer.eos_token_id,
         pad_token_id=encoder.pad,
+        logits_processor=LogitsProcessorList([_Finite()]),
         **({"logits_to_keep": last_positions(1, device)} if causal else {}),
     )
     # a decoder's own start token comes first in a seq2seq answer, the prompt in a causal one
@@ -95,4 +118,5 @@ def _likeliest(
         begun = torch.tensor([[start, *written] for _, written in pairs], device=device)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         logits = model(**inputs, decoder_input_ids=begun).logits[:, -1]
+    _require_finite(logits)
     return cast(list[int], logits.argmax(-1).tolist())

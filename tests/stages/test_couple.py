@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from plugbridge.config import parse_config
+from plugbridge.errors import NotFinite
 from plugbridge.models import layout_for, load_model
 from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Silent
@@ -227,6 +228,17 @@ def test_a_ladder_killed_and_resumed_ends_like_an_uninterrupted_one(
     for left in (found, wanted):  # a cost of the process, as its memory is
         assert left["couple/done.json"]["facts"].pop("cache_bytes") > 0
     assert found == wanted
+
+
+def test_a_model_that_overflows_is_no_result(couple: Couple) -> None:
+    raw, root = couple(mode="feedback", plug="fresh", steps=1, learning_rate=1e20)
+    said = (
+        "^evaluate large_plugged: an option's score is nan: every weight is finite, so it overflows in float32; "
+        "if it was trained, try a lower learning rate$"
+    )
+    with pytest.raises(NotFinite, match=said):
+        start(raw, root)
+    assert not list(root.rglob("large_plugged*"))
 
 
 @pytest.mark.parametrize("mode", ["feedback", "standalone"])

@@ -109,7 +109,7 @@ def _train(
     schedule = schedule_of(settings, p.config.seed, {"": rate})
     losses = train(work, [network], parameters, subject.rows["train"], loss, schedule, title)
     network.eval()
-    validation = accuracy(work, network, encoder, subject.rows["validation"], "validate")
+    validation = accuracy(work, network, encoder, subject.rows["validation"], f"validate: {title}")
     write_json(work.folder / "losses.json", losses)
     (work.folder / CHECKPOINT).unlink(missing_ok=True)
     return {

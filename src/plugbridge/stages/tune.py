@@ -53,7 +53,7 @@ def _tune(
     with folder_atomically(work.folder / "module") as folder:
         save(folder, config, state_of(wrapped), source)
     wrapped.eval()
-    validation = accuracy(work, wrapped, encoder, rows["validation"], "validate")
+    validation = accuracy(work, wrapped, encoder, rows["validation"], f"validate: {title}")
     write_json(work.folder / "losses.json", losses)
     (work.folder / CHECKPOINT).unlink(missing_ok=True)
     return {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plugbridge.config import PartsConfig, TrainConfig
 from plugbridge.cost import Cost
-from plugbridge.errors import TrainingDiverged
+from plugbridge.errors import NotFinite, TrainingDiverged
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.generate import generate_texts
@@ -105,7 +105,19 @@ def why_not_finite(*models: nn.Module) -> str:
 def answers_of(
     p: Prepared, model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], progress: Progress, title: str
 ) -> list[Answer]:
-    """A model's answers to rows: the likeliest options, or what it writes where the task's form generates."""
+    """A model's answers to rows: the likeliest options, or what it writes where the task's form generates.
+
+    Raises NotFinite, with what is wrong with the model.
+    """
+    try:
+        return _answers(p, model, encoder, rows, progress, title)
+    except NotFinite as error:
+        raise NotFinite(f"{error}: {why_not_finite(model)}; if it was trained, try a lower learning rate") from error
+
+
+def _answers(
+    p: Prepared, model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], progress: Progress, title: str
+) -> list[Answer]:
     form, size = p.task.form(encoder.kind), p.config.evaluate.batch_size
     sources = [source_of(row) for row in rows]
     if form.generate is not None:

@@ -181,6 +181,15 @@ def test_a_bad_loss_changes_nothing(tmp_path: Path, bad: Callable[[dict[str, Ten
     assert calls == 3
 
 
+def test_a_last_update_that_overflows_is_no_result(tmp_path: Path) -> None:
+    p = {"a": torch.full((2,), -3.3e38).requires_grad_()}
+    rates = {"steps": 1, "learning_rates": {"": 3e37}, "weight_decay": 0.0}
+    with pytest.raises(
+        TrainingDiverged, match=r"toy: 'a' is NaN or infinite after the last step; try a learning rate below 3e\+37$"
+    ):
+        train(p, tmp_path, lambda _rows: (p["a"] - p["a"].detach()).sum(), **rates)
+
+
 def test_a_first_loss_is_not_the_rates_fault(tmp_path: Path) -> None:
     p = parameters()
     with pytest.raises(TrainingDiverged, match=r"loss is nan at step 1 of 7, before anything was learned$") as e:

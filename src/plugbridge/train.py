@@ -93,7 +93,8 @@ def fit(
 
     The loss of rows is the mean over what `weight_of` counts in them: a step in parts weighs them by it.
     Resumes from `checkpoint` when it is there, and leaves it to the caller to remove.
-    Raises TrainingDiverged at the first loss or gradient that is not finite; nothing is updated by it.
+    Raises TrainingDiverged at the first loss or gradient that is not finite, by which nothing is updated, and where
+    the tensors are not finite at the end.
     """
     groups = [{"params": [tensor], "lr": rate_of(name, schedule.learning_rates)} for name, tensor in parameters.items()]
     base = [float(group["lr"]) for group in groups]  # pyright: ignore[reportArgumentType]
@@ -120,6 +121,9 @@ def fit(
             advance(1)
             if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
                 _checkpoint(checkpoint, parameters, optimizer, losses)
+    for name, tensor in parameters.items():
+        if not bool(tensor.isfinite().all()):
+            raise TrainingDiverged(f"{title}: '{name}' is NaN or infinite after the last step; {_slower(base)}")
     return losses
 
 
@@ -137,7 +141,11 @@ def _require_finite(what: str, value: float, title: str, step: int, schedule: Sc
     found = f"{title}: the {what} is {value} at step {step + 1} of {schedule.steps}"
     if step == 0:
         raise TrainingDiverged(f"{found}, before anything was learned", learned=False)
-    raise TrainingDiverged(f"{found}; try a learning rate below {max(rates):g}")
+    raise TrainingDiverged(f"{found}; {_slower(rates)}")
+
+
+def _slower(rates: list[float]) -> str:
+    return f"try a learning rate below {max(rates):g}"
 
 
 def _checkpoint(

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from plugbridge.config import parse_config
-from plugbridge.errors import NotFinite
+from plugbridge.errors import NotFinite, TrainingDiverged
 from plugbridge.models import layout_for, load_model
 from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Silent
@@ -239,6 +239,14 @@ def test_a_model_that_overflows_is_no_result(couple: Couple) -> None:
     with pytest.raises(NotFinite, match=said):
         start(raw, root)
     assert not list(root.rglob("large_plugged*"))
+
+
+def test_a_module_that_its_plug_makes_overflow_is_not_plugged(couple: Couple) -> None:
+    raw, root = couple(steps=1, learning_rate=1e15, plug_learning_rate=1e30)
+    said = r"^module and plug together overflow at decoder:0:attn.c_attn; try a lower couple.learning_rate"
+    with pytest.raises(TrainingDiverged, match=said):
+        start(raw, root)
+    assert not (root / "plug" / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("mode", ["feedback", "standalone"])

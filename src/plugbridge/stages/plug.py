@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from plugbridge.errors import TrainingDiverged
 from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_json
@@ -13,7 +14,7 @@ from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.work import Work, layouts
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.fold import fold
-from plugbridge.transfer.polish import Factors, places_of, scaled, search
+from plugbridge.transfer.polish import Factors, place_key, places_of, scaled, search
 from plugbridge.tuners.module import Module, attach, load_state, pack, save, unpack
 
 
@@ -51,7 +52,13 @@ def _folded(work: Work, large: Layout) -> Module:
     p = work.prepared
     small, _ = layouts(work)
     module, plug_maps, _ = read_coupled(work.root / "couple" / "coupled.safetensors")
-    return unpack(p.method, large, fold(p.method, small, large, plug_maps, module))
+    folded = unpack(p.method, large, fold(p.method, small, large, plug_maps, module))
+    if broken := [place_key(slot) for slot in sorted(folded) if not bool(folded[slot].isfinite().all())]:
+        raise TrainingDiverged(
+            f"module and plug together overflow at {broken[0]}; try a lower couple.learning_rate or "
+            "couple.plug_learning_rate"
+        )
+    return folded
 
 
 def plug(work: Work) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The optional stages, repair and polish, in a whole run: they resume, are reported, and do what they say."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plugbridge.errors import TrainingDiverged
 from plugbridge.report import read_report
 from plugbridge.run import facts_of
 from test_durability import start
@@ -56,6 +58,23 @@ def test_a_run_with_repair_and_polish(
         if "lora_B" in name and tensor.any()
     ]
     assert sorted(scale) == pytest.approx(sorted(factors.values()), rel=1e-4)
+
+
+def test_polish_with_a_loss_that_is_not_finite(
+    run_config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = run_config(
+        tune=TRAIN, couple=TRAIN, ceiling=None, evaluate={"limit": 8},
+        polish={"evaluations": 6, "rows": 5, "batch_size": 5},
+    )  # fmt: skip
+    given = [math.nan]
+    monkeypatch.setattr("plugbridge.stages.plug.mean_loss", lambda *_: given.pop(0))
+    with pytest.raises(TrainingDiverged, match=r"the loss is nan with factors of 1: every weight is finite, so it ove"):
+        start(raw, tmp_path)
+    given += [0.5, math.nan, 0.25, math.inf, -math.inf, 0.75]
+    start(raw, tmp_path, only="polish")
+    assert json.loads((tmp_path / "polish" / "losses.json").read_text()) == [0.5, None, 0.25, None, None, 0.75]
+    assert facts_of(tmp_path, "polish")["loss_last"] == 0.25
 
 
 def test_a_stage_that_the_run_does_not_have_is_refused(

@@ -1,11 +1,14 @@
 """Polish: factors scale what a module does, and the search never makes its own loss worse."""
 
+import math
+
 import pytest
 import torch
 from test_coupling import large_model
 from test_transfer import SETTINGS
 
 from conftest import METHODS, logits_of, randomise
+from plugbridge.errors import TrainingDiverged
 from plugbridge.models import layout_for
 from plugbridge.transfer.polish import places_of, scaled, search
 from plugbridge.tuners.module import Module, attach, load_state, pack, state_of, unpack
@@ -76,3 +79,31 @@ def test_where_nothing_helps_the_factors_stay_one() -> None:
     factors, losses = search(["a", "b", "c"], loss_of, 20, 3, lambda: None)
     assert factors == {"a": 1.0, "b": 1.0, "c": 1.0}
     assert losses[0] == min(losses) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_the_worst(bad: float) -> None:
+    def loss_of(factors: dict[str, float]) -> float:
+        return bad if factors["a"] > 1.05 else (factors["a"] - 0.7) ** 2 + (factors["b"] - 0.7) ** 2
+
+    factors, losses = search(["a", "b"], loss_of, 120, 0, lambda: None)
+    assert math.inf in losses
+    assert not any(math.isnan(loss) for loss in losses)
+    assert [factors["a"], factors["b"]] == pytest.approx([0.7, 0.7], abs=0.05)
+
+
+def test_a_search_in_which_every_factor_overflows_stays_at_one() -> None:
+    def loss_of(factors: dict[str, float]) -> float:
+        return 0.5 if factors == {"a": 1.0, "b": 1.0} else math.nan
+
+    factors, losses = search(["a", "b"], loss_of, 40, 0, lambda: None)
+    assert (factors, losses) == ({"a": 1.0, "b": 1.0}, [0.5] + [math.inf] * 39)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_first_loss_that_is_not_finite_is_said(bad: float) -> None:
+    calls: list[int] = []
+    with pytest.raises(TrainingDiverged, match=f"^polish: the loss is {bad} with factors of 1$") as e:
+        search(["a"], lambda _: bad, 20, 0, lambda: calls.append(1))
+    assert len(calls) == 1
+    assert not e.value.learned

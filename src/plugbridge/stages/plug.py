@@ -1,6 +1,7 @@
 """Polishing the plugged module, and folding it into a checkpoint of the large model."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_json
 from plugbridge.stages.couple import read_coupled
-from plugbridge.stages.work import Work, layouts
+from plugbridge.stages.work import Work, explained, layouts
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.fold import fold
 from plugbridge.transfer.polish import Factors, place_key, places_of, scaled, search
@@ -38,12 +39,12 @@ def polish(work: Work) -> dict[str, Any]:
         total = [float(mean_loss(wrapped, batch, p.large_encoder.kind)) for batch in batches]
         return sum(value * len(chunk) for value, chunk in zip(total, chunks, strict=True)) / len(rows)
 
-    with work.progress.bar("polish", settings.evaluations) as advance:
+    with work.progress.bar("polish", settings.evaluations) as advance, explained(wrapped):
         factors, losses = search(
             places_of(module), loss_of, settings.evaluations, p.config.seed, lambda: advance(1)
         )  # fmt: skip
     write_json(work.folder / "factors.json", factors)
-    write_json(work.folder / "losses.json", losses)
+    write_json(work.folder / "losses.json", [loss if math.isfinite(loss) else None for loss in losses])
     return {"loss_first": losses[0], "loss_last": min(losses), "large_rows": len(losses) * len(rows)}
 
 

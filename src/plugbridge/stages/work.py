@@ -1,7 +1,8 @@
 """What every stage's function gets, and what several of them read."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,11 +77,18 @@ def train(
 
     Where the first loss is not finite already, the message says what is wrong with the `models` in it.
     """
-    try:
+    with explained(*models):
         return fit(
             parameters, rows, loss_of, schedule, work.folder / CHECKPOINT, work.progress, title,
             lambda row: row.targets,
         )  # fmt: skip
+
+
+@contextmanager
+def explained(*models: nn.Module) -> Generator[None]:
+    """Say what is wrong with the models where a first loss is not finite."""
+    try:
+        yield
     except TrainingDiverged as error:
         if error.learned:
             raise

@@ -4,11 +4,13 @@ One factor for each place that carries a module (stack, layer, site), found by C
 Ostermeier 2001) on the training loss; the factors are folded into the checkpoint.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from plugbridge.errors import TrainingDiverged
 from plugbridge.tuners.module import Module, Slot
 from plugbridge.tuners.table import Method
 
@@ -40,15 +42,19 @@ def search(
 ) -> tuple[Factors, list[float]]:
     """The best factors found, and the loss of every evaluation; the first is of factors all 1.
 
-    Never worse than no polish on the loss that is given.
+    Never worse than no polish on the loss that is given. A loss that is not finite is the worst there is; raises
+    TrainingDiverged where the first one is.
     """
     import cma
 
     losses: list[float] = []
 
     def measured(logs: np.ndarray) -> float:
-        losses.append(loss_of({place: float(np.exp(x)) for place, x in zip(places, logs, strict=True)}))
+        loss = loss_of({place: float(np.exp(x)) for place, x in zip(places, logs, strict=True)})
+        losses.append(loss if math.isfinite(loss) else math.inf)
         advance()
+        if not math.isfinite(losses[0]):
+            raise TrainingDiverged(f"polish: the loss is {loss} with factors of 1", learned=False)
         return losses[-1]
 
     best, lowest = np.zeros(len(places)), measured(np.zeros(len(places)))

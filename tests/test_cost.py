@@ -1,6 +1,7 @@
 """What a block of work took: measurements inside of others, and what earlier work left behind."""
 
 import mmap
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,29 @@ def test_what_earlier_work_left_counts_over_a_baseline_from_before() -> None:
     with measure("cpu") as nothing:
         pass
     assert nothing.peak_bytes < 0.5 * SIZE
+
+
+def test_attempts_add_up_their_seconds_and_the_larger_peak_counts() -> None:
+    with measure("cpu") as first:
+        held = _held(SIZE)
+        time.sleep(0.2)
+        spent = first.so_far()
+        held.close()
+        time.sleep(0.2)  # after the checkpoint: lost with it
+    assert 0.2 <= spent["seconds"] < first.seconds - 0.15
+    assert spent["peak_bytes"] > 0.8 * SIZE
+    settle()
+    with measure("cpu") as second:
+        second.go_on({**spent, "seconds": 1000.0})
+        time.sleep(0.1)
+        again = second.so_far()
+    assert 1000.1 <= again["seconds"] <= second.seconds < 1100
+    assert second.peak_bytes == spent["peak_bytes"]
+    with measure("cpu") as third:
+        third.go_on({"seconds": 0.0, "peak_bytes": 1, "reserved_bytes": 7})
+        _held(SIZE).close()
+    assert third.peak_bytes > 0.8 * SIZE
+    assert third.reserved_bytes == 7
 
 
 @pytest.mark.parametrize(("folder", "files"), GROUPS.items())

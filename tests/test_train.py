@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from plugbridge.config.stages import OptimizerName
+from plugbridge.cost import measure
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.progress import Silent
 from plugbridge.train import Schedule, batch_indices, fit, make_optimizer, rate_factor, rate_of
@@ -148,6 +149,17 @@ def test_resume_does_only_the_steps_that_are_left(tmp_path: Path) -> None:
         train(second, tmp_path, loss_of(second, stop=3))
     third = parameters()
     assert len(train(third, tmp_path, loss_of(third, stop=2))) == 7  # now one was left
+
+
+def test_a_checkpoint_from_before_costs_were_kept_goes_on(tmp_path: Path) -> None:
+    p = parameters()
+    with pytest.raises(Killed):
+        train(p, tmp_path, loss_of(p, stop=6))
+    state = torch.load(tmp_path / "checkpoint.pt")
+    assert state.pop("cost") is None  # no cost was given
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with measure("cpu") as cost:
+        assert len(fit(p, ROWS, loss_of(p), SCHEDULE, tmp_path / "checkpoint.pt", Silent(), "toy", cost=cost)) == 7
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:

@@ -7,13 +7,22 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import psutil
 import torch
 from torch import nn
 from torch.nn import functional
+
+
+class Spent(TypedDict):
+    """What an attempt at some work took, as a checkpoint keeps it."""
+
+    seconds: float
+    peak_bytes: int
+    reserved_bytes: int
 
 
 @dataclass
@@ -29,13 +38,28 @@ class Cost:
     peak_bytes: int = 0
     reserved_bytes: int = 0
     baseline: int = 0
+    cuda: bool = False
+    since: float = field(default_factory=time.perf_counter)
 
-    def note(self, cuda: bool) -> None:
-        """Take in the peak since the last reset."""
-        if cuda:
+    def note(self) -> None:
+        """Take in the seconds since the last time, and the peak since the last reset."""
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        if self.cuda:
             self.reserved_bytes = max(self.reserved_bytes, int(torch.cuda.max_memory_reserved()))
-        highest = int(torch.cuda.max_memory_allocated()) if cuda else _high_water() - self.baseline
+        highest = int(torch.cuda.max_memory_allocated()) if self.cuda else _high_water() - self.baseline
         self.peak_bytes = max(self.peak_bytes, highest)
+
+    def so_far(self) -> Spent:
+        """What it took until now, for a later attempt at the same work."""
+        self.note()
+        return {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "reserved_bytes": self.reserved_bytes}
+
+    def go_on(self, earlier: Spent) -> None:
+        """Take in what an earlier attempt took: its seconds count, and the larger peak."""
+        self.seconds += earlier["seconds"]
+        self.peak_bytes = max(self.peak_bytes, earlier["peak_bytes"])
+        self.reserved_bytes = max(self.reserved_bytes, earlier["reserved_bytes"])
 
 
 def settle() -> int:
@@ -128,24 +152,23 @@ def measure(device: str, baseline: int | None = None, within: Cost | None = None
     """
     cuda = device.startswith("cuda")
     resident = psutil.Process().memory_info().rss if baseline is None else baseline
-    cost = Cost(baseline=0 if cuda else resident)
+    cost = Cost(baseline=0 if cuda else resident, cuda=cuda)
     if within is not None:
-        within.note(cuda)
+        within.note()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
         _reset_high_water()
-    start = time.perf_counter()
+    cost.since = time.perf_counter()
     try:
         yield cost
     finally:
         if cuda:
             torch.cuda.synchronize()
-        cost.seconds = time.perf_counter() - start
         for measured in (cost, within):
             if measured is not None:
-                measured.note(cuda)
+                measured.note()
 
 
 def _reset_high_water() -> None:

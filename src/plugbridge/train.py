@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from plugbridge.config.stages import OptimizerName
+from plugbridge.cost import Cost
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.files import write_atomically
 from plugbridge.progress import Progress
@@ -88,18 +89,20 @@ def fit(
     progress: Progress,
     title: str,
     weight_of: Callable[[T], int] = lambda _row: 1,
+    cost: Cost | None = None,
 ) -> list[float]:
     """Train named tensors in place; returns the loss of every step.
 
     The loss of rows is the mean over what `weight_of` counts in them: a step in parts weighs them by it.
-    Resumes from `checkpoint` when it is there, and leaves it to the caller to remove.
+    Resumes from `checkpoint` when it is there, and leaves it to the caller to remove. What it `cost` until then goes
+    with it.
     Raises TrainingDiverged at the first loss or gradient that is not finite, by which nothing is updated, and where
     the tensors are not finite at the end.
     """
     groups = [{"params": [tensor], "lr": rate_of(name, schedule.learning_rates)} for name, tensor in parameters.items()]
     base = [float(group["lr"]) for group in groups]  # pyright: ignore[reportArgumentType]
     optimizer = make_optimizer(schedule.optimizer, groups, schedule.weight_decay)
-    losses = _resume(checkpoint, parameters, optimizer)
+    losses = _resume(checkpoint, parameters, optimizer, cost)
     with progress.bar(title, schedule.steps, len(losses)) as advance:
         for step in range(len(losses), schedule.steps):
             torch.manual_seed(schedule.seed * 1_000_003 + step)
@@ -120,7 +123,7 @@ def fit(
             losses.append(value)
             advance(1)
             if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
-                _checkpoint(checkpoint, parameters, optimizer, losses)
+                _checkpoint(checkpoint, parameters, optimizer, losses, cost)
     for name, tensor in parameters.items():
         if not bool(tensor.isfinite().all()):
             raise TrainingDiverged(f"{title}: '{name}' is NaN or infinite after the last step; {_slower(base)}")
@@ -149,18 +152,25 @@ def _slower(rates: list[float]) -> str:
 
 
 def _checkpoint(
-    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    cost: Cost | None,
 ) -> None:
     state = {
         "parameters": {name: tensor.detach() for name, tensor in parameters.items()},
         "optimizer": optimizer.state_dict(),
         "losses": losses,
+        "cost": cost.so_far() if cost is not None else None,
     }
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)  # to an open file: torch's own writer hides a full disk's error
 
 
-def _resume(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
+def _resume(
+    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, cost: Cost | None
+) -> list[float]:
     if not path.is_file():
         return []
     try:
@@ -171,6 +181,8 @@ def _resume(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim
         for name, tensor in parameters.items():
             tensor.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
+    if cost is not None and (earlier := state.get("cost")) is not None:
+        cost.go_on(earlier)
     losses: list[float] = list(state["losses"])
     log.info("resuming at step %d from %s", len(losses), path)
     return losses

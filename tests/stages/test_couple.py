@@ -218,10 +218,17 @@ def test_a_ladder_killed_and_resumed_ends_like_an_uninterrupted_one(
         patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             start(raw, root, only="couple")
-    assert (root / "couple" / "checkpoint.pt").exists()
+    before = torch.load(root / "couple" / "checkpoint.pt")
+    assert before["cost"]["seconds"] > 0
+    assert before["cost"]["peak_bytes"] > 0
+    before["cost"] = {"seconds": 5000.0, "peak_bytes": 2**50, "reserved_bytes": 2**51}
+    torch.save(before, root / "couple" / "checkpoint.pt")
     progress = Recorder()
     assert start(raw, root, progress=progress)["couple"] == "running"
     assert progress.began["couple (ladder)"] == 2
+    done = json.loads((root / "couple" / "done.json").read_text())
+    assert 5000 < done["seconds"] < 5500
+    assert (done["peak_bytes"], done["reserved_bytes"]) == (2**50, 2**51)
     whole = tmp_path / "whole"
     start(raw, whole)  # every stage, so that torch's generator is elsewhere when coupling begins
     found, wanted = artefacts(root), artefacts(whole)

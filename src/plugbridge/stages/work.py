@@ -80,7 +80,7 @@ def train(
     with explained(*models):
         return fit(
             parameters, rows, loss_of, schedule, work.folder / CHECKPOINT, work.progress, title,
-            lambda row: row.targets,
+            lambda row: row.targets, work.cost,
         )  # fmt: skip
 
 

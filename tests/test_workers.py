@@ -1,12 +1,18 @@
 """Processes that work for another one."""
 
+import faulthandler
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from plugbridge.workers import NOISY, workers
+import pytest
+
+from plugbridge.errors import RunError, TrainingDiverged
+from plugbridge.workers import NOISY, apart, workers
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
@@ -49,3 +55,45 @@ def test_workers_are_quiet_from_the_start() -> None:
 
 def _levels() -> dict[str, int]:
     return {name: logging.getLogger(name).level for name in NOISY}
+
+
+def test_work_apart_is_done_by_another_process() -> None:
+    here = ["what a copy has"]
+    assert apart(lambda: (here, os.getppid())) == (here, os.getpid())
+
+
+def _fail(error: BaseException) -> None:
+    raise error
+
+
+class _Picky(Exception):
+    """Its arguments are not those of its class: it cannot be made again elsewhere."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def test_errors_come_back_as_they_were_with_their_place() -> None:
+    with pytest.raises(TrainingDiverged, match=r"^toy: gone$") as caught:
+        apart(lambda: _fail(TrainingDiverged("toy: gone", learned=False)))
+    assert not caught.value.learned
+    assert "in _fail" in str(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match=r"^_Picky: 1 and 2$"):
+        apart(lambda: _fail(_Picky(1, 2)))
+    with pytest.raises(KeyboardInterrupt):
+        apart(lambda: _fail(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "the stage was killed, by the system if memory ran out; `plugbridge plan` says"),
+        (signal.SIGBUS, "the stage was ended by SIGBUS: a file that it reads was cut short"),
+        (signal.SIGTERM, "the stage's process ended by SIGTERM; run the same command again to resume"),
+    ],
+)
+def test_a_killed_process_is_one_line(number: signal.Signals, said: str) -> None:
+    with pytest.raises(RunError) as caught:
+        apart(lambda: (faulthandler.disable(), os.kill(os.getpid(), number)))  # pytest's would tell at length
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)

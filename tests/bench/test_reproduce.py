@@ -234,7 +234,14 @@ def test_a_run_that_fails_leaves_its_cells_empty_and_the_others_go_on(
     monkeypatch.setattr("plugbridge.bench.cells.execute", failing)
     told: list[tuple[str, str]] = []
     reasons = run_table(
-        table, choice, ["rte"], folder / "data", folder / "runs", Silent(), lambda run, what: told.append((run, what))
+        "table1",
+        table,
+        choice,
+        ["rte"],
+        folder / "data",
+        folder / "runs",
+        Silent(),
+        lambda run, what: told.append((run, what)),
     )
     assert reasons == {"rte-lora-r16-random": "loss is nan"}
     assert ("rte-lora-r16-random", "loss is nan") in told

@@ -1,0 +1,81 @@
+"""`plugbridge run` as a user starts it: every stage is a process of its own, and its end is told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from plugbridge.run import facts_of, read_marker
+
+Raw = dict[str, Any]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere stages share the command's process")
+
+
+@pytest.fixture
+def begin(run_config: Callable[..., Raw], toy: Raw, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a run in a session of its own, as from a terminal."""
+
+    def start(steps: int) -> subprocess.Popen[str]:
+        train = {"steps": 2, "batch_size": 4}
+        couple = {"steps": steps, "batch_size": 4, "checkpoint_every": 5}
+        raw = run_config(tune=train, couple=couple, ceiling=None, evaluate={"limit": 8}, task=dict(toy))
+        (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+        words = [sys.executable, "-m", "plugbridge", "run", "toy.yaml", "--out", "run"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(words, cwd=tmp_path, text=True, start_new_session=True, **pipes)
+
+    return start
+
+
+def _stage_of(parent: subprocess.Popen[str], checkpoint: Path) -> int:
+    """The process of the stage that writes a checkpoint, once it has."""
+    before = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    for _ in range(1200):
+        if checkpoint.is_file() and checkpoint.stat().st_mtime_ns > before and (found := children.read_text().split()):
+            return int(found[-1])
+        assert parent.poll() is None, parent.communicate()
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint")
+
+
+def test_stages_do_not_count_each_others_memory(begin: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    out, err = (run := begin(steps=2)).communicate()
+    assert run.returncode == 0, err
+    assert "large, plugged" in out
+    peaks = {}
+    for stage in ("tune", "score", "prune", "couple", "plug", "evaluate"):
+        marker = read_marker(tmp_path / "run" / stage)
+        assert marker is not None
+        peaks[stage] = marker["peak_bytes"]
+    assert 0 < peaks["plug"] < 2**25  # what other stages left would be some 70 MiB
+    assert facts_of(tmp_path / "run", "couple")["loss_last"] > 0
+
+
+def test_a_stage_that_is_killed_is_told_and_resumed(
+    begin: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    run = begin(steps=4000)
+    os.kill(_stage_of(run, tmp_path / "run" / "couple" / "checkpoint.pt"), signal.SIGKILL)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert "error: the stage was killed, by the system if memory ran out" in err
+    assert "Traceback" not in err + out
+    again = begin(steps=4000)
+    couple = _stage_of(again, tmp_path / "run" / "couple" / "checkpoint.pt")
+    os.killpg(again.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 130
+    assert "interrupted; run the same command again to resume" in err
+    assert "Traceback" not in err
+    assert not Path(f"/proc/{couple}").exists()
+    assert "resuming at step" in err
+    assert json.loads((tmp_path / "run" / "tune" / "done.json").read_text())["stage"] == "tune"

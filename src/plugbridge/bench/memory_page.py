@@ -20,8 +20,8 @@ on the CPU with glibc told to give blocks above 128 KiB back (MALLOC_MMAP_THRESH
 32 MiB may stay in the process. `off` is how far a prediction is from the measurement. Predicted rows did not fit, were
 not asked for or failed, or (QLoRA) are a stand-in with packed weights; their seconds come from this machine's rates
 for matrix products and for all other operations, which say little of bfloat16 on the CPU. `x LoRA` is the ratio to
-LoRA without checkpointing in the same run. The paper's numbers were measured on an A100 with other kernels: compare
-ratios. `streamed` rows have the large model on disk (`resident: none`), one block in memory and one read ahead; a step
+LoRA without checkpointing, measured or predicted. The paper's numbers were measured on an A100 with other kernels:
+compare ratios. `streamed` rows have the large model on disk (`resident: none`), one block in memory and one read ahead; a step
 `row by row` goes through the models a row at a time (`micro_batch: 1`), with the same gradient. Streamed scoring has
 its rows' states on disk (`score.keep: disk`) and reads two rows, unless they are `in memory`; streamed `evaluate`
 reads one row. A run's peak is the largest of its stages, importance included.

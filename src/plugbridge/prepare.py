@@ -129,12 +129,9 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     """
     method = find_method(config.method.name)
     config = resolve(config)
-    _check_bridge_use(config)
-    _check_models(config)
+    check_settings(config)
     rank = config.method.rank if config.method.rank is not None else method.rank
     alpha = config.method.alpha if config.method.alpha is not None else 2.0 * rank
-    if method.name != "lora" and config.method.dropout > 0:
-        raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
     device = pick_device(config.device)
     remote = config.trust_remote_code
     small, large = (load_config(source, trust_remote_code=remote) for source in (config.small, config.large_path))
@@ -147,19 +144,14 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     for source, tokenizer, model in zip((config.small, config.large_path), tokenizers, (small, large), strict=True):
         check_vocabulary(source, tokenizer, model)
     checkpoints, streams = _check_weights(config, device)
-    reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     encoders = [
-        Encoder(tokenizer, kind, _room(positions_of(model), reserved, config.max_length))
+        Encoder(tokenizer, kind, room_in(config, positions_of(model)))
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
     task, texts, digests = _read_task(config, data, kind)
     check_metrics(task.metrics)
+    check_probe(config, task, kind)
     form = task.form(kind)
-    if config.evaluate.probe and form.generate is not None:
-        raise ConfigError(
-            f"evaluate.probe chooses among options, but in task '{task.name}' {kind} models write their answers; "
-            "set it to false"
-        )
     encoded: list[dict[Split, list[Encoded]]] = []
     for encoder in encoders:
         if encoded and encoders[0].positions == encoder.positions:
@@ -204,6 +196,23 @@ def resolve(config: RunConfig) -> RunConfig:
             "prune": config.prune.model_copy(update={"channels": channels}),
         }
     )
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse what does not go together, once the mode's defaults are written out (`resolve`). Raises ConfigError."""
+    _check_bridge_use(config)
+    _check_models(config)
+    if config.method.name != "lora" and config.method.dropout > 0:
+        raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
+
+
+def check_probe(config: RunConfig, task: Task, kind: str) -> None:
+    """Refuse a probe of a task whose answers such models write. Raises ConfigError."""
+    if config.evaluate.probe and task.form(kind).generate is not None:
+        raise ConfigError(
+            f"evaluate.probe chooses among options, but in task '{task.name}' {kind} models write their answers; "
+            "set it to false"
+        )
 
 
 def _check_bridge_use(config: RunConfig) -> None:
@@ -309,10 +318,13 @@ def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> d
     return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
 
 
-def _room(positions: int | None, reserved: int, most: int | None) -> int | None:
-    """Tokens that a row may have: what the model's positions leave, and no more than was asked for."""
+def room_in(config: RunConfig, positions: int | None) -> int | None:
+    """Tokens that a row may have: what a model's positions leave, and no more than was asked for."""
+    method = find_method(config.method.name)
+    rank = config.method.rank if config.method.rank is not None else method.rank
+    reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     limits = [] if positions is None else [positions - reserved]
-    return min([*limits, *([] if most is None else [most])], default=None)
+    return min([*limits, *([] if config.max_length is None else [config.max_length])], default=None)
 
 
 def _most(config: RunConfig) -> dict[str, int]:

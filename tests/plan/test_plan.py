@@ -20,6 +20,7 @@ from plugbridge.plan import make
 from plugbridge.plan.advice import Advice, advise, changed
 from plugbridge.plan.make import make_plan
 from plugbridge.plan.works import rivals_of, subjects_of, works_of
+from plugbridge.prepare import prepare
 from plugbridge.transfer.couple import find_mode
 
 Raw = dict[str, Any]
@@ -51,6 +52,37 @@ def test_it_reads_configuration_files_only(run_config: Callable[..., Raw], tmp_p
         (folder / "config.json").write_bytes((Path(raw[size]) / "config.json").read_bytes())
         raw[size] = str(folder)
     assert make_plan(parse_config(raw, "x"), 8, None, 1).stages[0].fits is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"couple": {"mode": "feedback", "cache": "disk"}}, "keeps no activations"),
+        ({"couple": {"mode": "standalone"}, "prune": {"reduction": 2, "channels": "pca"}}, "must be a model by itself"),
+        ({"couple": {"plug": "fresh", "layer_map": "cka"}}, "a fresh start takes none"),
+        ({"method": {"name": "adapter", "dropout": 0.1}}, "only lora has dropout"),
+        ({"evaluate": {"models": ["large_probe"]}}, "which needs evaluate.probe: true"),
+        ({"task": "nowhere"}, "no task 'nowhere'"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(run_config: Callable[..., Raw], changes: Raw, message: str) -> None:
+    config = parse_config({**run_config(), **changes}, "x")
+    for refuses in (lambda: make_plan(config, 8, None, 1), lambda: prepare(config, None)):
+        with pytest.raises(ConfigError, match=message):
+            refuses()
+
+
+def test_rows_are_as_long_as_positions_and_max_length_leave(run_config: Callable[..., Raw]) -> None:
+    def length(asked: int | None = None, **changes: Any) -> int:
+        return subjects_of(parse_config(run_config(**changes), "x"), asked, None).large.length
+
+    assert (length(), length(family="t5")) == (32, 512)
+    assert (length(max_length=20), length(family="t5", max_length=20)) == (20, 20)
+    assert length(method="prefix") == 30  # which two of a prefix leave
+    assert (length(32), length(1000, family="t5")) == (32, 1000)
+    for asked, room, changes in ((33, 32, {}), (31, 30, {"method": "prefix"}), (21, 20, {"max_length": 20})):
+        with pytest.raises(ConfigError, match=f"rows of {asked} tokens are longer than the {room} that a run gives"):
+            length(asked, **changes)
 
 
 def test_advice_names_settings_that_fit(run_config: Callable[..., Raw]) -> None:

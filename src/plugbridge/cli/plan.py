@@ -17,7 +17,15 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", help="say what fits in so much, such as 8GB", show_default=False)
     ] = None,
-    length: Annotated[int, typer.Option("--length", min=4, help="tokens of a row")] = 512,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length",
+            min=4,
+            show_default=False,
+            help="tokens of a row; by default 512, or what max_length and the models' positions leave of them",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the rate that is measured")] = 1,
     sets: SetOption = None,
     as_json: JsonOption = False,

@@ -59,13 +59,17 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: RunConfig, length: int, memory: int | None, threads: int, beside: Executor | None = None) -> Plan:
-    """Predict every stage of a run and the baselines, for rows of `length` tokens. Raises as `prepare` does.
+def make_plan(
+    config: RunConfig, length: int | None, memory: int | None, threads: int, beside: Executor | None = None
+) -> Plan:
+    """Predict every stage of a run and the baselines, for rows of `length` tokens or as many as a run may give models.
 
-    Predictions are made on `beside`, too, where it is given.
+    Predictions are made on `beside`, too, where it is given. Raises as `prepare` does for settings that do not go
+    together.
     """
     predictions = Predictions(beside)
     subjects = subjects_of(config, length, memory)
+    length = subjects.large.length
     works = [*works_of(subjects), *references_of(subjects), *rivals_of(subjects)]
     traces = predictions.all([work.row for work in works])
     device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"

@@ -4,24 +4,32 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from plugbridge.config import RunConfig
+from transformers import PreTrainedConfig
+
+from plugbridge.config import RunConfig, TaskConfig
 from plugbridge.config.stages import PartsConfig
 from plugbridge.cost import free_memory
-from plugbridge.families.spec import Layout
+from plugbridge.errors import ConfigError
+from plugbridge.families.spec import Layout, family_of
 from plugbridge.memory.case import Case
 from plugbridge.memory.rows import Row, baselines, top_layers
 from plugbridge.memory.steps import STEPS, alignment
-from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype
-from plugbridge.prepare import bridge_sizes, resolve, wants_streaming
+from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype, positions_of
+from plugbridge.prepare import bridge_sizes, check_probe, check_settings, resolve, room_in, wants_streaming
 from plugbridge.shrink.prune import count_parameters
 from plugbridge.stages.couple import alignment_passes
 from plugbridge.stages.shrink import rows_at_once, rows_scored
 from plugbridge.streaming import block_bytes
+from plugbridge.tasks.metrics import check_metrics
+from plugbridge.tasks.own import own_task
+from plugbridge.tasks.spec import Task, load_task
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import MethodSettings, find_method
 
 REFERENCE = "reference"
 """The stage of rows that a run makes only to compare with."""
+LENGTH = 512
+"""Tokens of a row where nothing is said and the models' positions hold them."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,19 @@ class Subjects:
     hidden: int
 
 
-def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
+def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Subjects:
     """Read both models' configuration files and size the Bridge. Raises ConfigError or ModelError.
 
-    Whether the large model is streamed is as the run would decide, with `memory` free, or what is free here.
+    Settings are checked as the run checks them. Whether the large model is streamed is as the run would decide, with
+    `memory` free, or what is free here. Without a `length`, rows are as `_length` says.
     """
-    config, method = resolve(config), find_method(config.method.name)
+    method, config = find_method(config.method.name), resolve(config)
+    check_settings(config)
     remote = config.trust_remote_code
     small, large = (load_config(path, trust_remote_code=remote) for path in (config.small, config.large_path))
     check_pair(small, large)
+    _check_task(config, family_of(large.model_type).kind)
+    length = _length(config, length, small, large)
     rank = config.method.rank if config.method.rank is not None else method.rank
     settings = MethodSettings(rank, config.method.alpha or 2.0 * rank, config.method.dropout)
     base = Case(
@@ -94,6 +106,24 @@ def subjects_of(config: RunConfig, length: int, memory: int | None) -> Subjects:
         count_parameters(layout, names, sizes),
         layout.sizes["hidden"],
     )
+
+
+def _check_task(config: RunConfig, kind: str) -> None:
+    task: Task = own_task(config.task) if isinstance(config.task, TaskConfig) else load_task(config.task)
+    check_metrics(task.metrics)
+    check_probe(config, task, kind)
+
+
+def _length(config: RunConfig, asked: int | None, small: PreTrainedConfig, large: PreTrainedConfig) -> int:
+    """Tokens of a row: as asked, or `LENGTH`, or what `max_length` and both models' positions leave of them."""
+    models = {config.small: small, config.large_path: large}
+    rooms = {source: room_in(config, positions_of(model)) for source, model in models.items()}
+    if asked is None:
+        return min([LENGTH, *(room for room in rooms.values() if room is not None)])
+    for source, room in rooms.items():
+        if room is not None and asked > room:
+            raise ConfigError(f"rows of {asked} tokens are longer than the {room} that a run gives {source}")
+    return asked
 
 
 def works_of(s: Subjects) -> Iterator[Work]:

@@ -49,6 +49,12 @@ def test_a_prediction_is_close_to_what_a_real_step_has_alive(family: str, step: 
     assert predict(case, STEPS[step]).peak == pytest.approx(really_alive(case, STEPS[step]), rel=0.15)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_repair_of_logits_is_close_to_what_a_real_one_has_alive(family: str) -> None:
+    case = replace(case_of(family), target="logits")
+    assert predict(case, STEPS["repair"]).peak == pytest.approx(really_alive(case, STEPS["repair"]), rel=0.15)
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_shallow_traces_extend_to_the_true_depth(step: str) -> None:
     case = with_top(case_of("gpt2", layers=8), step)

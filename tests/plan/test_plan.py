@@ -85,6 +85,17 @@ def test_rows_are_as_long_as_positions_and_max_length_leave(run_config: Callable
             length(asked, **changes)
 
 
+def test_a_repair_of_logits_trains_the_whole_bridge(run_config: Callable[..., Raw]) -> None:
+    def repair(target: str) -> Trace:
+        config = parse_config(run_config(repair={"steps": 3, "target": target}), "x")
+        (row,) = (work.row for work in works_of(subjects_of(config, 8, None)) if work.row.method == "repair")
+        return predict(row.case, row.make)
+
+    response, logits = repair("response"), repair("logits")
+    assert logits.trained > response.trained
+    assert logits.peak != response.peak
+
+
 def test_advice_names_settings_that_fit(run_config: Callable[..., Raw]) -> None:
     config = parse_config(run_config(couple={"steps": 4, "batch_size": 64}, resident="all"), "x")
     rows = {work.row.method: work.row for work in works_of(subjects_of(config, 8, None))}

@@ -21,6 +21,7 @@ from plugbridge.shrink.prune import BridgePlan, reduced_sizes
 from plugbridge.streaming import load_streamed, stream_blocks
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.axes import axis_names
+from plugbridge.transfer.repair import RepairTarget
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 DEFAULT = MethodSettings(8, 16.0)
@@ -70,7 +71,7 @@ class Case:
     scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
     the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
     of their step, whose gradients are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
-    `small`'s shape behind a plug, or without one from a fresh module.
+    `small`'s shape behind a plug, or without one from a fresh module. `target` is what a repair fits.
     """
 
     config: PreTrainedConfig
@@ -95,6 +96,7 @@ class Case:
     later: bool = False
     optimizer: OptimizerName = "adamw"
     small: PreTrainedConfig | None = None
+    target: RepairTarget = "response"
 
     @property
     def family(self) -> Family:

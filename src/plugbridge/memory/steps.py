@@ -213,14 +213,14 @@ def run_only(case: Case) -> tuple[PreTrainedModel, Layout]:
 
 
 def repair(case: Case) -> Step:
-    """The Bridge's sublayers learn to answer as the large model's."""
+    """The Bridge's sublayers learn to answer as the large model's, or the Bridge to predict as it does."""
     model, layout = run_only(case)
     bridge, plan = bridge_of(case, model, layout, torch.float32)
-    tensors = repaired_parameters(bridge, layout, "response")
+    tensors = repaired_parameters(bridge, layout, case.target)
     bridge.requires_grad_(False)
     for tensor in tensors.values():
         tensor.requires_grad_(True)
-    loss = repair_loss("response", model, layout, bridge, plan, case.encoder)
+    loss = repair_loss(case.target, model, layout, bridge, plan, case.encoder)
     marks: Marks = [(model, "model"), (bridge, "bridge")]
     step = training(case, tensors.values(), loss, marks, [model, bridge])
     return replace(step, chosen=None)

@@ -145,8 +145,8 @@ def works_of(s: Subjects) -> Iterator[Work]:
     yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes)
     yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:
-        steps = config.repair.steps
-        case = replace(large, batch=config.repair.batch_size, micro_batch=None, optimizer=config.repair.optimizer)
+        steps, asked = config.repair.steps, config.repair
+        case = replace(large, batch=asked.batch_size, micro_batch=None, optimizer=asked.optimizer, target=asked.target)
         row = Row("repair", "", case, STEPS["repair"])
         yield Work(row, steps, s.bridge * 4, steps, steps * case.batch)
     steps = config.couple.steps

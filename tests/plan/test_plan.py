@@ -19,9 +19,8 @@ from plugbridge.memory.rates import Rates
 from plugbridge.plan import make
 from plugbridge.plan.advice import Advice, advise, changed
 from plugbridge.plan.make import make_plan
-from plugbridge.plan.works import rivals_of, subjects_of, works_of
+from plugbridge.plan.works import Work, peak_of, rivals_of, subjects_of, works_of
 from plugbridge.prepare import prepare
-from plugbridge.transfer.couple import find_mode
 
 Raw = dict[str, Any]
 
@@ -202,13 +201,30 @@ def test_passes_and_disk_follow_importance_and_cache(run_config: Callable[..., R
         assert (start.times, start.passes, start.large_rows, start.disk) == (5, 5 * passes, 5 * passes, 0)
         assert (fitted["couple (ladder)"].passes, fitted["couple (ladder)"].large_rows) == (4, 16)
     assert not any(name.startswith("couple:") for name in works(couple={**couple, "plug": "random"}))
-    config = parse_config(run_config(couple={**couple, "cache": "disk"}), "x")
-    subjects = subjects_of(config, 8, None)
-    places = find_mode("ladder").caches
-    assert places is not None
-    rungs = len(places(subjects.layout))
-    kept = {work.row.method: work for work in works_of(subjects)}["couple (ladder)"].disk
-    assert kept == 16 * rungs * 8 * subjects.hidden * 4
+
+
+@pytest.mark.parametrize(("family", "positions"), [("gpt2", 4 * 8), ("t5", 4 * 8 + 4 * 2)])
+def test_a_cache_is_counted_where_it_is(run_config: Callable[..., Raw], family: str, positions: int) -> None:
+    """A T5 row has two tokens in the decoder. Both pairs have three layers and a final norm in each stack."""
+    works: dict[str, Work] = {}
+    peaks: dict[str, int] = {}
+    for cache in ("off", "disk", "memory"):
+        couple = {"steps": 4, "batch_size": 4, "mode": "ladder", "cache": cache}
+        config = parse_config(run_config(family, couple=couple), "x")
+        (work,) = (work for work in works_of(subjects_of(config, 8, None)) if work.row.method == "couple (ladder)")
+        works[cache], peaks[cache] = work, peak_of(work, predict(work.row.case, work.row.make))
+    kept = 16 * positions * 16 * 4  # rows, hidden size, float32
+    assert {cache: work.disk for cache, work in works.items()} == {"off": 0, "disk": kept, "memory": 0}
+    assert (peaks["disk"] - peaks["off"], peaks["memory"] - peaks["off"]) == (0, kept)
+    assert [bool(work.note) for work in works.values()] == [False, True, True]
+
+
+def test_advice_puts_a_cache_on_disk(run_config: Callable[..., Raw]) -> None:
+    couple = {"steps": 4000, "batch_size": 4, "mode": "ladder", "cache": "memory"}
+    config = parse_config(run_config(couple=couple, resident="none"), "x")
+    (work,) = (work for work in works_of(subjects_of(config, 8, None)) if work.row.method == "couple (ladder)")
+    step = predict(work.row.case, work.row.make).peak
+    assert advise(config, 8, step, {"couple (ladder)": step + round(work.kept)}) == Advice(("couple.cache: disk",))
 
 
 def test_lora_beside_another_method_is_lora(run_config: Callable[..., Raw]) -> None:

@@ -69,6 +69,9 @@ def _print_plan(found: Any) -> None:
         f"{found.rates.moved / 1e9:.1f} GB/s in all else; reading a model from disk is not in them"
     )
     out.print("peaks are over what Python and its libraries take (on a processor about 0.5 GiB)")
+    for stage in found.stages:
+        if stage.note:
+            out.print(f"'{stage.name}': {stage.note}")
     tight = [stage.name for stage in found.stages if stage.reference and stage.fits is False]
     if tight:
         out.print(f"not needed for the transfer and does not fit, leave it out: {', '.join(tight)}")

@@ -9,7 +9,7 @@ from plugbridge.errors import ConfigError
 from plugbridge.memory.packed import BITS
 from plugbridge.memory.rows import Row
 from plugbridge.plan.predictions import Predictions
-from plugbridge.plan.works import subjects_of, works_of
+from plugbridge.plan.works import Work, peak_of, subjects_of, works_of
 from plugbridge.transfer.couple import find_mode
 
 
@@ -22,10 +22,12 @@ class Advice:
 
 
 ADAFACTOR = "couple.optimizer: adafactor"
+CACHE = "couple.cache: disk"
 LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
 CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("resident: none", {"": {"resident": "none"}}, LARGE),
     ("score.keep: disk", {"score": {"keep": "disk"}}, ("score",)),
+    (CACHE, {"couple": {"cache": "disk"}}, ("couple (",)),
     ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune",)),
     ("couple.recompute: true", {"couple": {"recompute": True}}, ("couple",)),
     ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
@@ -64,8 +66,8 @@ def advise(
         over = [name for name, peak in tight.items() if peak > memory]
         if (stuck := _stuck(config, over, number)) is not None:
             return Advice((), stuck)
-        tried, rows = _tried(config, length, memory, over, number)
-        peaks = {row.method: predictions.of(row).peak for row in rows}
+        tried, works = _tried(config, length, memory, over, number)
+        peaks = {work.row.method: peak_of(work, predictions.of(work.row)) for work in works}
         if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
             config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]
         if all(peak <= memory for peak in tight.values()):
@@ -78,13 +80,14 @@ def _likely(config: RunConfig, length: int, memory: int, tight: set[str], predic
     found: list[Row] = []
     for number in range(len(CHANGES)):
         left = tight - {row.method for row in found}
-        found.extend(row for row in _tried(config, length, memory, left, number)[1] if row not in predictions)
+        rows = (work.row for work in _tried(config, length, memory, left, number)[1])
+        found.extend(row for row in rows if row not in predictions)
     return found
 
 
 def _tried(
     config: RunConfig, length: int, memory: int, names: Collection[str], number: int
-) -> tuple[RunConfig, list[Row]]:
+) -> tuple[RunConfig, list[Work]]:
     """A configuration with a change, and those of the named stages that it may help; none if it cannot be."""
     _, change, _ = CHANGES[number]
     helped = [name for name in names if _may_help(config, name, number)]
@@ -93,12 +96,12 @@ def _tried(
     try:
         tried = changed(config, change)
         subjects = subjects_of(tried, length, memory)
-        rows = [work.row for work in works_of(subjects) if work.row.method in helped]
+        works = [work for work in works_of(subjects) if work.row.method in helped]
     except ConfigError:  # such as a Bridge too small for the model's heads
         return config, []
     if tried.load_in is not None and subjects.parameters * BITS[tried.load_in] / 8 > memory:
         return config, []  # the weights alone do not fit: nothing to trace
-    return tried, rows
+    return tried, works
 
 
 def _stuck(config: RunConfig, over: list[str], number: int) -> str | None:
@@ -114,6 +117,8 @@ def _may_help(config: RunConfig, name: str, number: int) -> bool:
         return False
     if text == ADAFACTOR and not (find_mode(config.couple.mode).trains_bridge and config.couple.bridge == "train"):
         return False  # a module's moments are nothing to save
+    if text == CACHE and config.couple.cache != "memory":
+        return False  # without a cache there is less still
     try:
         tried = changed(config, change)
     except ConfigError:  # such as a budget beside the reduction that is asked for

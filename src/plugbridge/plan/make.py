@@ -11,7 +11,7 @@ from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, measure_rates
 from plugbridge.plan.advice import Advice, advise
 from plugbridge.plan.predictions import Predictions
-from plugbridge.plan.works import REFERENCE, Work, references_of, rivals_of, subjects_of, works_of
+from plugbridge.plan.works import REFERENCE, Work, peak_of, references_of, rivals_of, subjects_of, works_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PlannedStage:
 
     A `reference` is no part of the transfer. `peak_bytes` holds model and optimizer, `disk_bytes` is what the stage
     leaves and, where it trains, its step checkpoint. `large_rows` are the rows that the large model reads, `passes` its
-    forward passes. `fits` is None where no memory was given.
+    forward passes. `fits` is None where no memory was given. `note` says what is not exact.
     """
 
     name: str
@@ -32,6 +32,7 @@ class PlannedStage:
     passes: int
     large_rows: int
     fits: bool | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def make_plan(
 def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> PlannedStage:
     checkpoint = 12 if work.row.case.optimizer == "adamw" else 4  # parameters, and AdamW's two moments
     disk = work.disk + checkpoint * counts.trained
+    peak = peak_of(work, counts)
     before = {"": "", REFERENCE: "reference: "}.get(work.row.stage, "large: ")
     return PlannedStage(
-        f"{before}{work.row.method}", work.row.stage == "", work.row.stage == REFERENCE, counts.peak,
+        f"{before}{work.row.method}", work.row.stage == "", work.row.stage == REFERENCE, peak,
         work.times * rates.seconds(counts), round(disk), work.passes, work.large_rows,
-        None if memory is None else counts.peak <= memory,
+        None if memory is None else peak <= memory, work.note,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedConfig
 
 from plugbridge.config import RunConfig, TaskConfig
@@ -12,6 +13,7 @@ from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.memory.case import Case
+from plugbridge.memory.predict import Trace
 from plugbridge.memory.rows import Row, baselines, top_layers
 from plugbridge.memory.steps import STEPS, alignment
 from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype, positions_of
@@ -24,23 +26,35 @@ from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_task
 from plugbridge.tasks.spec import Task, load_task
 from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.ladder import length_in
 from plugbridge.tuners.table import MethodSettings, find_method
 
 REFERENCE = "reference"
 """The stage of rows that a run makes only to compare with."""
+AT_MOST = "cached activations, passes and large rows are at most these: a row that comes again is not read again"
 LENGTH = 512
 """Tokens of a row where nothing is said and the models' positions hold them."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """How often a stage's step is done, what it leaves on disk, and how it reads the large model."""
+    """How often a stage's step is done, what it leaves on disk, and how it reads the large model.
+
+    `kept` are bytes that gather in memory while it is done; `note` says what is not exact.
+    """
 
     row: Row
     times: float
     disk: float
     passes: int
     large_rows: int
+    kept: float = 0
+    note: str = ""
+
+
+def peak_of(work: Work, counts: Trace) -> int:
+    """The most bytes that a stage has in memory, given its step's counts."""
+    return counts.peak + round(work.kept)
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,8 @@ def works_of(s: Subjects) -> Iterator[Work]:
         )
     row = Row(f"couple ({config.couple.mode})", "", case, STEPS[f"couple, {config.couple.mode}"])
     rows = runs * coupled.batch
-    yield Work(row, steps, _cache_bytes(s, rows), runs, rows)
+    disk, kept = (_cache_bytes(s, rows) if config.couple.cache == kind else 0 for kind in ("disk", "memory"))
+    yield Work(row, steps, disk, runs, rows, 0 if on_card(config) else kept, AT_MOST if disk or kept else "")
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
@@ -176,11 +191,18 @@ def works_of(s: Subjects) -> Iterator[Work]:
 
 
 def _cache_bytes(s: Subjects, rows: int) -> int:
-    """Bytes on disk of the activations of so many rows, if coupling keeps them there."""
+    """Bytes of the activations of so many rows, if coupling may keep them."""
     places = find_mode(s.config.couple.mode).caches
-    if s.config.couple.cache != "disk" or places is None:
+    if places is None:
         return 0
-    return rows * len(places(s.layout)) * s.large.length * s.hidden * s.large.dtype.itemsize
+    (row,) = s.large.rows(1)
+    positions = sum(length_in(row, rung.partition(":")[0], s.large.kind) for rung in places(s.layout))
+    return rows * positions * s.hidden * s.large.dtype.itemsize
+
+
+def on_card(config: RunConfig) -> bool:
+    """Whether the run's models are on a card: what is kept in the machine's memory is not counted beside them."""
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
 
 
 def references_of(s: Subjects) -> Iterator[Work]:

@@ -162,6 +162,12 @@ def test_a_checkpoint_from_before_costs_were_kept_goes_on(tmp_path: Path) -> Non
         assert len(fit(p, ROWS, loss_of(p), SCHEDULE, tmp_path / "checkpoint.pt", Silent(), "toy", cost=cost)) == 7
 
 
+def test_no_gradient_stays(tmp_path: Path) -> None:
+    p = parameters()
+    train(p, tmp_path, loss_of(p))
+    assert [tensor.grad for tensor in p.values()] == [None, None]
+
+
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     p = parameters()

@@ -91,7 +91,7 @@ def fit(
     weight_of: Callable[[T], int] = lambda _row: 1,
     cost: Cost | None = None,
 ) -> list[float]:
-    """Train named tensors in place; returns the loss of every step.
+    """Train named tensors in place; returns the loss of every step. No gradient stays.
 
     The loss of rows is the mean over what `weight_of` counts in them: a step in parts weighs them by it.
     Resumes from `checkpoint` when it is there, and leaves it to the caller to remove. What it `cost` until then goes
@@ -124,6 +124,7 @@ def fit(
             advance(1)
             if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
                 _checkpoint(checkpoint, parameters, optimizer, losses, cost)
+    optimizer.zero_grad(set_to_none=True)
     for name, tensor in parameters.items():
         if not bool(tensor.isfinite().all()):
             raise TrainingDiverged(f"{title}: '{name}' is NaN or infinite after the last step; {_slower(base)}")

@@ -19,7 +19,7 @@ from plugbridge.memory.rates import Rates
 from plugbridge.plan import make
 from plugbridge.plan.advice import Advice, advise, changed
 from plugbridge.plan.make import make_plan
-from plugbridge.plan.works import Work, peak_of, rivals_of, subjects_of, works_of
+from plugbridge.plan.works import Work, peak_of, references_of, rivals_of, subjects_of, works_of
 from plugbridge.prepare import prepare
 
 Raw = dict[str, Any]
@@ -28,7 +28,8 @@ Raw = dict[str, Any]
 def test_every_stage_and_every_other_way_is_in_the_plan(run_config: Callable[..., Raw]) -> None:
     plan = make_plan(parse_config(run_config(repair={"steps": 3}, polish={"evaluations": 2}), "x"), 8, 2**40, 1)
     assert [stage.name for stage in plan.stages if stage.ours] == [
-        "tune (small)", "score", "prune", "repair", "couple (feedback)", "polish", "evaluate (a batch)",
+        "tune (small)", "tune: validation (a batch)", "score", "prune", "repair", "couple (feedback)", "polish",
+        "evaluate (a batch)",
     ]  # fmt: skip
     assert [stage.name for stage in plan.stages if not stage.ours and not stage.reference] == [
         f"large: {name}" for name in (
@@ -152,8 +153,8 @@ def test_stages_follow_resident_and_the_memory_given(run_config: Callable[..., R
         subjects = subjects_of(config.model_copy(update={"resident": resident}), 8, memory)
         streamed = {work.row.method: work.row.case.streamed for work in works_of(subjects)}
         assert streamed == {
-            "tune (small)": False, "score": streams, "prune": streams, "couple (feedback)": streams,
-            "evaluate (a batch)": streams,
+            "tune (small)": False, "tune: validation (a batch)": False, "score": streams, "prune": streams,
+            "couple (feedback)": streams, "evaluate (a batch)": streams,
         }  # fmt: skip
         assert not any(work.row.case.streamed for work in rivals_of(subjects))
 
@@ -175,13 +176,32 @@ def test_references_are_planned_where_the_run_makes_them(run_config: Callable[..
     plan = make_plan(config, 8, 1000, 1)
     found = {stage.name: stage for stage in plan.stages if stage.reference}
     assert list(found) == [
-        "reference: ceiling", "reference: small_ladder", "reference: small_ladder: score", "reference: large_finetuned",
+        "reference: ceiling", "reference: ceiling: validation (a batch)", "reference: small_ladder",
+        "reference: small_ladder: score", "reference: large_finetuned",
+        "reference: large_finetuned: validation (a batch)",
     ]  # fmt: skip
     assert not any(stage.ours or stage.fits for stage in found.values())
     assert (found["reference: ceiling"].passes, found["reference: ceiling"].large_rows) == (3, 6)
     assert found["reference: small_ladder"].large_rows == 0
     bare = make_plan(parse_config(run_config(ceiling=None), "x"), 8, None, 1)
     assert not any(stage.reference for stage in bare.stages)
+
+
+def test_validation_in_training_is_of_as_many_rows_as_evaluation(run_config: Callable[..., Raw]) -> None:
+    train = {"steps": 3, "batch_size": 2, "micro_batch": 1}
+    config = parse_config(run_config(tune=train, ceiling=train, evaluate={"batch_size": 50}, resident="none"), "x")
+    subjects = subjects_of(config, 8, None)
+    works = {work.row.method: work for work in (*works_of(subjects), *references_of(subjects))}
+    for name, validation in (("tune (small)", "tune: validation"), ("ceiling", "ceiling: validation")):
+        training, scoring = works[name].row, works[f"{validation} (a batch)"].row
+        assert (scoring.case.batch, scoring.case.micro_batch, scoring.case.streamed) == (50, None, False)
+        assert scoring.case.config is training.case.config
+        assert predict(scoring.case, scoring.make).peak > predict(training.case, training.make).peak
+    small, large = works["tune: validation (a batch)"], works["ceiling: validation (a batch)"]
+    assert (small.large_rows, large.passes, large.large_rows) == (0, 1, 50)
+    tight = {"tune: validation (a batch)": 1 << 30}
+    peak = predict(replace(small.row.case, batch=1), small.row.make).peak
+    assert advise(config, 8, peak, tight) == Advice(("evaluate.batch_size: 1",))
 
 
 def test_passes_and_disk_follow_importance_and_cache(run_config: Callable[..., Raw]) -> None:

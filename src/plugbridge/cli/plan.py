@@ -69,6 +69,7 @@ def _print_plan(found: Any) -> None:
         f"{found.rates.moved / 1e9:.1f} GB/s in all else; reading a model from disk is not in them"
     )
     out.print("peaks are over what Python and its libraries take (on a processor about 0.5 GiB)")
+    out.print("(a batch): of evaluate.batch_size rows; how many there are is in no configuration file")
     for stage in found.stages:
         if stage.note:
             out.print(f"'{stage.name}': {stage.note}")

@@ -28,11 +28,11 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("resident: none", {"": {"resident": "none"}}, LARGE),
     ("score.keep: disk", {"score": {"keep": "disk"}}, ("score",)),
     (CACHE, {"couple": {"cache": "disk"}}, ("couple (",)),
-    ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune",)),
+    ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune (",)),
     ("couple.recompute: true", {"couple": {"recompute": True}}, ("couple",)),
     ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
     (ADAFACTOR, {"couple": {"optimizer": "adafactor"}}, ("couple",)),
-    ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate",)),
+    ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate", "tune: validation")),
     (
         "score.importance: activation, prune.channels: auto",
         {"score": {"importance": "activation"}, "prune": {"channels": "auto"}},

@@ -148,6 +148,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
     large = replace(coupled, trained={})  # all layers are alike where none is left out
     samples, width = config.score.samples, large.dtype.itemsize
     yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0)
+    yield _validation("tune", "", s, s.small)
     moments = 8 * hidden * hidden * (2 if config.score.importance == "fisher" else 1)
     scored = replace(full, at_once=s.at_once) if full.streamed else full
     reads = 1 + max(1, scored.at_once) if full.streamed else 1  # rows of one repetition
@@ -210,15 +211,24 @@ def references_of(s: Subjects) -> Iterator[Work]:
     cases = {"small": replace(s.small, micro_batch=None), "large": _resident(s)}
     if s.config.ceiling is not None:
         yield _reference("ceiling", "tuned", cases["large"], s.config.ceiling, large=True)
+        yield _validation("ceiling", REFERENCE, s, cases["large"], large=True)
     for size, case in cases.items():
         finetuned = getattr(s.config.baselines, f"{size}_finetuned")
         if finetuned is not None:
             yield _reference(f"{size}_finetuned", "full fine-tuning", case, finetuned, large=size == "large")
+            yield _validation(f"{size}_finetuned", REFERENCE, s, case, large=size == "large")
         ladder = getattr(s.config.baselines, f"{size}_ladder")
         if ladder is not None:
             side = replace(case, sizes=None, reduction=ladder.reduction)
             yield _reference(f"{size}_ladder", "ladder side-tuning", side, ladder, large=size == "large")
             yield Work(Row(f"{size}_ladder: score", REFERENCE, case, STEPS["score"]), s.config.score.samples, 0, 0, 0)
+
+
+def _validation(name: str, stage: str, s: Subjects, case: Case, step: str = "evaluate", large: bool = False) -> Work:
+    """A batch of the rows that a model is scored on when it is trained; how many there are is not known."""
+    batch = s.config.evaluate.batch_size
+    case = replace(case, batch=batch, micro_batch=None)
+    return Work(Row(f"{name}: validation (a batch)", stage, case, STEPS[step]), 1, 0, int(large), batch * large)
 
 
 def _reference(name: str, step: str, case: Case, settings: PartsConfig, large: bool) -> Work:

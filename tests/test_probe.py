@@ -54,6 +54,15 @@ def test_no_state_has_seen_its_answer(family: str) -> None:
     assert not torch.allclose(states[0], states[1], atol=1e-2)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_head_runs_only_where_answers_begin(family: str) -> None:
+    model, rows, seen = make_model(family), _rows("causal"), list[int]()
+    model.get_submodule("lm_head").register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[1]))
+    prompt_states(model, "lm_head", Encoder(make_tokenizer(), "causal", None), rows, 100, Silent(), "")
+    assert seen == [len({len(row.prompt) for row in rows})]
+    assert seen[0] < max(len(row.prompt) for row in rows)
+
+
 def test_the_hook_is_gone_after_an_error() -> None:
     model = make_model("gpt2")
     encoder = Encoder(make_tokenizer(), "causal", None)

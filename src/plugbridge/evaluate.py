@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from plugbridge.errors import NotFinite
 from plugbridge.progress import Progress
-from plugbridge.reading import base_of, go_on, read_prompts
+from plugbridge.reading import answer_inputs, base_of, go_on, read_prompts
 from plugbridge.tasks.encode import IGNORE, Batch, Encoded, Encoder, collate, pad_right
 
 Forward = Callable[..., Any]
@@ -92,12 +92,6 @@ def option_scores(
     return scores
 
 
-def _answer_positions(batch: Batch, kind: str) -> Tensor:
-    """Where the first label token is predicted. Returns (n,)."""
-    first = (batch.labels != IGNORE).int().argmax(-1)
-    return first - 1 if kind == "causal" else first
-
-
 def _score_shared(
     model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device, base: PreTrainedModel
 ) -> list[list[float]]:
@@ -132,10 +126,9 @@ def _score_single(
 ) -> list[list[float]]:
     """Single tokens, from one pass over the prompts."""
     batch = collate(encoder, [(row.prompt, row.options[0]) for row in rows]).to(device)
-    logits: Tensor = model(**batch.inputs(encoder.kind)).logits
-    first = _answer_positions(batch, encoder.kind) + logits.shape[1] - batch.labels.shape[1]
-    at = logits[torch.arange(len(rows), device=device), first].float()
-    table = torch.log_softmax(at, dim=-1)
+    inputs, at = answer_inputs(batch, encoder.kind)
+    logits: Tensor = model(**inputs).logits[torch.arange(len(rows), device=device), at]
+    table = torch.log_softmax(logits.float(), dim=-1)
     return [[float(table[i, option[0]]) for option in row.options] for i, row in enumerate(rows)]
 
 

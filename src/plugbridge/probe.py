@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plugbridge.progress import Progress
-from plugbridge.reading import go_on, read_prompts
-from plugbridge.tasks.encode import IGNORE, Encoded, Encoder, collate
+from plugbridge.reading import answer_inputs, go_on, read_prompts
+from plugbridge.tasks.encode import Encoded, Encoder, collate
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -38,9 +38,8 @@ def prompt_states(
     with _head_inputs(model, head) as seen, progress.bar(title, len(rows)) as advance:
         for chosen in _by_length(rows, batch_size):
             batch = collate(encoder, [(rows[i].prompt, rows[i].options[0]) for i in chosen]).to(device)
-            model(**batch.inputs(encoder.kind))
-            first = (batch.labels != IGNORE).int().argmax(-1)
-            at = first - 1 if encoder.kind == "causal" else first  # the state before a token predicts it
+            inputs, at = answer_inputs(batch, encoder.kind)
+            model(**inputs, use_cache=False)
             for i, state in zip(chosen, seen.pop()[torch.arange(len(chosen), device=device), at].cpu(), strict=True):
                 found[i] = state
             advance(len(chosen))

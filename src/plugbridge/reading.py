@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from plugbridge.models import last_positions
-from plugbridge.tasks.encode import Batch, Encoder, collate, pad_right
+from plugbridge.tasks.encode import IGNORE, Batch, Encoder, collate, pad_right
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,19 @@ def base_of(model: nn.Module) -> PreTrainedModel | None:
     """The model that can go on from a cache, with a module's layers in it; None if this is another kind of network."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return base if isinstance(base, PreTrainedModel) else None
+
+
+def answer_inputs(batch: Batch, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of a forward pass, and where among its logits each row's first label is predicted, (n,).
+
+    A causal model's head runs only where some row's is: the states elsewhere are of no use.
+    """
+    inputs, first = batch.inputs(kind), (batch.labels != IGNORE).int().argmax(-1)
+    if kind != "causal":
+        return inputs, first
+    places, at = (first - 1).unique(return_inverse=True)  # the state before a token predicts it
+    # counted from the end: virtual tokens in front shift nothing
+    return {**inputs, "logits_to_keep": places - batch.labels.shape[1]}, at
 
 
 def read_prompts(

@@ -43,7 +43,17 @@ def really_alive(case: Case, make: Any) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("step", ["full fine-tuning", "tuned", "couple, feedback", "align, ridge, cka"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "full fine-tuning",
+        "tuned",
+        "couple, feedback",
+        "align, ridge, cka",
+        "evaluate, bridge",
+        "evaluate, ladder",
+    ],
+)
 def test_a_prediction_is_close_to_what_a_real_step_has_alive(family: str, step: str) -> None:
     case = with_top(case_of(family), step)
     assert predict(case, STEPS[step]).peak == pytest.approx(really_alive(case, STEPS[step]), rel=0.15)

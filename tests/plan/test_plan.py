@@ -16,6 +16,7 @@ from plugbridge.config import parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rates import Rates
+from plugbridge.memory.steps import STEPS
 from plugbridge.plan import make
 from plugbridge.plan.advice import Advice, advise, changed
 from plugbridge.plan.make import make_plan
@@ -177,7 +178,7 @@ def test_references_are_planned_where_the_run_makes_them(run_config: Callable[..
     found = {stage.name: stage for stage in plan.stages if stage.reference}
     assert list(found) == [
         "reference: ceiling", "reference: ceiling: validation (a batch)", "reference: small_ladder",
-        "reference: small_ladder: score", "reference: large_finetuned",
+        "reference: small_ladder: validation (a batch)", "reference: small_ladder: score", "reference: large_finetuned",
         "reference: large_finetuned: validation (a batch)",
     ]  # fmt: skip
     assert not any(stage.ours or stage.fits for stage in found.values())
@@ -185,6 +186,18 @@ def test_references_are_planned_where_the_run_makes_them(run_config: Callable[..
     assert found["reference: small_ladder"].large_rows == 0
     bare = make_plan(parse_config(run_config(ceiling=None), "x"), 8, None, 1)
     assert not any(stage.reference for stage in bare.stages)
+
+
+def test_a_coupled_bridge_is_scored_where_there_is_one(run_config: Callable[..., Raw]) -> None:
+    def scored(mode: str, models: list[str] | None = None) -> list[tuple[Any, int, int]]:
+        train, evaluate = {"steps": 3, "mode": mode}, {"batch_size": 5, "models": models}
+        works = works_of(subjects_of(parse_config(run_config(couple=train, evaluate=evaluate), "x"), 8, None))
+        return [(work.row.make, work.row.case.batch, work.large_rows) for work in works
+                if work.row.method == "evaluate: bridge_coupled (a batch)"]  # fmt: skip
+
+    assert scored("ladder") == [(STEPS["evaluate, ladder"], 5, 5)]
+    assert scored("standalone", ["bridge_coupled"]) == [(STEPS["evaluate, bridge"], 5, 0)]
+    assert scored("standalone", ["large_plugged"]) == scored("feedback") == []
 
 
 def test_validation_in_training_is_of_as_many_rows_as_evaluation(run_config: Callable[..., Raw]) -> None:

@@ -292,6 +292,32 @@ def test_its_scores_equal_a_plain_loop_whatever_the_batch(family: str, options: 
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_no_head_runs_where_no_answer_begins(family: str) -> None:
+    """A row of each length: a place for each of the Bridge's answers, one for the large model, which gives none."""
+    coupling, seen = _ladder(family, "lora"), dict[str, int]()
+    network = _network(coupling, family)
+
+    def listen(name: str, model: Any) -> None:
+        def keep(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            seen[name] = inputs[0].shape[1]
+
+        model.get_output_embeddings().register_forward_pre_hook(keep)
+
+    listen("large", network.large)
+    listen("bridge", network.bridge)
+    rows = [replace(row, options=((3,), (4,)), answer=0) for row in (A, B, C, D)]
+    option_scores(network, coupling.encoder, rows, 4, Silent(), "")
+    assert seen == {"large": 1, "bridge": len({len(row.prompt) for row in rows})}
+    assert seen["bridge"] < max(len(row.prompt) for row in rows)
+    loss = MODES["ladder"].start(coupling)
+    listen("large", coupling.large_model)
+    seen.clear()
+    loss([A, B])
+    assert seen == {"large": 1}
+
+
 # the cache
 
 

@@ -336,7 +336,35 @@ def evaluate(case: Case) -> Step:
     """Prompts are read, and their answers scored."""
     model, layout = run_only(case)
     wrapped, _ = attach(model, case.method, layout, case.settings)
-    wrapped.eval()
+    return _scoring(case, wrapped, [(model, "model")], use_cache=True)
+
+
+def evaluate_bridge(case: Case) -> Step:
+    """As `evaluate`, by a Bridge that reads tokens by itself."""
+    bridge, wrapped, _ = _coupled_bridge(case, *case.on_meta())
+    return _scoring(case, wrapped, [(bridge, "bridge")], use_cache=True)
+
+
+def evaluate_ladder(case: Case) -> Step:
+    """As `evaluate`, by a Bridge or a side network that the model's activations enter."""
+    model, layout = run_only(case)
+    bridge, wrapped, plan = _coupled_bridge(case, model, layout)
+    ladder = {key: tensor.to(case.device) for key, tensor in start_ladder(layout, plan).items()}
+    network = LadderNetwork(model, layout, bridge, wrapped, ladder)
+    return _scoring(case, network, [(model, "model"), (bridge, "bridge")])
+
+
+def _coupled_bridge(
+    case: Case, model: PreTrainedModel, layout: Layout
+) -> tuple[PreTrainedModel, nn.Module, BridgePlan]:
+    """A Bridge in the model's precision, the same with a module on it, and its plan."""
+    bridge, plan = bridge_of(case, model, layout, case.dtype)
+    narrow = Layout(layout.family, dict(plan.sizes), dict(layout.layers))
+    return bridge, attach(bridge, case.method, narrow, case.settings)[0], plan
+
+
+def _scoring(case: Case, network: nn.Module, marks: Marks, **how: bool) -> Step:
+    network.eval()
     batch = gold(case.encoder, case.rows()).to(case.device)
     tokens: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if case.kind == "seq2seq":
@@ -345,9 +373,9 @@ def evaluate(case: Case) -> Step:
 
     def work() -> None:
         with torch.no_grad():
-            wrapped(**tokens, **last, use_cache=True)
+            network(**tokens, **last, **how)
 
-    return Step({"evaluate": work}, [(model, "model")], case.batch, held=[wrapped])
+    return Step({"evaluate": work}, marks, case.batch, held=[network])
 
 
 def couplings() -> dict[str, MakeStep]:
@@ -367,5 +395,7 @@ STEPS: dict[str, MakeStep] = {
     **{f"couple, {name}": make for name, make in couplings().items()},
     "polish": polish,
     "evaluate": evaluate,
+    "evaluate, bridge": evaluate_bridge,
+    "evaluate, ladder": evaluate_ladder,
 }
 """Every step by name. A step is a function of a case; one more is one more row."""

@@ -165,7 +165,8 @@ def works_of(s: Subjects) -> Iterator[Work]:
         row = Row("repair", "", case, STEPS["repair"])
         yield Work(row, steps, s.bridge * 4, steps, steps * case.batch)
     steps = config.couple.steps
-    runs = steps if find_mode(config.couple.mode).runs_large else 0
+    mode = find_mode(config.couple.mode)
+    runs = steps if mode.runs_large else 0
     case = replace(coupled, small=None if config.couple.plug == "fresh" else s.small.config)
     aligned = config.couple.align_samples * alignment_passes(config)
     if aligned:
@@ -189,6 +190,10 @@ def works_of(s: Subjects) -> Iterator[Work]:
         yield Work(Row("polish", "", replace(large, batch=batch), STEPS["polish"]), times, 0, times, rows)
     row = Row("evaluate (a batch)", "", replace(large, batch=config.evaluate.batch_size), STEPS["evaluate"])
     yield Work(row, 1, 0, 1, row.case.batch)
+    if mode.trains_bridge and (config.evaluate.models is None or "bridge_coupled" in config.evaluate.models):
+        step = STEPS["evaluate, ladder" if mode.runs_large else "evaluate, bridge"]
+        row = replace(row, method="evaluate: bridge_coupled (a batch)", make=step)
+        yield Work(row, 1, 0, int(mode.runs_large), row.case.batch * mode.runs_large)
 
 
 def _cache_bytes(s: Subjects, rows: int) -> int:
@@ -221,6 +226,7 @@ def references_of(s: Subjects) -> Iterator[Work]:
         if ladder is not None:
             side = replace(case, sizes=None, reduction=ladder.reduction)
             yield _reference(f"{size}_ladder", "ladder side-tuning", side, ladder, large=size == "large")
+            yield _validation(f"{size}_ladder", REFERENCE, s, side, "evaluate, ladder", large=size == "large")
             yield Work(Row(f"{size}_ladder: score", REFERENCE, case, STEPS["score"]), s.config.score.samples, 0, 0, 0)
 
 

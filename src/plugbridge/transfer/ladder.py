@@ -21,6 +21,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.families.spec import Layout
+from plugbridge.models import last_positions
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Batch, Encoded, Encoder, gold
 from plugbridge.tensors.axes import matrix_of
@@ -98,6 +99,11 @@ def climbing(bridge: nn.Module, rungs: Rungs, ladder: dict[str, Tensor], heights
         yield
 
 
+def few_logits(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
+    """What keeps a causal model's head off the positions whose logits nobody reads."""
+    return {"logits_to_keep": last_positions(1, model.device)} if kind == "causal" else {}
+
+
 @dataclass
 class Backbone:
     """The large model as the ladder sees it: rows to heights, remembered in a cache or not."""
@@ -111,7 +117,7 @@ class Backbone:
     def heights(self, batch: Batch) -> Heights:
         """One forward pass; no cache."""
         with recorded_heights(self.model, self.rungs) as heights:
-            self.model(**batch.inputs(self.encoder.kind), use_cache=False)
+            self.model(**batch.inputs(self.encoder.kind), **few_logits(self.model, self.encoder.kind), use_cache=False)
         return heights
 
     def heights_of(self, rows: list[Encoded]) -> Heights:
@@ -247,7 +253,7 @@ class LadderNetwork(nn.Module):
     def __init__(self, large: PreTrainedModel, layout: Layout, bridge: nn.Module, inner: nn.Module, ladder: Heights):
         super().__init__()
         self.large, self.bridge, self.inner = large, bridge, inner
-        self.rungs = rungs_of(layout)
+        self.rungs, self.kind = rungs_of(layout), layout.family.kind
         self.ladder = ladder
 
     @property
@@ -258,6 +264,6 @@ class LadderNetwork(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """As the Bridge's own forward pass."""
         with torch.no_grad(), recorded_heights(self.large, self.rungs) as heights:
-            self.large(**inputs, use_cache=False)
+            self.large(**{**inputs, **few_logits(self.large, self.kind)}, use_cache=False)
         with climbing(self.bridge, self.rungs, self.ladder, heights):
             return self.inner(**inputs)

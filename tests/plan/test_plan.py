@@ -18,7 +18,7 @@ from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rates import Rates
 from plugbridge.memory.steps import STEPS
 from plugbridge.plan import make
-from plugbridge.plan.advice import Advice, advise, changed
+from plugbridge.plan.advice import CHANGES, Advice, advise, changed
 from plugbridge.plan.make import make_plan
 from plugbridge.plan.works import Work, peak_of, references_of, rivals_of, subjects_of, works_of
 from plugbridge.prepare import prepare
@@ -136,6 +136,70 @@ def test_advice_never_quantises_a_streamed_model_nor_one_too_large_in_4_bits(
         asked.clear()
         advise(resident, 8, memory, {"couple (feedback)": 1 << 29, "evaluate (a batch)": 1 << 29})
         assert ("4bit" in asked) is tried
+
+
+def test_advice_freezes_a_bridge_that_trains(run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch) -> None:
+    def predicted(case: Any, _make: Any) -> Trace:
+        return Trace({"": 1e9 if case.train_bridge else 1e3}, 0, 0, 0, 0)
+
+    monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
+    for mode, bridge, memory, settings in (
+        ("standalone", "train", 1000, ("couple.bridge: freeze",)),
+        ("ladder", "train", 1000, ("couple.bridge: freeze",)),
+        ("standalone", "freeze", 999, ()),
+    ):
+        config = parse_config(run_config(couple={"steps": 4, "mode": mode, "bridge": bridge}), "x")
+        found = advise(config, 8, memory, {f"couple ({mode})": 10**9})
+        assert found == Advice(settings, None if settings else f"couple ({mode})")
+
+
+def test_advice_tries_smaller_and_smaller_budgets(
+    run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those too small for the model are left out, and of those that help the last one is said."""
+    assert [text for text, _, _ in CHANGES if "budget" in text][:2] == [
+        "prune.budget: 0.03125",
+        "prune.budget: 0.015625",
+    ]
+    shares = (0.4, 0.2, 1e-6)
+    changes = [(f"prune.budget: {share}", {"prune": {"budget": share}}, ("prune",)) for share in shares]
+    monkeypatch.setattr("plugbridge.plan.advice.CHANGES", changes)
+    asked: list[int] = []
+
+    def predicted(case: Any, _make: Any) -> Trace:
+        asked.append(sum(case.sizes.values()))
+        return Trace({"": asked[-1]}, 0, 0, 0, 0)
+
+    monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
+    config = parse_config(run_config(prune={"budget": 0.5}), "x")
+    assert advise(config, 8, 1, {"prune": 1 << 40}).stuck == "prune"
+    larger, smaller = asked
+    assert larger > smaller
+    for memory, share in ((larger, 0.4), (smaller, 0.2)):
+        assert advise(config, 8, memory, {"prune": 1 << 40}).settings == (f"prune.budget: {share}",)
+    asked.clear()
+    advise(parse_config(run_config(prune={"budget": 0.4}), "x"), 8, 1, {"prune": 1 << 40})
+    assert asked == [smaller]
+
+
+def test_memory_is_what_python_leaves_of_it(run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch) -> None:
+    def predicted(_case: Any, _make: Any) -> Trace:
+        return Trace({"": 2**20}, 1, 1, 1, 1)
+
+    def rates(_dtype: torch.dtype, _device: str, _threads: int) -> Rates:
+        return Rates(1e9, 1e9)
+
+    monkeypatch.setattr(make, "settle", lambda: 2**30)
+    monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
+    config = parse_config(run_config(), "x")
+    for memory, fits in ((2**30 + 2**20, True), (2**30 + 2**20 - 1, False), (2**20, False), (None, None)):
+        plan = make_plan(config, 8, memory, 1)
+        assert (plan.baseline, plan.memory) == (2**30, memory)
+        assert {stage.fits for stage in plan.stages} == {fits}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(make, "measure_rates", rates)
+    plan = make_plan(config.model_copy(update={"device": "auto"}), 8, 2**20, 1)
+    assert (plan.baseline, {stage.fits for stage in plan.stages}) == (0, {True})
 
 
 def test_advice_leaves_out_a_budget_beside_a_reduction(run_config: Callable[..., Raw]) -> None:
@@ -299,13 +363,13 @@ def test_the_command_in_a_process_of_its_own_says_the_same(run_config: Callable[
         "--length",
         "8",
         "--memory",
-        "1GB",
+        "100GB",
         "--json",
     ]
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    wanted = make_plan(parse_config(raw, "x"), 8, 10**9, 1).as_json()
+    wanted = make_plan(parse_config(raw, "x"), 8, 10**11, 1).as_json()
     same = ("name", "peak_bytes", "disk_bytes", "passes", "large_rows", "fits")
     for one, other in zip(found["stages"], wanted["stages"], strict=True):
         assert [one[key] for key in same] == [other[key] for key in same]

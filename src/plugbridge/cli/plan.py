@@ -68,7 +68,11 @@ def _print_plan(found: Any) -> None:
         f"hours at the rates of this machine's {where}: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
         f"{found.rates.moved / 1e9:.1f} GB/s in all else; reading a model from disk is not in them"
     )
-    out.print("peaks are over what Python and its libraries take (on a processor about 0.5 GiB)")
+    if found.baseline:
+        taken = f"{found.baseline / 2**30:.1f} GiB here"
+        out.print(f"peaks are over what Python and its libraries take, {taken}, which --memory has to hold, too")
+    else:
+        out.print("peaks are the card's")
     out.print("(a batch): of evaluate.batch_size rows; how many there are is in no configuration file")
     for stage in found.stages:
         if stage.note:

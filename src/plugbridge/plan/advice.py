@@ -23,6 +23,9 @@ class Advice:
 
 ADAFACTOR = "couple.optimizer: adafactor"
 CACHE = "couple.cache: disk"
+FREEZE = "couple.bridge: freeze"
+BUDGETS = (1 / 32, 1 / 64, 1 / 128, 1 / 256)
+"""Shares of the large model's parameters that a Bridge may have; those too small for a model are left out."""
 LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
 CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
     ("resident: none", {"": {"resident": "none"}}, LARGE),
@@ -44,9 +47,10 @@ CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
         ("score",),
     ),
     ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
+    (FREEZE, {"couple": {"bridge": "freeze"}}, ("couple (",)),
     ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
     ("prune.reduction: 8", {"prune": {"reduction": 8}}, ("prune", "repair", "couple")),
-    ("prune.budget: 0.02", {"prune": {"budget": 0.02}}, ("prune", "repair", "couple")),
+    *((f"prune.budget: {share}", {"prune": {"budget": share}}, ("prune", "repair", "couple")) for share in BUDGETS),
 )
 """Settings that save memory, those first that change no result or little, with the stages that they concern."""
 
@@ -61,18 +65,24 @@ def advise(
     """
     predictions = Predictions() if predictions is None else predictions
     predictions.expect(_likely(config, length, memory, set(tight), predictions))
-    chosen: list[str] = []
-    for number, (text, _, _) in enumerate(CHANGES):
+    chosen: list[int] = []
+    for number in range(len(CHANGES)):
         over = [name for name, peak in tight.items() if peak > memory]
         if (stuck := _stuck(config, over, number)) is not None:
             return Advice((), stuck)
         tried, works = _tried(config, length, memory, over, number)
         peaks = {work.row.method: peak_of(work, predictions.of(work.row)) for work in works}
         if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
-            config, tight, chosen = tried, {**tight, **peaks}, [*chosen, text]
+            config, tight = tried, {**tight, **peaks}
+            chosen = [*(one for one in chosen if not _keys(one) <= _keys(number)), number]
         if all(peak <= memory for peak in tight.values()):
-            return Advice(tuple(chosen))
+            return Advice(tuple(CHANGES[one][0] for one in chosen))
     return Advice((), next(name for name, peak in tight.items() if peak > memory))
+
+
+def _keys(number: int) -> set[tuple[str, str]]:
+    """What a change sets: one that sets the same and comes later takes its place."""
+    return {(section, key) for section, keys in CHANGES[number][1].items() for key in keys}
 
 
 def _likely(config: RunConfig, length: int, memory: int, tight: set[str], predictions: Predictions) -> list[Row]:
@@ -115,10 +125,13 @@ def _may_help(config: RunConfig, name: str, number: int) -> bool:
     text, change, concerns = CHANGES[number]
     if not name.startswith(concerns):
         return False
-    if text == ADAFACTOR and not (find_mode(config.couple.mode).trains_bridge and config.couple.bridge == "train"):
+    trains = find_mode(config.couple.mode).trains_bridge and config.couple.bridge == "train"
+    if text in (ADAFACTOR, FREEZE) and not trains:
         return False  # a module's moments are nothing to save
     if text == CACHE and config.couple.cache != "memory":
         return False  # without a cache there is less still
+    if config.prune.budget is not None and change.get("prune", {}).get("budget", 0) >= config.prune.budget:
+        return False  # it would be larger, or the same
     try:
         tried = changed(config, change)
     except ConfigError:  # such as a budget beside the reduction that is asked for

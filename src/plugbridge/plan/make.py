@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from plugbridge.config import RunConfig
+from plugbridge.cost import settle
 from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, measure_rates
 from plugbridge.plan.advice import Advice, advise
 from plugbridge.plan.predictions import Predictions
-from plugbridge.plan.works import REFERENCE, Work, peak_of, references_of, rivals_of, subjects_of, works_of
+from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class PlannedStage:
 class Plan:
     """All stages and baselines; `advice` where memory was given and the run does not fit in it.
 
-    `rates` are those of `device`, where the run would go on here.
+    `rates` are those of `device`, where the run would go on here. `baseline` is what a process with all libraries takes
+    before any model (0 on a card): stages have what it leaves of `memory`.
     """
 
     stages: list[PlannedStage]
@@ -48,6 +50,7 @@ class Plan:
     large_parameters: int
     length: int
     memory: int | None
+    baseline: int
     advice: Advice | None
 
     @property
@@ -69,19 +72,21 @@ def make_plan(
     together.
     """
     predictions = Predictions(beside)
-    subjects = subjects_of(config, length, memory)
+    baseline = 0 if on_card(config) else settle()
+    room = None if memory is None else max(0, memory - baseline)
+    subjects = subjects_of(config, length, room)
     length = subjects.large.length
     works = [*works_of(subjects), *references_of(subjects), *rivals_of(subjects)]
     traces = predictions.all([work.row for work in works])
     device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
     rates = measure_rates(subjects.large.dtype, device, threads)  # while nothing else is at work
-    stages = [_planned(work, trace, rates, memory) for work, trace in zip(works, traces, strict=True)]
+    stages = [_planned(work, trace, rates, room) for work, trace in zip(works, traces, strict=True)]
     tight = {stage.name: stage.peak_bytes for stage in stages if stage.ours and stage.fits is False}
-    advice = advise(config, length, memory, tight, predictions) if memory is not None and tight else None
-    return Plan(stages, rates, device, subjects.parameters, length, memory, advice)
+    advice = advise(config, length, room, tight, predictions) if room is not None and tight else None
+    return Plan(stages, rates, device, subjects.parameters, length, memory, baseline, advice)
 
 
-def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> PlannedStage:
+def _planned(work: Work, counts: Trace, rates: Rates, room: int | None) -> PlannedStage:
     checkpoint = 12 if work.row.case.optimizer == "adamw" else 4  # parameters, and AdamW's two moments
     disk = work.disk + checkpoint * counts.trained
     peak = peak_of(work, counts)
@@ -89,5 +94,5 @@ def _planned(work: Work, counts: Trace, rates: Rates, memory: int | None) -> Pla
     return PlannedStage(
         f"{before}{work.row.method}", work.row.stage == "", work.row.stage == REFERENCE, peak,
         work.times * rates.seconds(counts), round(disk), work.passes, work.large_rows,
-        None if memory is None else peak <= memory, work.note,
+        None if room is None else peak <= room, work.note,
     )  # fmt: skip

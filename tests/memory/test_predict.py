@@ -114,6 +114,17 @@ def test_a_start_from_the_small_model_counts_its_plug(family: str, method: str) 
     step.work()
 
 
+@pytest.mark.parametrize("step", ["couple, standalone", "couple, ladder_delta"])
+def test_a_way_down_that_trains_is_counted(step: str) -> None:
+    case = with_top(case_of("gpt2", down="learned"), step)
+    (coupling,) = STEPS[step](case).held
+    assert isinstance(coupling, Coupling)
+    down = sum(tensor.numel() for tensor in coupling.down.values())
+    learned, chosen = (predict(one, STEPS[step]) for one in (case, replace(case, down="select")))
+    assert learned.trained - chosen.trained == down > 0
+    assert learned.peak == pytest.approx(really_alive(case, STEPS[step]), rel=0.15)
+
+
 def test_packed_weights_take_their_bits() -> None:
     case = case_of("llama", dtype=torch.bfloat16)
     whole, packed = (predict(replace(case, bits=bits), STEPS["evaluate"]).peak for bits in (None, "4bit"))

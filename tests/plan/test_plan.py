@@ -281,6 +281,18 @@ def test_validation_in_training_is_of_as_many_rows_as_evaluation(run_config: Cal
     assert advise(config, 8, peak, tight) == Advice(("evaluate.batch_size: 1",))
 
 
+def test_a_ladder_beside_a_streamed_model_is_streamed(run_config: Callable[..., Raw]) -> None:
+    train = {"steps": 3, "batch_size": 2}
+    asked = {"large_ladder": train, "small_ladder": train, "large_finetuned": train}
+    for resident, streams in (("none", True), ("all", False)):
+        config = parse_config(run_config(baselines=asked, resident=resident), "x")
+        rows = [work.row for work in references_of(subjects_of(config, 8, None))]
+        for row in rows:
+            assert row.case.streamed is (streams and row.method.startswith("large_ladder")), row.method
+        (ladder,) = (row for row in rows if row.method == "large_ladder")
+        assert predict(ladder.case, ladder.make).peak > 0
+
+
 def test_passes_and_disk_follow_importance_and_cache(run_config: Callable[..., Raw]) -> None:
     def works(**changes: Any) -> dict[str, Any]:
         config = parse_config(run_config(**changes), "x")

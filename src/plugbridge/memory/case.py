@@ -21,6 +21,7 @@ from plugbridge.shrink.prune import BridgePlan, reduced_sizes
 from plugbridge.streaming import load_streamed, stream_blocks
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.axes import axis_names
+from plugbridge.transfer.down import DownKind
 from plugbridge.transfer.repair import RepairTarget
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
@@ -71,7 +72,8 @@ class Case:
     scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
     the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
     of their step, whose gradients are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
-    `small`'s shape behind a plug, or without one from a fresh module. `target` is what a repair fits.
+    `small`'s shape behind a plug, or without one from a fresh module. `target` is what a repair fits, `down`
+    whether coupling trains the way down.
     """
 
     config: PreTrainedConfig
@@ -97,6 +99,7 @@ class Case:
     optimizer: OptimizerName = "adamw"
     small: PreTrainedConfig | None = None
     target: RepairTarget = "response"
+    down: DownKind = "select"
 
     @property
     def family(self) -> Family:

@@ -29,6 +29,7 @@ from plugbridge.tasks.encode import Encoded, gold
 from plugbridge.train import make_optimizer, shares
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
+from plugbridge.transfer.down import start_down
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
 from plugbridge.transfer.plug import duplicate, plug_shapes, uniform_layer_map
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
@@ -233,9 +234,10 @@ def couple(case: Case, mode_name: str) -> Step:
     bridge, plan = bridge_of(case, spare, layout, torch.float32)
     start = _start(case, spare, layout)
     model = run_only(case)[0] if mode.runs_large else None
+    down = start_down(case.down, layout, plan, case.method, start.module)
     coupling = Coupling(
         method=case.method, settings=case.settings, small=start.small, large=layout, plan=plan, bridge=bridge,
-        encoder=case.encoder, module=start.module, plug=start.plug, down={},
+        encoder=case.encoder, module=start.module, plug=start.plug, down=down,
         train_bridge=mode.trains_bridge and case.train_bridge,
         large_model=model, recompute=case.recompute or (mode.runs_large and case.streamed),
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},

@@ -90,7 +90,7 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         large, config.couple.batch_size, length, dtype=pick_dtype(config.dtype), method=method, settings=settings,
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
         train_bridge=config.couple.bridge == "train", recompute=config.couple.recompute,
-        optimizer=config.couple.optimizer,
+        optimizer=config.couple.optimizer, down=config.couple.down,
     )  # fmt: skip
     empty, layout = base.on_meta()
     sizes = bridge_sizes(config, empty, layout)
@@ -150,8 +150,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
     yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0)
     yield _validation("tune", "", s, s.small)
     moments = 8 * hidden * hidden * (2 if config.score.importance == "fisher" else 1)
-    scored = replace(full, at_once=s.at_once) if full.streamed else full
-    reads = 1 + max(1, scored.at_once) if full.streamed else 1  # rows of one repetition
+    scored, reads = _scored(s, full)
     states = 0
     if full.streamed and s.at_once == 0:  # a row leaves one at every block
         states = samples * full.length * hidden * width * sum(full.layers.values())
@@ -196,6 +195,11 @@ def works_of(s: Subjects) -> Iterator[Work]:
         yield Work(row, 1, 0, int(mode.runs_large), row.case.batch * mode.runs_large)
 
 
+def _scored(s: Subjects, case: Case) -> tuple[Case, int]:
+    """A case to be scored, and the rows that one repetition reads."""
+    return (replace(case, at_once=s.at_once), 1 + max(1, s.at_once)) if case.streamed else (case, 1)
+
+
 def _cache_bytes(s: Subjects, rows: int) -> int:
     """Bytes of the activations of so many rows, if coupling may keep them."""
     places = find_mode(s.config.couple.mode).caches
@@ -212,7 +216,7 @@ def on_card(config: RunConfig) -> bool:
 
 
 def references_of(s: Subjects) -> Iterator[Work]:
-    """What a run makes only to compare with, where it is asked for: all of it with the whole model in memory."""
+    """What a run makes only to compare with, where it is asked for; only a ladder's large model is streamed."""
     cases = {"small": replace(s.small, micro_batch=None), "large": _resident(s)}
     if s.config.ceiling is not None:
         yield _reference("ceiling", "tuned", cases["large"], s.config.ceiling, large=True)
@@ -224,10 +228,13 @@ def references_of(s: Subjects) -> Iterator[Work]:
             yield _validation(f"{size}_finetuned", REFERENCE, s, case, large=size == "large")
         ladder = getattr(s.config.baselines, f"{size}_ladder")
         if ladder is not None:
+            case = replace(case, streamed=size == "large" and s.large.streamed)
             side = replace(case, sizes=None, reduction=ladder.reduction)
             yield _reference(f"{size}_ladder", "ladder side-tuning", side, ladder, large=size == "large")
             yield _validation(f"{size}_ladder", REFERENCE, s, side, "evaluate, ladder", large=size == "large")
-            yield Work(Row(f"{size}_ladder: score", REFERENCE, case, STEPS["score"]), s.config.score.samples, 0, 0, 0)
+            scored, reads = _scored(s, case)
+            row = Row(f"{size}_ladder: score", REFERENCE, scored, STEPS["score"])
+            yield Work(row, s.config.score.samples / reads, 0, 0, 0)
 
 
 def _validation(name: str, stage: str, s: Subjects, case: Case, step: str = "evaluate", large: bool = False) -> Work:

@@ -21,10 +21,10 @@ on the CPU with glibc told to give blocks above 128 KiB back (MALLOC_MMAP_THRESH
 not asked for or failed, or (QLoRA) are a stand-in with packed weights; their seconds come from this machine's rates
 for matrix products and for all other operations, which say little of bfloat16 on the CPU. `x LoRA` is the ratio to
 LoRA without checkpointing, measured or predicted. The paper's numbers were measured on an A100 with other kernels:
-compare ratios. `streamed` rows have the large model on disk (`resident: none`), one block in memory and one read ahead; a step
-`row by row` goes through the models a row at a time (`micro_batch: 1`), with the same gradient. Streamed scoring has
-its rows' states on disk (`score.keep: disk`) and reads two rows, unless they are `in memory`; streamed `evaluate`
-reads one row. A run's peak is the largest of its stages, importance included.
+compare ratios. `streamed` rows have the large model on disk (`resident: none`), one block in memory and one read
+ahead; a step `row by row` goes through the models a row at a time (`micro_batch: 1`), with the same gradient. Streamed
+scoring has its rows' states on disk (`score.keep: disk`) and reads two rows, unless they are `in memory`; streamed
+`evaluate` reads one row. A run's peak is the largest of its stages, importance included.
 """
 HEAD = "| | stage | MiB | x bf16 weights | x LoRA | seconds | | predicted MiB | off | paper MiB | x paper's LoRA |"
 

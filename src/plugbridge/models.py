@@ -63,6 +63,11 @@ def last_positions(count: int, device: torch.device | str) -> Tensor:
     return torch.arange(-count, 0, device=device)
 
 
+def few_logits(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
+    """What keeps a causal model's head off the positions whose logits nobody reads."""
+    return {"logits_to_keep": last_positions(1, model.device)} if kind == "causal" else {}
+
+
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and advice, and what libraries warn each other of, out of our output.
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.families.spec import Layout
-from plugbridge.models import last_positions
+from plugbridge.models import few_logits
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Batch, Encoded, Encoder, gold
 from plugbridge.tensors.axes import matrix_of
@@ -97,11 +97,6 @@ def climbing(bridge: nn.Module, rungs: Rungs, ladder: dict[str, Tensor], heights
             handle = bridge.get_submodule(path).register_forward_pre_hook(hook(rung), with_kwargs=True)
             hooks.callback(handle.remove)
         yield
-
-
-def few_logits(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
-    """What keeps a causal model's head off the positions whose logits nobody reads."""
-    return {"logits_to_keep": last_positions(1, model.device)} if kind == "causal" else {}
 
 
 @dataclass

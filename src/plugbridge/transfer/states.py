@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 
 from plugbridge.families.spec import Layout
-from plugbridge.models import last_positions
+from plugbridge.models import few_logits
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 
 
@@ -54,8 +54,8 @@ def watch(
                 module = block.get_submodule(place.site) if place.site else block
                 hooks.callback(module.register_forward_hook(_hook(place, show)).remove)
         batch = gold(encoder, [row]).to(model.device)
-        few = {"logits_to_keep": last_positions(1, model.device)} if encoder.kind == "causal" else {}
-        cache = model(**batch.inputs(encoder.kind), **few, use_cache=bool(past)).past_key_values
+        inputs = {**batch.inputs(encoder.kind), **few_logits(model, encoder.kind)}
+        cache = model(**inputs, use_cache=bool(past)).past_key_values
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     for place in past:

@@ -153,7 +153,7 @@ def test_killed_at_any_write_and_resumed_ends_the_same(scene: dict[str, Any], st
 
 
 KILLER = """
-import os, signal, sys
+import multiprocessing, os, signal, sys
 stop, _, count = os.environ["KILL_AT"].partition("@")
 seen = 0
 def hook(event, args):
@@ -161,6 +161,8 @@ def hook(event, args):
     if event == "os.rename" and str(args[1]).endswith(stop):
         seen += 1
         if seen == int(count):
+            if multiprocessing.parent_process() is not None:  # a stage's own process
+                os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
 """

@@ -33,6 +33,8 @@ def execute_stages(
     prepared = prepare(config, data)
     stages = build_stages(prepared, root, progress(quiet))
     alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
+    if alone:
+        import sklearn.metrics  # pyright: ignore  # noqa: F401  # or it would count as the memory of stages that score
     check_needs(root, stages, only)
     try:
         with locked(root):

@@ -171,9 +171,12 @@ class Nowhere(Shelf):
 
 
 def score(case: Case) -> Step:
-    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, and one more."""
+    """Units are ranked, a row at a time; a streamed model reads as many rows at once as the case says, and one more.
+
+    The second row finds the sums of the first.
+    """
     model, layout = case.build()
-    rows = case.rows(1 + max(1, case.at_once) if case.streamed else 1)
+    rows = case.rows(1 + max(1, case.at_once) if case.streamed else 2)
     shelves = Nowhere if case.weights is None else Shelf
 
     def work() -> None:

@@ -1,0 +1,108 @@
+"""Whether a run takes what its plan said: every stage's peak memory, planned and measured, at three sizes.
+
+GPT-2-shaped pairs with random weights and the embedded pair's tokenizer, a task of made-up rows that fill their length,
+one step of each training. `plugbridge plan --json` is asked first, then `plugbridge run` works as any user's does, each
+stage in a process of its own; with the large model in memory, and with it streamed from disk. What a stage takes is the
+most of its lines in the plan (training and validation, say). Models of a pair share their width's ratio: the small one
+is a quarter as wide and has a quarter of the layers.
+
+    python benchmarks/plan_and_run.py --table docs/results/plan_and_run.md
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from plugbridge.files import write_json, write_text
+from plugbridge.memory.shapes import gpt2
+
+PAIR = Path(__file__).parents[1] / "pairs" / "gpt2" / "large"
+SIZES = {"25 million": (512, 8), "57 million": (768, 8), "85 million": (768, 12)}
+STAGES = ("tune", "score", "prune", "couple", "evaluate")
+LENGTH = 120
+
+
+def make_pair(folder: Path, width: int, layers: int) -> None:
+    """Two models with random weights, small and large, and rows of a task."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(PAIR))
+    for name, share in (("small", 4), ("large", 1)):
+        shape = gpt2(width // share, layers // share, width // share // 64, len(tokenizer), 128)
+        GPT2LMHeadModel(shape).save_pretrained(folder / name, max_shard_size="50MB")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(PAIR / file, folder / name / file)
+    chosen = random.Random(0)
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and word.islower() and len(word) > 2)
+    for split, count in (("train", 32), ("validation", 16), ("test", 16)):
+        rows = [{"text": " ".join(chosen.choices(words, k=LENGTH)), "label": chosen.choice("ab")} for _ in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config_of(folder: Path, resident: str) -> dict[str, Any]:
+    """A run on a pair."""
+    train = {"steps": 1, "batch_size": 8}
+    files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    return {
+        "small": str(folder / "small"), "large": str(folder / "large"), "device": "cpu", "resident": resident,
+        "task": {**files, "prompt": "{text} :", "passage": "text", "words": {"a": " a", "b": " b"}},
+        "tune": train, "couple": train, "score": {"samples": 4}, "evaluate": {"batch_size": 8},
+    }  # fmt: skip
+
+
+def call(*words: str) -> str:
+    """What a command of ours prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "plugbridge", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
+def compare(folder: Path, resident: str) -> dict[str, tuple[int, int]]:
+    """(planned, measured) bytes by stage."""
+    path, root = folder / f"{resident}.yaml", folder / f"run-{resident}"
+    path.write_text(json.dumps(config_of(folder, resident)))
+    plan = json.loads(call("plan", str(path), "--json"))
+    call("run", str(path), "--out", str(root), "--quiet")
+    found: dict[str, tuple[int, int]] = {}
+    for stage in STAGES:
+        lines = [line["peak_bytes"] for line in plan["stages"] if line["ours"] and line["name"].startswith(stage)]
+        found[stage] = (max(lines), json.loads((root / stage / "done.json").read_text())["peak_bytes"])
+    return found
+
+
+def main() -> None:
+    """Plan and run every pair both ways, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, help="Markdown file to write, its JSON beside it")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    lines = ["| large model | | stage | planned MiB | measured MiB | off |", "|---|---|---|---|---|---|"]
+    for size, (width, layers) in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            make_pair(Path(folder), width, layers)
+            for resident, how in (("all", "in memory"), ("none", "streamed")):
+                for stage, (planned, real) in compare(Path(folder), resident).items():
+                    rows.append({"size": size, "resident": resident, "stage": stage, "planned_bytes": planned,
+                                 "peak_bytes": real})  # fmt: skip
+                    off = f"{planned / real - 1:+.0%}"
+                    lines.append(f"| {size} | {how} | {stage} | {planned / 2**20:,.0f} | {real / 2**20:,.0f} | {off} |")
+                    print(lines[-1], flush=True)
+    good = sum(abs(row["planned_bytes"] / row["peak_bytes"] - 1) <= 0.15 for row in rows)
+    said = f"{good} of {len(rows)} are within 15 %."
+    print(said)
+    if args.table is not None:
+        about = (__doc__ or "").partition("    python")[0].strip()
+        command = f"    python benchmarks/plan_and_run.py {' '.join(sys.argv[1:])}"
+        write_text(args.table, "\n".join(["# Plan and run", "", about, "", command, "", said, "", *lines, ""]))
+        write_json(args.table.with_suffix(".json"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,6 +52,9 @@ def apart(work: Callable[[], T]) -> T:
     except EOFError:
         copy.join()
         raise RunError(_ended(copy.exitcode or 0)) from None
+    except BaseException:  # an interrupt that the copy need not have seen
+        copy.terminate()
+        raise
     finally:
         copy.join()
         here.close()

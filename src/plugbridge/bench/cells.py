@@ -21,8 +21,9 @@ from plugbridge.progress import Progress
 from plugbridge.report import read_report
 from plugbridge.run import borrow, execute, locked
 from plugbridge.shrink.prune import budgeted_sizes, count_parameters
-from plugbridge.stages.baselines import RATES
+from plugbridge.stages.baselines import rate_of_baseline
 from plugbridge.stages.build import build_stages, same_result
+from plugbridge.stages.work import rate_of_training
 from plugbridge.tuners.table import find_method
 
 SHARE = "% of the model's"
@@ -139,8 +140,8 @@ def _training(config: RunConfig, model: str, report: Mapping[str, Any]) -> str:
     """How a model was trained, in words."""
     sections = {"small_tuned": config.tune, "large_tuned": config.ceiling, "large_plugged": config.couple}
     settings: Any = sections[model] if model in sections else getattr(config.baselines, model)
-    default = find_method(config.method.name).learning_rate if model in sections else RATES["finetuned"]
-    rate = default if settings.learning_rate is None else settings.learning_rate
+    method = find_method(config.method.name)
+    rate = rate_of_training(settings, method) if model in sections else rate_of_baseline("finetuned", settings)
     said = f"{settings.steps:,} steps of {settings.batch_size} rows at {rate:g}"
     if model != "large_plugged":
         return said

@@ -184,7 +184,8 @@ class PlugFit:
             stacked, wide, narrow = shapes[key]
             self._reads[key] = reads(method, slot.tensor)
             ends = (wide, narrow) if self._reads[key] else (narrow, wide)
-            self._sums.setdefault(key, [Moments(*ends) for _ in range(stacked)])
+            if key not in self._sums:  # one for all layers
+                self._sums[key] = [Moments(*ends) for _ in range(stacked)]
             side = "inputs" if "{in}" in method.tensors[slot.tensor] else "outputs"
             place = Place(side, slot.stack, slot.layer, slot.site)
             source = Place(side, slot.stack, layers[slot.stack][slot.layer], slot.site)

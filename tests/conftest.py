@@ -28,6 +28,9 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from plugbridge.cost import measure, return_blocks, settle  # noqa: E402
+from plugbridge.workers import workers  # noqa: E402
+
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -99,6 +102,22 @@ def logits_of(model: Any) -> torch.Tensor:
     inputs = token_inputs(model)
     logits: torch.Tensor = model(**inputs).logits
     return logits if "labels" in inputs else logits[inputs["attention_mask"].bool()]
+
+
+def peak_of(load: Callable[[], Any]) -> int:
+    """Bytes that a second loading of a model takes, in a process of its own. Only Linux can tell."""
+    with workers(1) as pool:
+        return pool.submit(_second_peak, load).result()
+
+
+def _second_peak(load: Callable[[], Any]) -> int:
+    return_blocks()
+    load()
+    settle()
+    with measure("cpu") as cost:
+        loaded = load()
+    del loaded
+    return cost.peak_bytes
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Loading in 8 and 4 bits: what should be quantised is, the rest is not, and what cannot be is refused."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import FAMILIES, logits_of, save_model
+from conftest import FAMILIES, logits_of, make_model, peak_of, save_model
 from plugbridge.config import LoadIn
 from plugbridge.errors import ModelError
-from plugbridge.models import layout_for, load_model
+from plugbridge.models import find_checkpoint, layout_for, load_model, parameter_count
 from plugbridge.quantised import LAYER, block_linears, check_quantised, load_quantised
 
 bnb: Any = pytest.importorskip("bitsandbytes")
@@ -25,7 +26,7 @@ def save_wide(family: str, folder: Path) -> str:
 
 
 def load(source: str, load_in: LoadIn, dtype: torch.dtype = torch.float32):
-    return load_quantised(source, load_in, dtype=dtype, device="cpu")
+    return load_quantised(source, load_in, dtype=dtype, device="cpu", checkpoint=find_checkpoint(source))
 
 
 def weight_of(layer: Any) -> torch.Tensor:
@@ -118,3 +119,39 @@ def test_a_device_that_cannot_is_refused(load_in: LoadIn, tmp_path: Path, monkey
     monkeypatch.setattr(getattr(bnb.nn, LAYER[load_in]), "forward", broken)
     with pytest.raises(ModelError, match=rf"cannot run {load_in} layers on device 'cpu': no kernel for this device; "):
         load(source, load_in)
+
+
+@pytest.mark.parametrize("load_in", BITS)
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_model_read_tensor_by_tensor_is_the_one_that_transformers_loads(
+    family: str, load_in: LoadIn, tmp_path: Path
+) -> None:
+    source = save_wide(family, tmp_path)
+    model, layout = load(source, load_in)
+    wanted, same = load_quantised(source, load_in, dtype=torch.float32, device="cpu")
+    assert layout == same
+    assert model.name_or_path == wanted.name_or_path == source
+    assert model.generation_config.to_dict() == wanted.generation_config.to_dict()
+    own = model.state_dict()
+    assert own.keys() == wanted.state_dict().keys()
+    for name, values in wanted.state_dict().items():
+        assert own[name].dtype == values.dtype
+        assert torch.equal(own[name], values), name
+    assert torch.equal(logits_of(model), logits_of(wanted))
+
+
+def test_files_of_a_kind_that_is_not_read_here_are_left_to_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_wide("gpt2", tmp_path)
+    monkeypatch.setattr("plugbridge.quantised.DTYPES", {})
+    monkeypatch.setattr("plugbridge.quantised._read", None)
+    assert load(source, "8bit")[0].name_or_path == source
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there peaks can be reset")
+def test_the_full_weights_are_never_there_as_a_whole(tmp_path: Path) -> None:
+    model = make_model("gpt2", hidden=512, layers=6, heads=8)
+    model.save_pretrained(tmp_path)
+    whole = 4 * parameter_count(model)
+    assert whole / 4 < peak_of(partial(load, str(tmp_path), "8bit")) < 0.7 * whole

@@ -1,6 +1,7 @@
 """A model run block by block from disk is the model itself, and never there as a whole."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -8,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conftest import FAMILIES, METHODS, logits_of, make_model, make_tokenizer, token_inputs
+from conftest import FAMILIES, METHODS, logits_of, make_model, make_tokenizer, peak_of, token_inputs
 from plugbridge.errors import ModelError
 from plugbridge.evaluate import option_scores
 from plugbridge.families.spec import Layout
-from plugbridge.models import find_checkpoint, layout_for, load_model, parameter_count
+from plugbridge.models import find_checkpoint, layout_for, load_config, load_model, parameter_count
 from plugbridge.progress import Silent
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import activation, magnitude, record_second_moments, residual_energy
 from plugbridge.shrink.prune import plan_bridge, reduced_sizes
-from plugbridge.streaming import Absent, Window, load_streamed, values_of, window_of
+from plugbridge.streaming import Absent, Window, load_converted, load_streamed, values_of, window_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.transfer.states import Place, States, watch
 from plugbridge.tuners.module import attach
@@ -37,6 +39,12 @@ def resident(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+def converted(folder: Path, dtype: torch.dtype) -> PreTrainedModel | None:
+    checkpoint = find_checkpoint(str(folder))
+    assert checkpoint is not None
+    return load_converted(str(folder), checkpoint, dtype=dtype)
 
 
 def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Layout, Window]:
@@ -243,3 +251,70 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path: Path) -
     other = replace(checkpoint, entries={**entries, name: replace(entry, shape=(64, 16))})
     with pytest.raises(ModelError, match=rf"tensor '{name}' in .* has shape \(64, 16\), config.json says \(16, 64\)"):
         load_streamed(str(tmp_path), other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_another_precision_than_its_files_is_the_one_that_transformers_loads(
+    sharded: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    half = load_model(str(sharded(family)), dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", max_shard_size="20KB")
+    for folder, dtype in ((sharded(family), torch.bfloat16), (tmp_path / "half", torch.float32)):
+        model, wanted = converted(folder, dtype), load_model(str(folder), dtype=dtype)
+        assert model is not None
+        assert not model.training
+        assert model.state_dict().keys() == wanted.state_dict().keys()
+        own = dict(model.named_parameters())
+        for name, parameter in wanted.named_parameters():  # tied ones once
+            assert own[name].dtype == parameter.dtype == dtype
+            assert own[name].requires_grad
+            assert torch.equal(own[name], parameter)
+        assert len(own) == len(list(wanted.named_parameters()))
+        assert torch.equal(logits_of(model), logits_of(resident(folder, dtype)))
+
+
+def test_what_transformers_loads_as_well_is_left_to_it(sharded: Callable[[str], Path], tmp_path: Path) -> None:
+    assert converted(sharded("gpt2"), torch.float32) is None
+    tensors = dict(load_model(str(sharded("gpt2"))).state_dict())
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if name != "lm_head.weight"}
+    load_config(str(sharded("gpt2"))).save_pretrained(str(tmp_path))
+    masked = {**kept, "transformer.h.0.attn.bias": torch.ones(4, 4, dtype=torch.bool)}  # as old files have it
+    save_file(masked, str(tmp_path / "model.safetensors"))
+    assert converted(tmp_path, torch.float32) is None
+    known = find_checkpoint(str(sharded("gpt2")))
+    assert known is not None
+    renamed = {name.replace("wte", "other"): entry for name, entry in known.entries.items()}
+    assert load_converted(str(sharded("gpt2")), replace(known, entries=renamed), dtype=torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_tied_weights_that_the_files_hold_twice_are_tied(
+    sharded: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    whole = load_model(str(sharded(family)))
+    held = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    assert len(held) > len(list(whole.parameters()))
+    save_file(held, str(tmp_path / "model.safetensors"))
+    whole.config.save_pretrained(str(tmp_path))
+    model = converted(tmp_path, torch.bfloat16)
+    assert model is not None
+    assert parameter_count(model) == parameter_count(load_model(str(tmp_path))) == parameter_count(whole)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    disk = streamed(tmp_path)[0]
+    assert parameter_count(disk) == parameter_count(whole)
+    assert torch.equal(logits_of(disk), logits_of(resident(tmp_path)))
+    held["lm_head.weight"] += 1  # which is no tie then, for transformers neither
+    save_file(held, str(tmp_path / "model.safetensors"))
+    apart = converted(tmp_path, torch.bfloat16)
+    assert apart is not None
+    assert parameter_count(apart) == parameter_count(load_model(str(tmp_path))) > parameter_count(whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there peaks can be reset")
+def test_converting_takes_the_model_and_one_tensor(tmp_path: Path) -> None:
+    model = make_model("gpt2", hidden=256, layers=8, heads=4)
+    model.save_pretrained(tmp_path)
+    whole = 2 * parameter_count(model)
+    assert (
+        whole <= peak_of(partial(converted, tmp_path, torch.bfloat16)) < 1.5 * whole
+    )  # with the files beside it, 3 times

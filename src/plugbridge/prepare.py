@@ -32,7 +32,7 @@ from plugbridge.models import (
 )
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
-from plugbridge.streaming import load_streamed
+from plugbridge.streaming import load_converted, load_streamed
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.hub import from_hub, hub_rows
 from plugbridge.tasks.metrics import check_metrics
@@ -79,8 +79,11 @@ class Prepared:
 
     def load(self, source: str) -> tuple[PreTrainedModel, Layout]:
         """Load a model and meet it with its family. Raises ModelError if its files have changed since the start."""
+        checkpoint, asked = self.checkpoints.get(source), self._as_asked()
         with self._unchanged(source):
-            model = load_model(source, **self._as_asked())
+            model = load_converted(source, checkpoint, **asked) if checkpoint is not None else None
+            if model is None:
+                model = load_model(source, **asked)
         return model, layout_for(model)
 
     def _as_asked(self) -> dict[str, Any]:
@@ -118,7 +121,8 @@ class Prepared:
         if config.load_in is None:
             return self.load_large()
         with self._unchanged(config.large_path):
-            model, layout = load_quantised(config.large_path, config.load_in, **self._as_asked())
+            checkpoint = self.checkpoints.get(config.large_path)
+            model, layout = load_quantised(config.large_path, config.load_in, **self._as_asked(), checkpoint=checkpoint)
         return model.requires_grad_(False), layout
 
 
@@ -182,7 +186,10 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
 def resolve(config: RunConfig) -> RunConfig:
     """The configuration with the coupling mode's defaults written out. Raises ConfigError."""
     mode = find_mode(config.couple.mode)
+    trains = mode.trains_bridge and config.couple.bridge == "train" and config.couple.steps > 0
+    optimizer = mode.optimizer if trains else "adamw"
     chosen: dict[str, Any] = {
+        "optimizer": config.couple.optimizer if config.couple.optimizer is not None else optimizer,
         "plug": config.couple.plug if config.couple.plug is not None else mode.plug,
         "layers": config.couple.layers if config.couple.layers is not None else mode.layers,
     }

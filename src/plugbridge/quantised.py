@@ -4,11 +4,12 @@
 linear layers of the blocks, but for those that the model's own code keeps in full precision (T5's `wo`).
 """
 
+import copy
 from importlib import import_module
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,7 @@ from plugbridge.config import LoadIn
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
 from plugbridge.models import first_line, layout_for, load_model
+from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 
 LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
 BLOCK = 64
@@ -23,22 +25,68 @@ BLOCK = 64
 
 
 def load_quantised(
-    source: str, load_in: LoadIn, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False
+    source: str,
+    load_in: LoadIn,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[PreTrainedModel, Layout]:
     """A model whose blocks hold quantised weights, frozen, and the layout it would have in full precision.
 
-    `dtype` is that of everything else: norms, embeddings, head, and what flows between layers.
-    Raises ModelError as `load_model` does, for what `check_load_in` refuses, and for a layer left unquantised.
+    `dtype` is that of everything else: norms, embeddings, head, and what flows between layers. On the CPU tensors are
+    read from the `checkpoint`, where there is one, each when it is quantised: files that are mapped would all be in
+    memory, too. Raises ModelError as `load_model` does, for what `check_load_in` refuses, and for a layer left
+    unquantised.
     """
     whole = load_model(source, device="meta", trust_remote_code=trust_remote_code)
     layout = layout_for(whole)
     check_load_in(source, whole, layout, load_in, device)
-    model = load_model(
-        source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantisation=_settings(load_in, dtype)
-    )
+    settings = _settings(load_in, dtype)
+    if device == "cpu" and checkpoint is not None and all(e.dtype in DTYPES for e in checkpoint.entries.values()):
+        model = _read(source, whole, checkpoint, dtype, settings)
+    else:
+        model = load_model(
+            source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantisation=settings
+        )
     check_quantised(source, model, block_linears(whole, layout), load_in)
     _keep_differentiable(model)
     return model.requires_grad_(False), layout
+
+
+class _OnDisk:
+    """A tensor of a checkpoint as transformers takes a slice of a file: read when it is indexed."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+        self.shape = torch.Size(checkpoint.entries[name].shape)
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._checkpoint.read(self._name)[index]
+
+
+def _read(
+    source: str, whole: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, settings: BitsAndBytesConfig
+) -> PreTrainedModel:
+    """The model that `whole` has the names and shapes of, quantised as its tensors are read."""
+    try:
+        model: Any = type(whole).from_pretrained(
+            None,
+            config=copy.deepcopy(whole.config),
+            state_dict=cast(Any, {name: _OnDisk(checkpoint, name) for name in checkpoint.entries}),
+            dtype=dtype,
+            device_map={"": "cpu"},
+            quantization_config=settings,
+        )
+    except Exception as error:
+        raise ModelError(f"cannot load the model in {source}: {first_line(error)}") from error
+    model.name_or_path = model.config.name_or_path = whole.name_or_path
+    model.generation_config = whole.generation_config
+    return cast(PreTrainedModel, model.eval())
 
 
 def block_linears(model: PreTrainedModel, layout: Layout) -> list[str]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, Place
 from plugbridge.models import layout_for, load_model
-from plugbridge.tensors.checkpoint import Checkpoint
+from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 
 Owners = list[tuple[nn.Module, str]]
 """Modules that hold one parameter, each with the attribute's name; several where weights are tied."""
@@ -133,8 +133,36 @@ def load_streamed(
 
     Raises ModelError as `load_model` does, and for a tensor that is missing or of another shape.
     """
-    model = load_model(source, dtype=dtype, device="meta", trust_remote_code=trust_remote_code)
+    model = _without_weights(source, checkpoint, dtype, trust_remote_code)
     return model, stream_blocks(model, device, partial(_reader, source, model, checkpoint, device))
+
+
+def load_converted(
+    source: str,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | None:
+    """A whole model in another precision than its files', read a tensor at a time; None where it is in theirs.
+
+    transformers maps the files while it converts, so that a model would take their bytes and its own. It is also None
+    where tensors have other names than the model's weights, which transformers may know. Raises ModelError as
+    `load_model` and `Checkpoint.read` do.
+    """
+    stored = [DTYPES.get(entry.dtype) for entry in checkpoint.entries.values()]
+    if None in stored or all(kind == dtype for kind in stored if kind is not None and kind.is_floating_point):
+        return None
+    model = _without_weights(source, checkpoint, dtype, trust_remote_code)
+    weights = list(_distinct(model))
+    if any(_stored(model, checkpoint, names) is None for names, _ in weights):
+        return None
+    _fill_buffers(model, device)
+    for names, parameter in weights:
+        values = _reader(source, model, checkpoint, device, names, parameter)()
+        _place(_owners(model, names), nn.Parameter(values, parameter.requires_grad))
+    return model
 
 
 def stream_blocks(model: PreTrainedModel, device: str, reader_of: ReaderOf, reader: Executor | None = None) -> Layout:
@@ -149,7 +177,7 @@ def stream_blocks(model: PreTrainedModel, device: str, reader_of: ReaderOf, read
     table = layout.table()
     for names, parameter in _distinct(model):
         read = reader_of(names, parameter)
-        owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        owners = _owners(model, names)
         place = table[names[0]].place
         if place.stack is None or parameter.dim() < 2:
             _place(owners, nn.Parameter(read(), requires_grad=False))
@@ -195,6 +223,22 @@ def _blocks_of(layout: Layout) -> list[tuple[str, int]]:
     return [(stack, layer) for stack in layout.family.stack for layer in range(layout.layers[stack])]
 
 
+def _without_weights(
+    source: str, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A model on `meta`, its weights tied as transformers ties them, which compares those that the files hold twice."""
+    model = load_model(source, dtype=dtype, device="meta", trust_remote_code=trust_remote_code)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name, other in ties.items():
+        one, two = (_stored(model, checkpoint, [each]) for each in (name, other))
+        if parameters[name] is parameters[other] or one is None or two is None:
+            continue
+        if torch.equal(checkpoint.read(one), checkpoint.read(two)):
+            _place(_owners(model, [name]), parameters[other])
+    return model
+
+
 def _distinct(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
     """Every parameter once, with all its names."""
     names: dict[int, tuple[list[str], nn.Parameter]] = {}
@@ -203,12 +247,21 @@ def _distinct(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
     yield from names.values()
 
 
+def _owners(model: PreTrainedModel, names: list[str]) -> Owners:
+    return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+
+
+def _stored(model: PreTrainedModel, checkpoint: Checkpoint, names: list[str]) -> str | None:
+    """The name on disk of a parameter. A checkpoint of the model without its head lacks the names' first part."""
+    prefix = f"{model.base_model_prefix}."
+    return next((n for n in (*names, *(n.removeprefix(prefix) for n in names)) if n in checkpoint.entries), None)
+
+
 def _reader(
     source: str, model: PreTrainedModel, checkpoint: Checkpoint, device: str, names: list[str], like: Tensor
 ) -> Callable[[], Tensor]:
-    """What reads one parameter from disk. A checkpoint of the model without its head lacks the names' first part."""
-    prefix = f"{model.base_model_prefix}."
-    stored = next((n for n in (*names, *(n.removeprefix(prefix) for n in names)) if n in checkpoint.entries), None)
+    """What reads one parameter from disk."""
+    stored = _stored(model, checkpoint, names)
     if stored is None:
         raise ModelError(f"{source} lacks weight '{names[0]}'; is the checkpoint complete?")
     entry, dtype = checkpoint.entries[stored], like.dtype

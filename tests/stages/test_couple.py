@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from plugbridge.config import parse_config
 from plugbridge.errors import NotFinite, TrainingDiverged
 from plugbridge.models import layout_for, load_model
-from plugbridge.prepare import Prepared, prepare
+from plugbridge.prepare import Prepared, prepare, resolve
 from plugbridge.progress import Silent
 from plugbridge.run import borrow, facts_of
 from plugbridge.stages.build import build_stages
+from plugbridge.stages.work import schedule_of
 from plugbridge.tasks.encode import Batch
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import Backbone
@@ -142,6 +143,26 @@ def test_a_fresh_start_without_the_large_models_forward_pass_leaves_it_on_disk(
     monkeypatch.delattr(Prepared, "load_large")
     start({**raw, "resident": "all"}, root, only="couple")
     assert facts_of(root, "couple")["large_rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("couple", "optimizer"),
+    [
+        ({"mode": "standalone"}, "adafactor"),
+        ({"mode": "standalone", "bridge": "freeze"}, "adamw"),
+        ({"mode": "standalone", "optimizer": "adamw"}, "adamw"),
+        ({"mode": "standalone", "steps": 0}, "adamw"),
+        ({"mode": "ladder"}, "adamw"),
+        ({"mode": "feedback"}, "adamw"),
+        ({"mode": "feedback", "optimizer": "adafactor"}, "adafactor"),
+    ],
+)
+def test_a_bridge_that_trains_alone_takes_the_optimizer_that_keeps_less(
+    run_config: Callable[..., Raw], couple: Raw, optimizer: str
+) -> None:
+    config = resolve(parse_config(run_config(couple=couple), "x"))
+    assert config.couple.optimizer == optimizer
+    assert schedule_of(config.couple, 0, {}).optimizer == optimizer
 
 
 def test_rows_that_a_start_is_fitted_on_count(couple: Couple) -> None:

@@ -191,6 +191,7 @@ def _config(choice: Choice, row: Row, column: Column, models: set[str]) -> RunCo
         "method.name": row.method,
         "prune.budget": 1 / row.reduction,
         "couple.mode": choice.mode,
+        "couple.optimizer": "adamw",
         "couple.plug": row.start,
         "evaluate.models": sorted(models),
     }

@@ -117,6 +117,11 @@ class CoupleConfig(PartsConfig):
     """How module, plug and Bridge train together."""
 
     steps: int = Field(default=300, ge=0, description="optimizer steps; 0 plugs the module in as it starts")
+    optimizer: OptimizerName | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        description="as `tune.optimizer`; by default adafactor where standalone's Bridge trains, which takes half the "
+        "memory and transfers no worse (docs/results/optimizers.md), else adamw",
+    )
 
     mode: str = Field(
         default="feedback",

@@ -10,6 +10,7 @@ from plugbridge.memory.packed import BITS
 from plugbridge.memory.rows import Row
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import Work, peak_of, subjects_of, works_of
+from plugbridge.prepare import resolve
 from plugbridge.transfer.couple import find_mode
 
 
@@ -133,10 +134,10 @@ def _may_help(config: RunConfig, name: str, number: int) -> bool:
     if config.prune.budget is not None and change.get("prune", {}).get("budget", 0) >= config.prune.budget:
         return False  # it would be larger, or the same
     try:
-        tried = changed(config, change)
+        tried, now = resolve(changed(config, change)), resolve(changed(config, {}))
     except ConfigError:  # such as a budget beside the reduction that is asked for
         return False
-    return tried != changed(config, {}) and (tried.resident != "none" or tried.load_in is None)
+    return tried != now and (tried.resident != "none" or tried.load_in is None)
 
 
 def changed(config: RunConfig, change: dict[str, dict[str, Any]]) -> RunConfig:

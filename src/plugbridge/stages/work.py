@@ -45,6 +45,7 @@ class Work:
 
 def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Schedule:
     """A training's numbers from its configuration."""
+    assert train.optimizer is not None  # resolved
     return Schedule(
         steps=train.steps,
         batch_size=train.batch_size,

@@ -7,6 +7,7 @@ trains is in the coupling's dictionaries, whatever the mode.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plugbridge.config.stages import OptimizerName
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout
 from plugbridge.transfer.coupling import Coupling, Loss
@@ -25,6 +26,7 @@ class Mode:
     `reads_tokens`: whether the Bridge's own embeddings and head are used; where they are not, they are dropped
     and not counted. `caches`: where the large model's activations may be kept from.
     `plug` and `layers` are the defaults: what did best on validation rows (docs/results/coupling_choices.md).
+    `optimizer` is the default where the Bridge trains.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Mode:
     caches: Callable[[Layout], Rungs] | None = None
     plug: StartKind = "fresh"
     layers: float = 1.0
+    optimizer: OptimizerName = "adamw"
 
 
 MODES: dict[str, Mode] = {
@@ -51,6 +54,7 @@ MODES: dict[str, Mode] = {
             reads_alone=True,
             reads_tokens=True,
             plug="random",
+            optimizer="adafactor",
         ),
         Mode(
             "ladder",

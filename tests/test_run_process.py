@@ -56,7 +56,9 @@ def test_stages_do_not_count_each_others_memory(begin: Callable[..., subprocess.
         marker = read_marker(tmp_path / "run" / stage)
         assert marker is not None
         peaks[stage] = marker["peak_bytes"]
-    assert 0 < peaks["plug"] < 2**25  # what other stages left would be some 70 MiB
+    # what other stages left would be some 70 MiB, libraries at first use as much
+    assert max(peaks.values()) < 2**24
+    assert peaks["couple"] > 2**18
     assert facts_of(tmp_path / "run", "couple")["loss_last"] > 0
 
 

@@ -97,3 +97,33 @@ def test_a_killed_process_is_one_line(number: signal.Signals, said: str) -> None
         apart(lambda: (faulthandler.disable(), os.kill(os.getpid(), number)))  # pytest's would tell at length
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+STUBBORN = """
+import os, signal, sys, time
+from plugbridge import workers
+workers.PATIENCE = 1
+def work():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+try:
+    workers.apart(work)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_ends_a_copy_that_does_not_listen(times: int) -> None:
+    command = [sys.executable, "-c", STUBBORN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        assert parent.stdout is not None
+        copy = int(parent.stdout.readline())
+        for _ in range(times):
+            os.kill(parent.pid, signal.SIGINT)
+            time.sleep(0.3)
+        assert parent.wait(60) == 0
+        assert parent.stdout.read() == "interrupted\n"
+    assert not _alive(copy)

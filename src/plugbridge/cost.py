@@ -13,8 +13,6 @@ from typing import TypedDict
 
 import psutil
 import torch
-from torch import nn
-from torch.nn import functional
 
 
 class Spent(TypedDict):
@@ -72,24 +70,6 @@ def settle() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def warm_up() -> None:
-    """Compute a little of everything, so that the libraries' code is in memory before a model's memory is counted.
-
-    In a copy of a process the pages of files are not there until they are read again: some 40 MiB for torch.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        table, layer, norm = nn.Embedding(64, 32), nn.Linear(32, 64), nn.LayerNorm(32)
-        optimizer = torch.optim.AdamW([*table.parameters(), *layer.parameters(), *norm.parameters()], foreach=True)
-        tokens = torch.randint(64, (4, 16), generator=generator)
-        x = norm(table(tokens)).unsqueeze(1)
-        x = functional.gelu(functional.scaled_dot_product_attention(x, x, x, is_causal=True)).squeeze(1)
-        functional.cross_entropy(layer(x).flatten(0, 1), tokens.flatten()).backward()
-        optimizer.step()
-    square = torch.rand(512, 512, generator=generator, dtype=torch.float64)
-    torch.linalg.eigh(square @ square.mT)
-
-
 GIVEN_BACK = 2**17
 """Blocks of more bytes go back to the system when they are freed.
 
@@ -105,14 +85,15 @@ def return_blocks() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, GIVEN_BACK)
 
 
-def baseline_memory() -> int:
-    """Resident bytes before any model is loaded.
+def baseline_memory(*, trimmed: bool = True) -> int:
+    """Resident bytes before any model is loaded; free blocks go back to the system before, or are kept to be used.
 
     What is alive now, torch's and transformers' own objects above all, is left out of later searches for garbage,
     until this is called again.
     """
     gc.unfreeze()
-    resident = settle()
+    gc.collect()
+    resident = settle() if trimmed else int(psutil.Process().memory_info().rss)
     gc.freeze()
     return resident
 

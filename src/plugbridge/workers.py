@@ -16,6 +16,9 @@ from plugbridge.errors import RunError
 
 T = TypeVar("T")
 
+PATIENCE = 20
+"""Seconds in which a process that is told to end must have ended."""
+
 NOISY = {
     **dict.fromkeys(("httpx", "httpx2", "urllib3", "matplotlib", "filelock"), logging.WARNING),
     "bitsandbytes": logging.ERROR,  # it misses an optional package wherever it is imported
@@ -54,6 +57,10 @@ def apart(work: Callable[[], T]) -> T:
         raise RunError(_ended(copy.exitcode or 0)) from None
     except BaseException:  # an interrupt that the copy need not have seen
         copy.terminate()
+        try:
+            copy.join(PATIENCE)
+        finally:  # whatever interrupts that, too
+            copy.kill()  # one that is gone is left alone
         raise
     finally:
         copy.join()

@@ -1,5 +1,7 @@
 """A prediction is what a real step counts, tensor by tensor, for every step, family and method."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,12 +9,16 @@ import pytest
 import torch
 
 from conftest import make_model
+from plugbridge.cost import measure, return_blocks, settle
 from plugbridge.memory.alive import Alive, fake_tensors
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import count, predict, trace
+from plugbridge.memory.rows import coupled
+from plugbridge.memory.shapes import find_shapes
 from plugbridge.memory.steps import STEPS, Step
 from plugbridge.transfer.coupling import Coupling
 from plugbridge.tuners.table import METHODS, MethodSettings
+from plugbridge.workers import workers
 
 FAMILIES = ("gpt2", "t5", "llama")
 TRAINED = {"couple, feedback", "couple, ladder_delta"}
@@ -88,6 +94,13 @@ def test_two_stacks_of_different_depth_extend_each_by_its_own_layers() -> None:
     assert predict(case, STEPS["tuned"]).peak == pytest.approx(trace(case, STEPS["tuned"]).peak, rel=0.02)
 
 
+def test_two_streamed_stacks_extend_to_the_true_depth() -> None:
+    (shape,) = find_shapes("t5-3b")
+    row = coupled(Case(shape.large, 1, 512, streamed=True), shape.small, "feedback")
+    case = row.case.with_layers({"encoder": 10, "decoder": 10}, {"encoder": 8, "decoder": 8})
+    assert predict(case, row.make).peak == pytest.approx(trace(case, row.make).peak, rel=0.02)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_traced(method: str) -> None:
     case = replace(case_of("gpt2"), method=METHODS[method])
@@ -142,6 +155,31 @@ def test_what_is_freed_is_no_longer_alive_and_what_is_shared_counts_once() -> No
         assert (alive.now, alive.peak) == (256, 1024)
         del c
     assert alive.now == 0
+
+
+DECOMPOSED: dict[str, Callable[[], object]] = {
+    "eigenvectors": lambda: torch.linalg.eigh(torch.rand(800, 800, dtype=torch.double)),
+    "singular values": lambda: torch.linalg.svd(torch.rand(600, 900, dtype=torch.double), full_matrices=False),
+}
+
+
+def _decompose(what: str) -> int:
+    return_blocks()
+    DECOMPOSED[what]()
+    settle()
+    with measure("cpu") as cost:
+        DECOMPOSED[what]()
+    return cost.peak_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there peaks can be reset")
+@pytest.mark.parametrize("what", DECOMPOSED)
+def test_what_a_decomposition_works_on_is_counted(what: str) -> None:
+    with workers(1) as pool:
+        measured = pool.submit(_decompose, what).result()
+    with fake_tensors(), Alive() as alive:
+        DECOMPOSED[what]()
+    assert alive.peak == pytest.approx(measured, rel=0.15)
 
 
 def test_products_and_other_work_are_told_apart() -> None:

@@ -30,7 +30,7 @@ def test_every_stage_and_every_other_way_is_in_the_plan(run_config: Callable[...
     plan = make_plan(parse_config(run_config(repair={"steps": 3}, polish={"evaluations": 2}), "x"), 8, 2**40, 1)
     assert [stage.name for stage in plan.stages if stage.ours] == [
         "tune (small)", "tune: validation (a batch)", "score", "prune", "repair", "couple (feedback)", "polish",
-        "evaluate (a batch)",
+        "plug", "evaluate (a batch)",
     ]  # fmt: skip
     assert [stage.name for stage in plan.stages if not stage.ours and not stage.reference] == [
         f"large: {name}" for name in (
@@ -182,6 +182,16 @@ def test_advice_tries_smaller_and_smaller_budgets(
     assert asked == [smaller]
 
 
+def test_parts_of_a_batch_are_coupling_s_alone(run_config: Callable[..., Raw]) -> None:
+    def works(**couple: Any) -> dict[str, tuple[int | None, float]]:
+        config = parse_config(run_config(couple={"steps": 4, "batch_size": 8, **couple}, polish={}, repair={}), "x")
+        return {w.row.method: (w.row.case.micro_batch, w.times) for w in works_of(subjects_of(config, 8, None))}
+
+    whole, parts = works(), works(micro_batch=2)
+    assert {name for name in whole if whole[name] != parts[name]} == {"couple (feedback)"}
+    assert parts["couple (feedback)"] == (2, 4)
+
+
 def test_memory_is_what_python_leaves_of_it(run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch) -> None:
     def predicted(_case: Any, _make: Any) -> Trace:
         return Trace({"": 2**20}, 1, 1, 1, 1)
@@ -189,7 +199,7 @@ def test_memory_is_what_python_leaves_of_it(run_config: Callable[..., Raw], monk
     def rates(_dtype: torch.dtype, _device: str, _threads: int) -> Rates:
         return Rates(1e9, 1e9)
 
-    monkeypatch.setattr(make, "settle", lambda: 2**30)
+    monkeypatch.setattr(make, "_baseline", lambda _dtype: 2**30)
     monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
     config = parse_config(run_config(), "x")
     for memory, fits in ((2**30 + 2**20, True), (2**30 + 2**20 - 1, False), (2**20, False), (None, None)):
@@ -219,7 +229,7 @@ def test_stages_follow_resident_and_the_memory_given(run_config: Callable[..., R
         streamed = {work.row.method: work.row.case.streamed for work in works_of(subjects)}
         assert streamed == {
             "tune (small)": False, "tune: validation (a batch)": False, "score": streams, "prune": streams,
-            "couple (feedback)": streams, "evaluate (a batch)": streams,
+            "couple (feedback)": streams, "plug": False, "evaluate (a batch)": streams,
         }  # fmt: skip
         assert not any(work.row.case.streamed for work in rivals_of(subjects))
 

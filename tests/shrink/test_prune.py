@@ -19,6 +19,7 @@ from plugbridge.shrink.prune import (
     plan_bridge,
     principal_basis,
     reduced_sizes,
+    unit_sum,
 )
 from plugbridge.tensors.axes import axis_names
 from plugbridge.tensors.writer import write_tensors
@@ -172,6 +173,11 @@ def test_the_principal_basis_is_orthonormal_and_holds_the_most() -> None:
     kept = (x @ basis.T).square().sum()
     assert kept > 0.95 * x.square().sum()
     assert kept >= x[:, [0, 2]].square().sum() - 1e-6
+
+
+def test_second_moments_of_unequal_size_count_alike() -> None:
+    moments = [torch.diag(torch.tensor([1.0, 3.0])).double(), torch.diag(torch.tensor([100.0, 0.0])).double()]
+    assert torch.equal(unit_sum(iter(moments)), torch.diag(torch.tensor([1.25, 0.75])).double())
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.text import Text
@@ -13,6 +14,13 @@ from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption
 from plugbridge.cli.report import print_loading, print_table
 from plugbridge.cli.terminal import announcer, err, progress, setup
 from plugbridge.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from plugbridge.run import StageResult
 
 
 def execute_stages(
@@ -28,7 +36,6 @@ def execute_stages(
     setup(quiet)
     from plugbridge.prepare import prepare
     from plugbridge.stages.build import build_stages
-    from plugbridge.workers import apart
 
     prepared = prepare(config, data)
     stages = build_stages(prepared, root, progress(quiet))
@@ -41,11 +48,28 @@ def execute_stages(
             if not quiet:
                 err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {config_path} -> {root}"))
             _describe(root, config)
-            execute(root, stages, only, announcer(quiet), apart if alone else lambda work: work())
+            do = partial(_by_itself, prepared.dtype) if alone else _here
+            execute(root, stages, only, announcer(quiet), do)
     except KeyboardInterrupt:
         err.print("\ninterrupted; run the same command again to resume")
         raise typer.Exit(130) from None
     return root
+
+
+def _here(work: "Callable[[], StageResult]") -> "StageResult":
+    return work()
+
+
+def _by_itself(dtype: "torch.dtype", work: "Callable[[], StageResult]") -> "StageResult":
+    """Do a stage's work in a process of its own."""
+    from plugbridge.memory.warm import warm_up
+    from plugbridge.workers import apart
+
+    def warmed() -> "StageResult":
+        warm_up(dtype)
+        return work()
+
+    return apart(warmed)
 
 
 def _describe(root: Path, config: RunConfig) -> None:

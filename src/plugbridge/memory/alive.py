@@ -23,9 +23,10 @@ class Alive(TorchDispatchMode):
     """Bytes of all tensors made while the mode is on and not freed since, and work done.
 
     `now` are the bytes alive, `peaks` the most of them at each `place`, a name that the caller moves as the work
-    goes on. `flops` counts multiplications and additions of matrix products, `moved` the bytes that all other
-    operations read and write. A storage shared by several tensors counts once. `chosen` is the number of
-    positions that a mask of fake values chooses, `columns` that of a mask of one dimension; None for all.
+    goes on, with what decompositions take while they last. `flops` counts multiplications and additions of matrix
+    products, `moved` the bytes that all other operations read and write. A storage shared by several tensors counts
+    once. `chosen` is the number of positions that a mask of fake values chooses, `columns` that of a mask of one
+    dimension; None for all.
     """
 
     def __init__(self, chosen: int | None = None) -> None:
@@ -69,6 +70,9 @@ class Alive(TorchDispatchMode):
             made = _tensors(found)
             for tensor in made:
                 self._add(tensor)
+            if func._overloadpacket in _SCRATCH:
+                more = self.now + _SCRATCH[func._overloadpacket](*args)
+                self.peaks[self.place] = max(self.peaks.get(self.place, 0), more)
             self._work(func, args, kwargs or {}, found, made)
         return found
 
@@ -144,6 +148,23 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 """What torch's own table leaves out: attention's CPU kernel."""
+
+
+def _eigenvectors_scratch(matrix: Tensor, *_: Any, **__: Any) -> int:
+    """LAPACK's syevd works on 2 n^2 numbers beside the vectors. matrix: (n, n)."""
+    return 2 * matrix.nbytes
+
+
+def _singular_scratch(matrix: Tensor, *_: Any, **__: Any) -> int:
+    """LAPACK's gesdd works on a copy and on 3 k^2 numbers, k the smaller dimension. matrix: (m, n)."""
+    return matrix.nbytes + 3 * min(matrix.shape) ** 2 * matrix.itemsize
+
+
+_SCRATCH: dict[Any, Callable[..., int]] = {
+    aten._linalg_eigh: _eigenvectors_scratch,
+    aten._linalg_svd: _singular_scratch,
+}
+"""Bytes that operations take while they last, which are no tensors."""
 
 
 class _World(FakeTensorMode):

@@ -18,7 +18,11 @@ from plugbridge.memory.steps import MakeStep, Step
 Kind = tuple[str, bool]
 """A kind of layers: their stack, and whether they hold modules that train."""
 SHALLOW = {True: 3, False: 2}
-"""Layers of each kind in a trace: a first and a last one, and where modules train one between them."""
+"""Layers of each kind in a trace: a first and a last one, and where modules train one between them.
+
+One more where a model of several stacks is streamed: between two middle layers other blocks are read ahead than
+between a middle one and an end.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def predict(case: Case, make: MakeStep) -> Trace:
 
 def _predict(case: Case, make: MakeStep) -> Trace:
     true = kinds_of(case)
-    shallow = {kind: min(count, SHALLOW[kind[1]]) for kind, count in true.items()}
+    extra = case.streamed and len(case.layers) > 1
+    shallow = {kind: min(count, SHALLOW[kind[1]] + extra) for kind, count in true.items()}
     base = trace(at_depth(case, shallow), make)
     found = base
     for kind, count in true.items():

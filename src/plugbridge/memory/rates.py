@@ -9,8 +9,9 @@ from torch import Tensor
 
 from plugbridge.memory.predict import Trace
 
-SIZES = {"cpu": (1024, 2**23), "cuda": (8192, 2**28)}
-"""Rows of the matrices and entries of the vectors: a card needs large ones to show what it can do."""
+SIZES = {"cpu": (1024, 2**25), "cuda": (8192, 2**28)}
+"""Rows of the matrices and entries of the vectors: a card needs large ones to show what it can do,
+and a processor vectors that its caches do not hold."""
 
 
 @dataclass(frozen=True)

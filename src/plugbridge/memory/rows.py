@@ -20,7 +20,7 @@ STREAMED = "streamed"
 HALF = "bf16"
 PARTS = "row by row"
 FROZEN = "frozen Bridge"
-ADAFACTOR = "Adafactor"
+ADAMW = "AdamW"
 SHARE = 1 / 16
 """The Bridge's parameters over the large model's (Jin et al. 2023, Table 2), the default of `prune.budget`."""
 LORA, QLORA = "LoRA", "QLoRA (4 bit, checkpointing, bf16)"
@@ -81,14 +81,14 @@ def _sizes(config: str, case: Case, reads_tokens: bool) -> dict[str, int]:
 
 
 def coupled(case: Case, small: PreTrainedConfig, mode_name: str, method: str = "lora", variant: str = "") -> Row:
-    """Coupling in one mode, with the mode's own defaults; `FROZEN` and `ADAFACTOR` are variants."""
+    """Coupling in one mode, with the mode's own defaults; `FROZEN` and `ADAMW` are variants."""
     mode = MODES[mode_name]
     chosen = replace(
         _with(bridged(case, mode.reads_tokens), METHODS[method]),
         trained=top_layers(case.layers, mode.layers),
         channels="select" if mode.reads_alone else "gradient_pca",
         train_bridge=variant != FROZEN,
-        optimizer="adafactor" if variant == ADAFACTOR else "adamw",
+        optimizer=mode.optimizer if variant == "" else "adamw",
         small=None if mode.plug == "fresh" else small,
     )
     name = ", ".join(filter(None, (f"{OURS}: {METHODS[method].title}", mode_name, variant)))
@@ -117,7 +117,7 @@ def small_steps(large: Case, small: Case, modes: tuple[str, ...], half: bool) ->
         Row(OURS, "prune", replace(bridged(case), channels="gradient_pca"), STEPS["prune"]),
         *(coupled(case, small.config, mode) for mode in modes if MODES[mode].runs_large),
         *(coupled(parts, small.config, mode) for mode in modes),
-        *(coupled(parts, small.config, "standalone", variant=variant) for variant in (ADAFACTOR, FROZEN)),
+        *(coupled(parts, small.config, "standalone", variant=variant) for variant in (ADAMW, FROZEN)),
         Row(OURS, "evaluate", replace(case, batch=1), STEPS["evaluate"]),
     ]
     found: list[Row] = []
@@ -146,8 +146,8 @@ def resident_jobs() -> list[Job]:
 def jobs() -> list[Job]:
     """Runs whose peaks the targets are about, in bfloat16 and in float32."""
     found: list[Job] = []
-    standalone = [", ".join(filter(None, ("standalone", variant))) for variant in ("", ADAFACTOR, FROZEN)]
-    for mode, limit in (*((name, 0.35) for name in standalone), ("feedback", 0.5)):
+    standalone = [", ".join(filter(None, ("standalone", variant))) for variant in ("", FROZEN, ADAMW)]
+    for mode, limit in (("feedback", 0.5), *((name, 0.35) for name in standalone)):
         for words in (f"{STREAMED}, {HALF}", STREAMED):
             stages = [(f"{OURS}, {words}, {PARTS}", "tune (small)")]
             stages += [(f"{OURS}, {words}", stage) for stage in ("score (fisher)", "prune", "evaluate")]

@@ -22,7 +22,7 @@ from plugbridge.memory.packed import pack_weights
 from plugbridge.models import checkpoint_activations, last_positions
 from plugbridge.progress import Silent
 from plugbridge.shrink.bridge import bridge_config, bridge_weights
-from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis
+from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, unit_sum
 from plugbridge.shrink.shelf import Place, Shelf
 from plugbridge.stages.shrink import units_of
 from plugbridge.tasks.encode import Encoded, gold
@@ -30,12 +30,13 @@ from plugbridge.train import make_optimizer, shares
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.down import start_down
+from plugbridge.transfer.fold import fold
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
 from plugbridge.transfer.plug import duplicate, plug_shapes, uniform_layer_map
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
 from plugbridge.transfer.start import LayerLikeness, MapKind, PlugFit, Start, StartKind
 from plugbridge.transfer.states import States, watch
-from plugbridge.tuners.module import Module, attach, saved_key, trainable, unpack
+from plugbridge.tuners.module import Module, attach, pack, saved_key, trainable, unpack
 
 MakeStep = Callable[[Case], "Step"]
 Marks = list[tuple[nn.Module, str]]
@@ -200,8 +201,10 @@ def prune(case: Case) -> Step:
         plan = plan_bridge(layout, scores, sizes)
         if case.channels != "select":
             hidden = layout.sizes["hidden"]
-            moments = torch.stack([torch.eye(hidden, dtype=torch.double) for _ in range(2)]).sum(0)
+            kinds = 2 if case.channels == "gradient_pca" else 1
+            moments = unit_sum(torch.eye(hidden, dtype=torch.double) for _ in range(kinds))
             plan = BridgePlan(plan.sizes, plan.keep, {"hidden": principal_basis(moments, sizes["hidden"])})
+            del moments
         for _ in bridge_weights(model, layout, plan, energy):  # each goes to disk
             pass
 
@@ -322,6 +325,19 @@ def alignments() -> dict[str, MakeStep]:
     return {alignment(plug, layer_map): partial(align, plug=plug, layer_map=layer_map) for plug, layer_map in ways}
 
 
+def plug(case: Case) -> Step:
+    """Module and plug are folded into a checkpoint of the model; its entries count as trained."""
+    spare, layout = case.on_meta()
+    start = _start(case, spare, layout)
+
+    def checkpoint() -> dict[str, Tensor]:
+        folded = unpack(case.method, layout, fold(case.method, start.small, layout, start.plug, start.module))
+        return pack(case.method, layout, folded)
+
+    entries = sum(tensor.numel() for tensor in checkpoint().values())
+    return Step({"plug": lambda: checkpoint().clear()}, [], 0, entries, held=[start])
+
+
 def polish(case: Case) -> Step:
     """A forward pass of the plugged model."""
     model, layout = run_only(case)
@@ -399,6 +415,7 @@ STEPS: dict[str, MakeStep] = {
     **alignments(),
     **{f"couple, {name}": make for name, make in couplings().items()},
     "polish": polish,
+    "plug": plug,
     "evaluate": evaluate,
     "evaluate, bridge": evaluate_bridge,
     "evaluate, ladder": evaluate_ladder,

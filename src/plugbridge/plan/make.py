@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from plugbridge.config import RunConfig
-from plugbridge.cost import settle
+from plugbridge.cost import baseline_memory
 from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, measure_rates
+from plugbridge.memory.warm import warm_up
+from plugbridge.models import pick_dtype
 from plugbridge.plan.advice import Advice, advise
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
@@ -72,7 +74,7 @@ def make_plan(
     together.
     """
     predictions = Predictions(beside)
-    baseline = 0 if on_card(config) else settle()
+    baseline = 0 if on_card(config) else _baseline(pick_dtype(config.dtype))
     room = None if memory is None else max(0, memory - baseline)
     subjects = subjects_of(config, length, room)
     length = subjects.large.length
@@ -84,6 +86,12 @@ def make_plan(
     tight = {stage.name: stage.peak_bytes for stage in stages if stage.ours and stage.fits is False}
     advice = advise(config, length, room, tight, predictions) if room is not None and tight else None
     return Plan(stages, rates, device, subjects.parameters, length, memory, baseline, advice)
+
+
+def _baseline(dtype: torch.dtype) -> int:
+    """What a stage's process holds before any model."""
+    warm_up(dtype)
+    return baseline_memory(trimmed=False)
 
 
 def _planned(work: Work, counts: Trace, rates: Rates, room: int | None) -> PlannedStage:

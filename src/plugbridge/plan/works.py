@@ -86,6 +86,7 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
     length = _length(config, length, small, large)
     rank = config.method.rank if config.method.rank is not None else method.rank
     settings = MethodSettings(rank, config.method.alpha or 2.0 * rank, config.method.dropout)
+    assert config.couple.optimizer is not None  # resolved
     base = Case(
         large, config.couple.batch_size, length, dtype=pick_dtype(config.dtype), method=method, settings=settings,
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
@@ -143,9 +144,9 @@ def _length(config: RunConfig, asked: int | None, small: PreTrainedConfig, large
 def works_of(s: Subjects) -> Iterator[Work]:
     """Our stages in order. Stages that read the full weights do so whatever `load_in` says."""
     config, hidden = s.config, s.hidden
-    full = replace(s.large, bits=None, trained={})
+    full = replace(s.large, bits=None, trained={}, micro_batch=None)  # which is coupling's alone
     coupled = s.large if s.large.bits is None else replace(s.large, streamed=False)
-    large = replace(coupled, trained={})  # all layers are alike where none is left out
+    large = replace(coupled, trained={}, micro_batch=None)  # all layers are alike where none is left out
     samples, width = config.score.samples, large.dtype.itemsize
     yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0)
     yield _validation("tune", "", s, s.small)
@@ -171,7 +172,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
     if aligned:
         assert config.couple.plug is not None  # resolved
         step = STEPS[alignment(config.couple.plug, config.couple.layer_map)]
-        start = replace(coupled, trained={}, small=s.small.config)
+        start = replace(large, small=s.small.config)
         yield Work(
             Row("couple: start from both models' states", "", start, step),
             config.couple.align_samples,
@@ -187,6 +188,10 @@ def works_of(s: Subjects) -> Iterator[Work]:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
         yield Work(Row("polish", "", replace(large, batch=batch), STEPS["polish"]), times, 0, times, rows)
+    if not on_card(config):  # which it never uses
+        # its checkpoint has values, no moments of them
+        folded = replace(case, optimizer="adafactor", micro_batch=None, streamed=False)
+        yield Work(Row("plug", "", folded, STEPS["plug"]), 1, 0, 0, 0)
     row = Row("evaluate (a batch)", "", replace(large, batch=config.evaluate.batch_size), STEPS["evaluate"])
     yield Work(row, 1, 0, 1, row.case.batch)
     if mode.trains_bridge and (config.evaluate.models is None or "bridge_coupled" in config.evaluate.models):

@@ -6,7 +6,7 @@ columns together. Scores are sums, so an axis shared by many weights is ranked b
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -114,6 +114,16 @@ def plan_bridge(layout: Layout, scores: Scores, sizes: Mapping[str, int]) -> Bri
         order = torch.sort(values, descending=True, stable=True).indices
         keep[key] = order[: sizes[axis]].sort().values
     return BridgePlan(dict(sizes), keep)
+
+
+def unit_sum(moments: Iterable[Tensor]) -> Tensor:
+    """The sum of second moments, each (d, d) and scaled to a trace of one in place, with two of them in memory."""
+    total: Tensor | None = None
+    for matrix in moments:
+        matrix.div_(matrix.trace())
+        total = matrix if total is None else total.add_(matrix)
+    assert total is not None
+    return total
 
 
 def principal_basis(moments: Tensor, size: int) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.config import RunConfig, TrainConfig
-from plugbridge.cost import baseline_memory, measure, return_blocks, settle, warm_up
+from plugbridge.cost import baseline_memory, measure, return_blocks, settle
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
@@ -54,11 +54,11 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         def measured(folder: Path) -> StageResult:
             if prepared.large_bytes >= BIG:
                 return_blocks()
-            before = baseline
-            if os.getpid() != here:  # a process of the stage's own
-                warm_up()
-                before = baseline_memory()
-            settle()
+            if os.getpid() != here:  # a process of the stage's own, which has blocks left from warming up
+                before = baseline_memory(trimmed=False)
+            else:
+                before = baseline
+                settle()
             with measure(prepared.device, before) as cost:
                 facts = work(Work(prepared, root, folder, progress, cost))
             prepared.require_unchanged()

@@ -45,6 +45,8 @@ def evaluate(work: Work) -> dict[str, Any]:
     p = work.prepared
     config = p.config.evaluate
     facts: dict[str, Any] = {}
+    if not work.cost.cuda:  # what is given back here has to be taken again
+        work.cost.baseline = min(work.cost.baseline, settle())
     for candidate in candidates(work):
         if config.models is not None and candidate.name not in config.models:
             continue

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ from plugbridge.shrink.importance import (
     record_second_moments,
     residual_energy,
 )
-from plugbridge.shrink.prune import plan_bridge, principal_basis
+from plugbridge.shrink.prune import plan_bridge, principal_basis, unit_sum
 from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
 from plugbridge.shrink.sweep import Done, blocks_of, sweep
@@ -213,6 +214,7 @@ def prune(work: Work) -> dict[str, Any]:
 
 def _basis(work: Work, size: int) -> Tensor:
     """Principal directions of the residual stream, as the configuration weighs them. Returns (size, hidden)."""
-    moments = load_file(str(work.root / "score" / "moments.safetensors"))
     kinds = ("activity", "error") if work.prepared.config.prune.channels == "gradient_pca" else ("activity",)
-    return principal_basis(torch.stack([moments[kind] / moments[kind].trace() for kind in kinds]).sum(0), size)
+    with safe_open(str(work.root / "score" / "moments.safetensors"), framework="pt") as file:
+        moments = unit_sum(file.get_tensor(kind) for kind in kinds)
+    return principal_basis(moments, size)

@@ -1,0 +1,42 @@
+"""What libraries bring into memory at their first use, brought before a stage's memory is counted."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from plugbridge.memory.case import Case
+from plugbridge.memory.shapes import find_shapes
+from plugbridge.memory.steps import STEPS
+from plugbridge.memory.weights import write_weights
+
+SIDE = 512
+"""Large enough for the matrix library's kernels for large matrices."""
+
+
+def warm_up(dtype: torch.dtype = torch.float32) -> None:
+    """Do the steps of a run on a tiny model, in memory and from disk, and multiply matrices of some size.
+
+    In a copy of a process the pages of files are not there until they are read again: some 50 MiB of code, and 6 more
+    for bfloat16. Bridge and modules are float32 whatever the models' `dtype`.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        np.random.default_rng(0).permutation(SIDE).mean()
+        for number in dict.fromkeys((torch.float32, dtype)):
+            _do_steps(number, Path(folder) / str(number))
+            square = torch.rand(SIDE, SIDE, dtype=number)
+            torch.linalg.eigh((square @ square.mT).double())
+
+
+def _do_steps(dtype: torch.dtype, folder: Path) -> None:
+    (shape,) = find_shapes("tiny")
+    case = Case(shape.large, shape.batch, shape.length, dtype, reduction=2, channels="gradient_pca")
+    streamed = replace(case, streamed=True, weights=str(write_weights(case, folder)))
+    for name in ("tuned", "score", "prune", "couple, feedback", "evaluate"):
+        step = STEPS[name](streamed if name in ("score", "prune") else case)
+        step.begin()
+        step.work()

@@ -2,9 +2,10 @@
 
 GPT-2-shaped pairs with random weights and the embedded pair's tokenizer, a task of made-up rows that fill their length,
 one step of each training. `plugbridge plan --json` is asked first, then `plugbridge run` works as any user's does, each
-stage in a process of its own; with the large model in memory, and with it streamed from disk. What a stage takes is the
-most of its lines in the plan (training and validation, say). Models of a pair share their width's ratio: the small one
-is a quarter as wide and has a quarter of the layers.
+stage in a process of its own; with the large model in memory, streamed from disk, in memory in bfloat16 (the files are
+float32), and where it only runs forward in 8 bits. What a stage takes is the most of its lines in the plan (training
+and validation, say). Models of a pair share their width's ratio: the small one is a quarter as wide and has a quarter
+of the layers. `plug`, which takes 1 to 5 MiB, finds them among the blocks that the process has free.
 
     python benchmarks/plan_and_run.py --table docs/results/plan_and_run.md
 """
@@ -27,8 +28,15 @@ from plugbridge.memory.shapes import gpt2
 
 PAIR = Path(__file__).parents[1] / "pairs" / "gpt2" / "large"
 SIZES = {"25 million": (512, 8), "57 million": (768, 8), "85 million": (768, 12)}
-STAGES = ("tune", "score", "prune", "couple", "evaluate")
+STAGES = ("tune", "score", "prune", "couple", "plug", "evaluate")
 LENGTH = 120
+WAYS: dict[str, dict[str, Any]] = {
+    "in memory": {"resident": "all"},
+    "streamed": {"resident": "none"},
+    "in memory, bf16": {"resident": "all", "dtype": "bfloat16"},
+    "in memory, 8 bit": {"resident": "all", "load_in": "8bit"},
+}
+"""How a run holds the large model."""
 
 
 def make_pair(folder: Path, width: int, layers: int) -> None:
@@ -46,12 +54,13 @@ def make_pair(folder: Path, width: int, layers: int) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def config_of(folder: Path, resident: str) -> dict[str, Any]:
+def config_of(folder: Path, resident: str, dtype: str = "float32", load_in: str | None = None) -> dict[str, Any]:
     """A run on a pair."""
     train = {"steps": 1, "batch_size": 8}
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     return {
-        "small": str(folder / "small"), "large": str(folder / "large"), "device": "cpu", "resident": resident,
+        "small": str(folder / "small"), "large": {"path": str(folder / "large"), "load_in": load_in}, "device": "cpu",
+        "resident": resident, "dtype": dtype,
         "task": {**files, "prompt": "{text} :", "passage": "text", "words": {"a": " a", "b": " b"}},
         "tune": train, "couple": train, "score": {"samples": 4}, "evaluate": {"batch_size": 8},
     }  # fmt: skip
@@ -64,10 +73,10 @@ def call(*words: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
-def compare(folder: Path, resident: str) -> dict[str, tuple[int, int]]:
+def compare(folder: Path, how: str) -> dict[str, tuple[int, int]]:
     """(planned, measured) bytes by stage."""
-    path, root = folder / f"{resident}.yaml", folder / f"run-{resident}"
-    path.write_text(json.dumps(config_of(folder, resident)))
+    path, root = folder / f"{how}.yaml", folder / f"run {how}"
+    path.write_text(json.dumps(config_of(folder, **WAYS[how])))
     plan = json.loads(call("plan", str(path), "--json"))
     call("run", str(path), "--out", str(root), "--quiet")
     found: dict[str, tuple[int, int]] = {}
@@ -87,15 +96,16 @@ def main() -> None:
     for size, (width, layers) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             make_pair(Path(folder), width, layers)
-            for resident, how in (("all", "in memory"), ("none", "streamed")):
-                for stage, (planned, real) in compare(Path(folder), resident).items():
-                    rows.append({"size": size, "resident": resident, "stage": stage, "planned_bytes": planned,
+            for how in WAYS:
+                for stage, (planned, real) in compare(Path(folder), how).items():
+                    rows.append({"size": size, "how": how, "stage": stage, "planned_bytes": planned,
                                  "peak_bytes": real})  # fmt: skip
-                    off = f"{planned / real - 1:+.0%}"
+                    off = f"{planned / max(1, real) - 1:+.0%}"
                     lines.append(f"| {size} | {how} | {stage} | {planned / 2**20:,.0f} | {real / 2**20:,.0f} | {off} |")
                     print(lines[-1], flush=True)
-    good = sum(abs(row["planned_bytes"] / row["peak_bytes"] - 1) <= 0.15 for row in rows)
-    said = f"{good} of {len(rows)} are within 15 %."
+    counted = [row for row in rows if row["stage"] != "plug"]
+    good = sum(abs(row["planned_bytes"] / max(1, row["peak_bytes"]) - 1) <= 0.15 for row in counted)
+    said = f"{good} of {len(counted)} are within 15 %, `plug` left out."
     print(said)
     if args.table is not None:
         about = (__doc__ or "").partition("    python")[0].strip()

@@ -48,6 +48,14 @@ def test_a_page_has_every_number_where_it_belongs() -> None:
     assert "56 test rows, seeds 0, majority class 0.527." in text
 
 
+def test_a_page_of_validation_rows_says_so() -> None:
+    chosen = replace(METHOD, split="validation")
+    text = page([chosen], "Title", "Accuracy on test rows.", METHOD.command)
+    assert "Accuracy on validation rows." in text
+    assert "277 validation rows, seeds" in text
+    assert "test rows" in page([chosen, METHOD], "Title", "Accuracy on test rows.", METHOD.command)
+
+
 def test_a_page_sets_differences_beside_every_variant() -> None:
     above = replace(METHOD, differences={"no Bridge": (0.204, 0.031, 0.377)})
     text = page([REFERENCE, above, CONTROL], "Title", "about", METHOD.command)

@@ -219,7 +219,7 @@ def test_the_first_error_stops_the_grid_after_the_runs_in_progress(monkeypatch: 
 KEYS = {
     "family", "method", "mode", "bridge_share", "down", "start", "task", "seeds", "metric", "value", "low", "high",
     "pgr", "pgr_low", "pgr_high", "control", "command",
-    "variant", "n", "majority", "large_rows", "seconds", "peak_bytes", "differences",
+    "variant", "n", "majority", "large_rows", "seconds", "peak_bytes", "differences", "split",
 }  # fmt: skip
 STEPS = {
     f"{stage}.{key}": value
@@ -329,6 +329,7 @@ def test_the_command_writes_a_table_its_data_and_a_picture(done: Done) -> None:
         wanted = ["tiny", "lora", "rte", [0, 1], "accuracy", 60, command]
         assert [cell[key] for key in same] == wanted
         assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1
+        assert cell["split"] == "test"
     assert [cell["control"] for cell in cells.values()] == [*REFERENCES, None, variants[1], "no Bridge"]
     ways = {name: tuple(cells[name][key] for key in ("mode", "down", "start", "large_rows")) for name in cells}
     scored = 2 * 4  # rows, for the residual stream and for their scores
@@ -440,6 +441,13 @@ def test_a_seed_that_is_not_finished_is_left_out_until_it_is(copied: Done) -> No
 def test_a_setting_that_changes_no_result_leaves_runs_finished(copied: Done) -> None:
     cells = copied.cells()
     words = (copied.grid, "--out", copied.out, "--data", "x", "--summary", "--set")
+    assert call(*words, "score.keep=memory")[0] == 0
+    assert [cell["value"] for cell in copied.cells().values()] == [cell["value"] for cell in cells.values()]
+    for path in copied.out.rglob("no-Bridge/config.yaml"):  # as before it had a default of its own in every mode
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        assert raw["couple"]["optimizer"] is None
+        raw["couple"]["optimizer"] = "adamw"
+        path.write_text(json.dumps(raw), encoding="utf-8")
     assert call(*words, "score.keep=memory")[0] == 0
     assert [cell["value"] for cell in copied.cells().values()] == [cell["value"] for cell in cells.values()]
     assert call(*words, "score.samples=5")[0] == 0

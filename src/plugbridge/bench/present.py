@@ -27,6 +27,8 @@ def page(
     `runs` is how many runs the grid has, `done` how many are done, `missing` the variants that are not, by their place
     (none where nothing is done there).
     """
+    if {cell.split for cell in cells} == {"validation"}:
+        about = about.replace("test rows", "validation rows")
     lines = [f"# {title}", "", about.strip(), "", "Made by", "", f"    {command}", ""]
     lines += _missing(runs, done, missing)
     lines += _summary(cells)
@@ -35,7 +37,7 @@ def page(
         lines += [f"## {task}, {family}, {method}", ""]
         first = same[0]
         seeds = ", ".join(map(str, first.seeds))
-        lines += [f"{first.n} test rows, seeds {seeds}, majority class {first.majority:.3f}.", ""]
+        lines += [f"{first.n} {first.split} rows, seeds {seeds}, majority class {first.majority:.3f}.", ""]
         others = list(dict.fromkeys(name for cell in cells for name in cell.differences))
         names = ["coupling", "accuracy", "PGR", *(f"PGR above {name}" for name in others)]
         names += ["Bridge share", "large rows read", "seconds", "MiB"]

@@ -69,6 +69,8 @@ class Cell:
     seconds: float | None
     peak_bytes: int | None
     differences: dict[str, Difference] = field(default_factory=dict[str, Difference])
+    split: str = "test"
+    """Which rows `value` is of."""
 
 
 def run_group(group: Group, data: Path | None, out: Path) -> str:
@@ -115,7 +117,7 @@ def run_groups(groups: Sequence[Group], data: Path | None, out: Path, jobs: int,
 
 
 def answers(root: Path, model: str) -> Answers | None:
-    """Which test rows a model of a run got right; None if the run did not score it."""
+    """Which rows a model of a run got right; None if the run did not score it."""
     path = root / "evaluate" / "predictions" / f"{model}.jsonl"
     if not path.is_file():
         return None
@@ -129,7 +131,7 @@ def finished(group: Group, name: str, out: Path) -> bool:
     if read_marker(root / "evaluate") is None:
         return False
     written = parse_config(json.loads((root / "config.yaml").read_text(encoding="utf-8")), str(root))
-    return same_result(written, dict(group.variants)[name])
+    return same_result(resolve(written), resolve(dict(group.variants)[name]))
 
 
 def left_out(groups: Sequence[Group], out: Path) -> tuple[int, dict[str, list[str]]]:
@@ -227,6 +229,7 @@ def _cell(
         variant=title,
         n=len(table[0][0]),
         majority=float(majority["accuracy"]),
+        split=dict(groups[0].variants)[groups[0].variants[0][0]].evaluate.split,
         large_rows=_rows_read(roots[0], config, costs) if config is not None and costs else None,
         seconds=float(np.mean([m["seconds"] for m in costs])) if costs else None,
         peak_bytes=max(int(m["peak_bytes"]) for m in costs) if costs else None,

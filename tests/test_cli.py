@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +19,15 @@ from plugbridge.cli import main
 from plugbridge.config import RunConfig, fields_help
 from plugbridge.report import recovered
 from plugbridge.run import locked
+
+
+class NoRoom(NamedTuple):
+    """What `shutil.disk_usage` says of a full disk."""
+
+    total: int = 1
+    used: int = 1
+    free: int = 0
+
 
 STAGES = ["tune", "score", "prune", "couple", "plug", "evaluate"]
 ROWS = ["small_zero_shot", "small_tuned", "large_zero_shot", "large_plugged"]
@@ -171,6 +180,42 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     assert mistake(call("report", root, "--json")).endswith("is older than 'tune'; finish with `plugbridge run`")
     (root / "plug" / "done.json").unlink()
     assert "stage 'plug' of" in mistake(call("report", root))
+
+
+def test_a_plan_in_words(call: Call, config: Callable[..., Path]) -> None:
+    asked = config(device="cpu", resident="none", evaluate={"limit": 8})
+    code, out, _ = call("plan", asked, "--length", 8, "--memory", "100GB", "--threads", 1)
+    assert code == 0
+    for said in (
+        "the whole run",
+        "processor with 1 thread: ",
+        "of the streamed model from disk",
+        "evaluate.limit says",
+    ):
+        assert said in out
+    assert "(a batch): of" in out  # tuning's validation rows
+    assert "does not fit" not in out
+    _, out, _ = call("plan", asked, "--length", 8, "--memory", "1MB")
+    assert "0.0 GiB is less than Python and its libraries take by themselves" in out
+    assert "fits with" not in out
+
+
+def test_a_plan_ends_with_the_command_that_fits(
+    call: Call, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(device="cpu", resident="all", couple={"steps": 2, "batch_size": 512})
+    _, out, _ = call("plan", asked, "--length", 16, "--json")
+    found = json.loads(out)
+    peaks = sorted(stage["peak_bytes"] for stage in found["stages"] if stage["ours"])
+    monkeypatch.setattr("plugbridge.plan.make._baseline", lambda _dtype: 2**20)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: NoRoom())
+    _, out, _ = call("plan", asked, "--length", 16, "--memory", 2**20 + peaks[-2])
+    (line,) = (line for line in out.splitlines() if line.startswith("  plugbridge run"))
+    assert line.startswith(f"  plugbridge run {asked} --set ")
+    words = line.split("--set ")[1:]
+    assert any(word.startswith("couple.micro_batch=") for word in words)
+    assert "the run may write" in out
+    assert "here are 0 MiB free" in out
 
 
 def test_the_gap_recovered_is_null_where_there_may_be_no_gap() -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from plugbridge.memory.predict import count, predict, trace
 from plugbridge.memory.rows import coupled
 from plugbridge.memory.shapes import find_shapes
 from plugbridge.memory.steps import STEPS, Step
+from plugbridge.memory.weights import write_weights
+from plugbridge.streaming import window_of
 from plugbridge.transfer.coupling import Coupling
 from plugbridge.tuners.table import METHODS, MethodSettings
 from plugbridge.workers import workers
@@ -185,10 +188,27 @@ def test_what_a_decomposition_works_on_is_counted(what: str) -> None:
 def test_products_and_other_work_are_told_apart() -> None:
     with fake_tensors(), Alive() as alive:
         a = torch.empty(8, 16) @ torch.empty(16, 4)
-        assert alive.flops == 2 * 8 * 16 * 4
-        before = alive.moved
+        assert alive.flops == {torch.float32: 2 * 8 * 16 * 4}
+        alive.moved.clear()
         a.add(1.0)
-        assert alive.moved - before == 2 * 8 * 4 * 4
+        assert alive.moved == {torch.float32: 2 * 8 * 4 * 4}
+        a.bfloat16() @ torch.empty(4, 2, dtype=torch.bfloat16)
+        assert alive.flops == {torch.float32: 2 * 8 * 16 * 4, torch.bfloat16: 2 * 8 * 4 * 2}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # whose blocks are all alike
+@pytest.mark.parametrize("step", ["couple, feedback", "evaluate", "score"])
+def test_what_a_step_reads_from_disk_is_predicted(step: str, family: str, tmp_path: Path) -> None:
+    """But for one block: a trace begins with none in place."""
+    case = with_top(case_of(family, streamed=True, at_once=0), step)
+    real = STEPS[step](replace(case, weights=str(write_weights(case, tmp_path / "weights"))))
+    (window,) = (window for model, _ in real.marks if (window := window_of(model)) is not None)
+    real.work()
+    before = window.reads
+    real.work()
+    block = sum(absent.numel() * absent.itemsize for absent, _ in window.blocks[-1])
+    assert window.reads - before >= sum(case.layers.values())
+    assert predict(case, STEPS[step]).read == pytest.approx((window.reads - before) * block, abs=block)
 
 
 def test_a_step_that_runs_for_real_trains() -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from plugbridge.config import parse_config
+from plugbridge.config import load_config, parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rates import Rates
 from plugbridge.memory.steps import STEPS
 from plugbridge.plan import make
-from plugbridge.plan.advice import CHANGES, Advice, advise, changed
+from plugbridge.plan.advice import CHANGES, Advice, Change, advise, changed, written
 from plugbridge.plan.make import make_plan
 from plugbridge.plan.works import Work, peak_of, references_of, rivals_of, subjects_of, works_of
 from plugbridge.prepare import prepare
@@ -104,8 +104,35 @@ def test_advice_names_settings_that_fit(run_config: Callable[..., Raw]) -> None:
         predict(replace(rows["couple (feedback)"].case, batch=batch), rows["couple (feedback)"].make).peak
         for batch in (64, 32)
     )
-    assert advise(config, 8, half, {"couple (feedback)": whole}) == Advice(("couple.micro_batch: 1",))
+    assert advise(config, 8, half, {"couple (feedback)": whole}) == Advice(("couple.micro_batch=16",))
     assert advise(config, 8, 1000, {"prune": 1 << 20}) == Advice((), "prune")
+
+
+@pytest.mark.parametrize(
+    ("memory", "micro_batch", "said"),
+    [(145, None, 4), (140, None, 4), (139, None, 2), (119, None, 1), (99999, None, 8), (145, 4, 2), (145, 2, 1)],
+)
+def test_advice_takes_as_many_rows_at_a_time_as_fit(
+    run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch, memory: int, micro_batch: int | None, said: int
+) -> None:
+    """Each row takes 10 bytes over 100; as powers of two, and fewer than there are now."""
+
+    def predicted(case: Any, _make: Any) -> Trace:
+        return Trace({"": 100 + 10 * min(case.batch, case.micro_batch or case.batch)}, {}, {}, 0, 0)
+
+    monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
+    couple = {"steps": 4, "batch_size": 16, "micro_batch": micro_batch}
+    config = parse_config(run_config(couple=couple, resident="none"), "x")
+    tight = {"couple (feedback)": 10**5}
+    assert advise(config, 8, memory, tight) == Advice((f"couple.micro_batch={said}",))
+
+
+def test_advice_is_what_the_command_line_takes(run_config: Callable[..., Raw], tmp_path: Path) -> None:
+    for key, value in {key: value for change in CHANGES for key, value in change.settings.items()}.items():
+        raw = run_config(**({"prune": {"budget": 0.5}} if key == "prune.budget" else {}))
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+        taken = load_config(tmp_path / "run.yaml", (written(key, value),))
+        assert changed(taken, {}) == changed(parse_config(raw, "x"), {key: value})
 
 
 def test_advice_ends_where_a_stage_has_no_setting_left(
@@ -125,7 +152,7 @@ def test_advice_never_quantises_a_streamed_model_nor_one_too_large_in_4_bits(
 
     def predicted(case: Any, _make: Any) -> Any:
         asked.append(case.bits)
-        return Trace({"": 1e9}, 0, 0, 0, 0)
+        return Trace({"": 1e9}, {}, {}, 0, 0)
 
     monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
     assert advise(config, 8, 1000, {"couple (feedback)": 1 << 20}) == Advice((), "couple (feedback)")
@@ -140,12 +167,12 @@ def test_advice_never_quantises_a_streamed_model_nor_one_too_large_in_4_bits(
 
 def test_advice_freezes_a_bridge_that_trains(run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch) -> None:
     def predicted(case: Any, _make: Any) -> Trace:
-        return Trace({"": 1e9 if case.train_bridge else 1e3}, 0, 0, 0, 0)
+        return Trace({"": 1e9 if case.train_bridge else 1e3}, {}, {}, 0, 0)
 
     monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
     for mode, bridge, memory, settings in (
-        ("standalone", "train", 1000, ("couple.bridge: freeze",)),
-        ("ladder", "train", 1000, ("couple.bridge: freeze",)),
+        ("standalone", "train", 1000, ("couple.bridge=freeze",)),
+        ("ladder", "train", 1000, ("couple.bridge=freeze",)),
         ("standalone", "freeze", 999, ()),
     ):
         config = parse_config(run_config(couple={"steps": 4, "mode": mode, "bridge": bridge}), "x")
@@ -157,18 +184,15 @@ def test_advice_tries_smaller_and_smaller_budgets(
     run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those too small for the model are left out, and of those that help the last one is said."""
-    assert [text for text, _, _ in CHANGES if "budget" in text][:2] == [
-        "prune.budget: 0.03125",
-        "prune.budget: 0.015625",
-    ]
+    assert [c.settings["prune.budget"] for c in CHANGES if "prune.budget" in c.settings][:2] == [1 / 32, 1 / 64]
     shares = (0.4, 0.2, 1e-6)
-    changes = [(f"prune.budget: {share}", {"prune": {"budget": share}}, ("prune",)) for share in shares]
+    changes = tuple(Change({"prune.budget": share}, ("prune",)) for share in shares)
     monkeypatch.setattr("plugbridge.plan.advice.CHANGES", changes)
     asked: list[int] = []
 
     def predicted(case: Any, _make: Any) -> Trace:
         asked.append(sum(case.sizes.values()))
-        return Trace({"": asked[-1]}, 0, 0, 0, 0)
+        return Trace({"": asked[-1]}, {}, {}, 0, 0)
 
     monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
     config = parse_config(run_config(prune={"budget": 0.5}), "x")
@@ -176,7 +200,7 @@ def test_advice_tries_smaller_and_smaller_budgets(
     larger, smaller = asked
     assert larger > smaller
     for memory, share in ((larger, 0.4), (smaller, 0.2)):
-        assert advise(config, 8, memory, {"prune": 1 << 40}).settings == (f"prune.budget: {share}",)
+        assert advise(config, 8, memory, {"prune": 1 << 40}).settings == (f"prune.budget={share}",)
     asked.clear()
     advise(parse_config(run_config(prune={"budget": 0.4}), "x"), 8, 1, {"prune": 1 << 40})
     assert asked == [smaller]
@@ -194,10 +218,10 @@ def test_parts_of_a_batch_are_coupling_s_alone(run_config: Callable[..., Raw]) -
 
 def test_memory_is_what_python_leaves_of_it(run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch) -> None:
     def predicted(_case: Any, _make: Any) -> Trace:
-        return Trace({"": 2**20}, 1, 1, 1, 1)
+        return Trace({"": 2**20}, {torch.float32: 1}, {torch.float32: 1}, 1, 1)
 
-    def rates(_dtype: torch.dtype, _device: str, _threads: int) -> Rates:
-        return Rates(1e9, 1e9)
+    def rates(_cases: Any, _device: str, _threads: int) -> dict[torch.dtype, Rates]:
+        return {torch.float32: Rates(1e9, 1e9)}
 
     monkeypatch.setattr(make, "_baseline", lambda _dtype: 2**30)
     monkeypatch.setattr("plugbridge.plan.predictions.predict", predicted)
@@ -207,7 +231,7 @@ def test_memory_is_what_python_leaves_of_it(run_config: Callable[..., Raw], monk
         assert (plan.baseline, plan.memory) == (2**30, memory)
         assert {stage.fits for stage in plan.stages} == {fits}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(make, "measure_rates", rates)
+    monkeypatch.setattr(make, "rates_for", rates)
     plan = make_plan(config.model_copy(update={"device": "auto"}), 8, 2**20, 1)
     assert (plan.baseline, {stage.fits for stage in plan.stages}) == (0, {True})
 
@@ -215,7 +239,7 @@ def test_memory_is_what_python_leaves_of_it(run_config: Callable[..., Raw], monk
 def test_advice_leaves_out_a_budget_beside_a_reduction(run_config: Callable[..., Raw]) -> None:
     config = parse_config(run_config(prune={"reduction": 2}), "x")
     with pytest.raises(ConfigError, match="prune"):
-        changed(config, {"prune": {"budget": 0.02}})
+        changed(config, {"prune.budget": 0.02})
     assert advise(config, 8, 1000, {"prune": 1 << 20}).stuck == "prune"
 
 
@@ -238,10 +262,56 @@ def test_a_streamed_model_is_the_first_advice(run_config: Callable[..., Raw]) ->
     config = parse_config(run_config(resident="all"), "x")
     (prune,) = (work for work in works_of(subjects_of(config, 8, None)) if work.row.method == "prune")
     peak = predict(prune.row.case, prune.row.make).peak
-    assert advise(config, 8, peak - 1, {"prune": peak}) == Advice(("resident: none",))
-    quantised = changed(config, {"large": {"load_in": "4bit"}})
-    assert changed(quantised, {"": {"resident": "none"}}).load_in == "4bit"
-    assert advise(quantised, 8, peak - 1, {"prune": peak}) == Advice(("dtype: bfloat16",))
+    assert advise(config, 8, peak - 1, {"prune": peak}) == Advice(("resident=none",))
+    quantised = changed(config, {"large.load_in": "4bit"})
+    assert changed(quantised, {"resident": "none"}).load_in == "4bit"
+    assert advise(quantised, 8, peak - 1, {"prune": peak}) == Advice(("dtype=bfloat16",))
+
+
+def test_a_limit_says_how_many_rows_are_scored(run_config: Callable[..., Raw]) -> None:
+    def scored(**evaluate: Any) -> dict[str, tuple[float, int, int]]:
+        couple = {"steps": 4, "mode": "ladder"}
+        config = parse_config(run_config(couple=couple, evaluate={"batch_size": 8, **evaluate}), "x")
+        works = works_of(subjects_of(config, 8, None))
+        return {w.row.method: (w.times, w.passes, w.large_rows) for w in works if w.row.method.startswith("evaluate")}
+
+    assert scored() == {"evaluate (a batch)": (1, 1, 8), "evaluate: bridge_coupled (a batch)": (1, 1, 8)}
+    assert scored(limit=20) == {"evaluate": (6, 6, 40), "evaluate: bridge_coupled": (3, 3, 20)}
+    assert scored(limit=20, models=["large_plugged", "small_tuned"]) == {"evaluate": (3, 3, 20)}
+    assert scored(models=["small_tuned"]) == {}
+
+
+def test_the_whole_run_is_all_of_our_stages(run_config: Callable[..., Raw]) -> None:
+    plan = make_plan(parse_config(run_config(ceiling={"steps": 900}), "x"), 8, 2**40)
+    ours, whole = [stage for stage in plan.stages if stage.ours], plan.whole
+    assert plan.threads == torch.get_num_threads()
+    assert whole.peak_bytes == max(stage.peak_bytes for stage in ours) == plan.peak.peak_bytes
+    for key in ("seconds", "disk_bytes", "read_bytes", "passes", "large_rows"):
+        assert getattr(whole, key) == sum(getattr(stage, key) for stage in ours)
+    assert whole.fits
+    assert plan.as_json()["whole"]["passes"] == whole.passes
+
+
+def test_what_a_streamed_model_has_read_is_counted(run_config: Callable[..., Raw]) -> None:
+    def read(**changes: Any) -> dict[str, int]:
+        plan = make_plan(parse_config(run_config(resident="none", **changes), "x"), 8, None)
+        return {stage.name: stage.read_bytes for stage in plan.stages}
+
+    couple = {"steps": 4, "batch_size": 4, "mode": "ladder"}
+    some = read(couple=couple, score={"samples": 64, "keep": "disk"})
+    assert {name for name, count in some.items() if count} == {
+        "score", "prune", "couple (ladder)", "evaluate (a batch)", "evaluate: bridge_coupled (a batch)",
+    }  # fmt: skip
+    blocks = some["prune"]
+    assert some["score"] == pytest.approx(3 * blocks, rel=0.35)  # there, back, and once more for the residual stream
+    assert some["couple (ladder)"] == pytest.approx(4 * blocks, rel=0.35)  # with one block read ahead
+    parts = read(couple={**couple, "micro_batch": 1}, score={"samples": 128, "keep": "disk"})
+    assert parts["couple (ladder)"] == 4 * some["couple (ladder)"]
+    assert parts["score"] == some["score"]
+    few = read(score={"samples": 64, "keep": "memory"})
+    assert few["score"] > some["score"]
+    resident = make_plan(parse_config(run_config(resident="all"), "x"), 8, None)
+    assert resident.whole.read_bytes == 0
 
 
 def test_references_are_planned_where_the_run_makes_them(run_config: Callable[..., Raw]) -> None:
@@ -288,7 +358,7 @@ def test_validation_in_training_is_of_as_many_rows_as_evaluation(run_config: Cal
     assert (small.large_rows, large.passes, large.large_rows) == (0, 1, 50)
     tight = {"tune: validation (a batch)": 1 << 30}
     peak = predict(replace(small.row.case, batch=1), small.row.make).peak
-    assert advise(config, 8, peak, tight) == Advice(("evaluate.batch_size: 1",))
+    assert advise(config, 8, peak, tight) == Advice(("evaluate.batch_size=1",))
 
 
 def test_a_ladder_beside_a_streamed_model_is_streamed(run_config: Callable[..., Raw]) -> None:
@@ -343,7 +413,7 @@ def test_advice_puts_a_cache_on_disk(run_config: Callable[..., Raw]) -> None:
     config = parse_config(run_config(couple=couple, resident="none"), "x")
     (work,) = (work for work in works_of(subjects_of(config, 8, None)) if work.row.method == "couple (ladder)")
     step = predict(work.row.case, work.row.make).peak
-    assert advise(config, 8, step, {"couple (ladder)": step + round(work.kept)}) == Advice(("couple.cache: disk",))
+    assert advise(config, 8, step, {"couple (ladder)": step + round(work.kept)}) == Advice(("couple.cache=disk",))
 
 
 def test_lora_beside_another_method_is_lora(run_config: Callable[..., Raw]) -> None:
@@ -362,11 +432,11 @@ def test_hours_are_of_the_device_that_the_run_would_take(
 ) -> None:
     measured: list[str] = []
 
-    def rates(_dtype: torch.dtype, device: str, _threads: int) -> Rates:
+    def rates(_cases: Any, device: str, _threads: int) -> dict[torch.dtype, Rates]:
         measured.append(device)
-        return Rates(1e9, 1e9)
+        return dict.fromkeys((torch.float32, torch.bfloat16), Rates(1e9, 1e9))
 
-    monkeypatch.setattr(make, "measure_rates", rates)
+    monkeypatch.setattr(make, "rates_for", rates)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     plan = make_plan(parse_config(run_config(device=asked), "x"), 8, 2**40, 1)
     assert (plan.device, measured) == (wanted, [wanted])

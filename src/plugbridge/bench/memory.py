@@ -17,7 +17,7 @@ from plugbridge.files import write_json
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import lasting, measured
 from plugbridge.memory.predict import predict
-from plugbridge.memory.rates import Rates, measure_rates
+from plugbridge.memory.rates import Rates, rates_for, seconds_of
 from plugbridge.memory.rows import LORA, QLORA, Row, baselines, common_stages, coupled, jobs, small_steps
 from plugbridge.memory.shapes import Shape
 from plugbridge.memory.weights import keep_only, write_weights
@@ -115,7 +115,7 @@ def count_shape(
     not begun are left out; one is counted in any case, so that the command gets on.
     """
     weights = 2 * weights_of(Case(shape.large, 1, 1))
-    rates = {dtype: measure_rates(dtype, machine.device, machine.threads) for dtype in {row.case.dtype for row in rows}}
+    rates = rates_for((row.case for row in rows), machine.device, machine.threads)
     counts = _Counts(shape, rows, path, command, timed=machine.until is not None)
     todo = [row for row in rows if counts.key(row) not in counts.found]
     if machine.until is not None:
@@ -127,7 +127,7 @@ def count_shape(
             if begun and not machine.ends(0):
                 left += todo[place:]
                 break
-            count = _predicted(shape, row, rates[row.case.dtype], weights, command)
+            count = _predicted(shape, row, rates, weights, command)
             before = counts.measured(row)
             if before is not None:
                 count = replace(before, predicted_bytes=count.predicted_bytes)
@@ -224,11 +224,11 @@ def _run(shape: Shape, row: Row, machine: Machine, weights: int, predicted: Coun
     )
 
 
-def _predicted(shape: Shape, row: Row, rates: Rates, weights: int, command: str) -> Count:
+def _predicted(shape: Shape, row: Row, rates: Mapping[torch.dtype, Rates], weights: int, command: str) -> Count:
     counts = predict(replace(row.case, device="cpu"), row.make)
     return Count(
-        shape.name, shape.batch, shape.length, row.method, row.stage, counts.peak, counts.peak, rates.seconds(counts),
-        False, counts.peak / weights, command,
+        shape.name, shape.batch, shape.length, row.method, row.stage, counts.peak, counts.peak,
+        seconds_of(counts, rates), False, counts.peak / weights, command,
     )  # fmt: skip
 
 

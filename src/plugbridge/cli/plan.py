@@ -1,8 +1,11 @@
 """`plugbridge plan`: what a run would take."""
 
 import json
+import shlex
+import shutil
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -10,6 +13,10 @@ from rich.table import Table
 from plugbridge.cli.options import ConfigArg, JsonOption, SetOption
 from plugbridge.cli.terminal import out, setup
 from plugbridge.config import load_config
+
+if TYPE_CHECKING:
+    from plugbridge.plan.advice import Advice
+    from plugbridge.plan.make import Plan
 
 
 def plan(
@@ -26,7 +33,12 @@ def plan(
             help="tokens of a row; by default 512, or what max_length and the models' positions leave of them",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the rate that is measured")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", min=1, show_default=False, help="CPU threads whose rates are measured; by default a run's own"
+        ),
+    ] = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,41 +58,88 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
         return
-    _print_plan(found)
+    _print_plan(found, config)
 
 
-def _print_plan(found: Any) -> None:
-    table = Table(title=f"large model: {found.large_parameters:,} parameters; rows of {found.length} tokens")
-    table.add_column("stage")  # whose lines break on a narrow terminal; numbers never do
-    for column in ("peak\nMiB", "\nhours", "disk\nMiB", "forward\npasses", "large\nrows", "\nfits"):
-        table.add_column(column, justify="right", no_wrap=True)
-    kinds = {index: (stage.ours, stage.reference) for index, stage in enumerate(found.stages)}
-    for index, stage in enumerate(found.stages):
-        fits = {None: "", True: "yes", False: "no"}[stage.fits]
-        table.add_row(
-            stage.name, f"{stage.peak_bytes / 2**20:,.0f}", f"{stage.seconds / 3600:.2f}",
-            f"{stage.disk_bytes / 2**20:,.0f}", f"{stage.passes:,}", f"{stage.large_rows:,}", fits,
-            end_section=kinds.get(index + 1, kinds[index]) != kinds[index],
-        )  # fmt: skip
-    out.print(table)
-    where = "card" if found.device == "cuda" else "processor"
-    out.print(
-        f"hours at the rates of this machine's {where}: {found.rates.flops / 1e9:.0f} GFLOP/s in matrix products, "
-        f"{found.rates.moved / 1e9:.1f} GB/s in all else; reading a model from disk is not in them"
+def _print_plan(found: "Plan", config: Path) -> None:
+    out.print(_table(found))
+    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    where = "card" if found.device == "cuda" else f"processor with {threads}"
+    rates = (
+        f"{name} {rate.flops / 1e9:,.0f} GFLOP/s in matrix products and {rate.moved / 1e9:,.1f} GB/s in all else"
+        for name, rate in found.rates.items()
     )
+    out.print(f"time: at the rates of this machine's {where}: {'; '.join(rates)}")
+    whole = found.whole
+    if whole.read_bytes:
+        out.print(
+            f"reading {whole.read_bytes / 2**30:,.1f} GiB of the streamed model from disk is not in it: "
+            f"{_lasting(whole.read_bytes / 1e9)} at 1 GB/s; every part of a batch (couple.micro_batch) reads it anew"
+        )
     if found.baseline:
         taken = f"{found.baseline / 2**30:.1f} GiB here"
         out.print(f"peaks are over what Python and its libraries take, {taken}, which --memory has to hold, too")
     else:
         out.print("peaks are the card's")
-    out.print("(a batch): of evaluate.batch_size rows; how many there are is in no configuration file")
-    for stage in found.stages:
-        if stage.note:
-            out.print(f"'{stage.name}': {stage.note}")
+    out.print(f"rows are taken to be full, {found.length} tokens: give --length if yours are shorter")
+    if any(stage.name.endswith("(a batch)") for stage in found.stages):
+        out.print("(a batch): of evaluate.batch_size rows; how many there are is in no configuration file")
+    for note, names in _notes(found).items():
+        out.print(f"{', '.join(names)}: {note}")
+    free = shutil.disk_usage(Path.cwd()).free
+    if whole.disk_bytes > free:
+        out.print(f"the run may write {whole.disk_bytes / 2**20:,.0f} MiB; here are {free / 2**20:,.0f} MiB free")
     tight = [stage.name for stage in found.stages if stage.reference and stage.fits is False]
     if tight:
         out.print(f"not needed for the transfer and does not fit, leave it out: {', '.join(tight)}")
-    if found.advice is not None:
-        stuck = found.advice.stuck
-        what = f"no setting tried makes '{stuck}' fit" if stuck else f"it fits with {', '.join(found.advice.settings)}"
-        out.print(f"'{found.peak.name}' does not fit in {found.memory / 2**30:.1f} GiB; {what}")
+    if found.memory is None:
+        return
+    given = f"{found.memory / 2**30:.1f} GiB"
+    if found.memory <= found.baseline:
+        out.print(f"{given} is less than Python and its libraries take by themselves")
+    elif found.advice is not None:
+        out.print(f"'{found.peak.name}' does not fit in {given}; {_advised(found.advice, config)}")
+
+
+def _table(found: "Plan") -> Table:
+    reads = any(stage.read_bytes for stage in found.stages)
+    table = Table(title=f"large model: {found.large_parameters:,} parameters; rows of {found.length} tokens")
+    table.add_column("stage")  # whose lines break on a narrow terminal; numbers never do
+    columns = ("peak\nMiB", "\ntime", "disk\nMiB", *(("read\nGiB",) if reads else ()))
+    for column in (*columns, "forward\npasses", "large\nrows", "\nfits"):
+        table.add_column(column, justify="right", no_wrap=True)
+    ours = sum(stage.ours for stage in found.stages)
+    stages = [*found.stages[:ours], found.whole, *found.stages[ours:]]
+    for index, stage in enumerate(stages):
+        last = index in (ours - 1, ours) or stages[min(index + 1, len(stages) - 1)].reference != stage.reference
+        read = (f"{stage.read_bytes / 2**30:,.1f}",) if reads else ()
+        table.add_row(
+            stage.name, f"{stage.peak_bytes / 2**20:,.0f}", _lasting(stage.seconds),
+            f"{stage.disk_bytes / 2**20:,.0f}", *read, f"{stage.passes:,}", f"{stage.large_rows:,}",
+            {None: "", True: "yes", False: "no"}[stage.fits], end_section=last,
+        )  # fmt: skip
+    return table
+
+
+def _lasting(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 100 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def _notes(found: "Plan") -> dict[str, list[str]]:
+    """The stages that each note is about."""
+    notes: dict[str, list[str]] = {}
+    for stage in found.stages:
+        if stage.note:
+            notes.setdefault(stage.note, []).append(f"'{stage.name}'")
+    return notes
+
+
+def _advised(advice: "Advice", config: Path) -> str:
+    if advice.stuck is not None:
+        return f"no setting tried makes '{advice.stuck}' fit"
+    words = " ".join(f"--set {setting}" for setting in advice.settings)
+    return f"the run fits with\n  plugbridge run {shlex.quote(str(config))} {words}"

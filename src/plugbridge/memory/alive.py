@@ -6,8 +6,10 @@ number asked for is one, tensors of one shape are equal, and a mask chooses as m
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -17,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+HALVES = (torch.bfloat16, torch.float16)
+_CURRENT: ContextVar["Alive | None"] = ContextVar("_CURRENT", default=None)
 
 
 class Alive(TorchDispatchMode):
@@ -24,9 +28,9 @@ class Alive(TorchDispatchMode):
 
     `now` are the bytes alive, `peaks` the most of them at each `place`, a name that the caller moves as the work
     goes on, with what decompositions take while they last. `flops` counts multiplications and additions of matrix
-    products, `moved` the bytes that all other operations read and write. A storage shared by several tensors counts
-    once. `chosen` is the number of positions that a mask of fake values chooses, `columns` that of a mask of one
-    dimension; None for all.
+    products, `moved` the bytes that all other operations read and write, both by the precision of what comes out.
+    `read` is what was noted as read from disk, in bytes. A storage shared by several tensors counts once. `chosen` is
+    the number of positions that a mask of fake values chooses, `columns` that of a mask of one dimension; None for all.
     """
 
     def __init__(self, chosen: int | None = None) -> None:
@@ -34,11 +38,20 @@ class Alive(TorchDispatchMode):
         self.chosen = chosen
         self.columns: int | None = None
         self.now = 0
-        self.flops = 0
-        self.moved = 0
+        self.flops: Counter[torch.dtype] = Counter()
+        self.moved: Counter[torch.dtype] = Counter()
+        self.read = 0
         self.peaks: dict[str, int] = {}
         self.place = ""
         self.known: set[int] = set()
+
+    def __enter__(self) -> "Alive":
+        _CURRENT.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        _CURRENT.set(None)
+        super().__exit__(*error)
 
     def go_to(self, place: str) -> None:
         """Count at another place from now on."""
@@ -96,10 +109,23 @@ class Alive(TorchDispatchMode):
         packet = func._overloadpacket
         counter = flop_registry.get(packet, _FLOPS.get(packet))
         if counter is not None:
-            self.flops += int(counter(*args, **kwargs, out_val=found))
+            self.flops[_number(made)] += int(counter(*args, **kwargs, out_val=found))
         elif not func.is_view:
             read = _tensors(args) + _tensors(tuple(kwargs.values()))
-            self.moved += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made))
+            self.moved[_number(made)] += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made))
+
+
+def note_read(tensor: Tensor) -> Tensor:
+    """A tensor that stands for one read from disk; the count that is on takes it in."""
+    count = _CURRENT.get()
+    if count is not None:
+        count.read += tensor.numel() * tensor.itemsize
+    return tensor
+
+
+def _number(made: list[Tensor]) -> torch.dtype:
+    """The precision of an operation's results: one of half the bytes, or float32, as which all others count."""
+    return made[0].dtype if made and made[0].dtype in HALVES else torch.float32
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from plugbridge.config import LoadIn
 from plugbridge.config.stages import OptimizerName
 from plugbridge.families.spec import Family, Layout, family_of
+from plugbridge.memory.alive import note_read
 from plugbridge.models import MODEL_CLASS, find_checkpoint, layout_for
 from plugbridge.shrink.importance import Importance, scope_key
 from plugbridge.shrink.prune import BridgePlan, reduced_sizes
@@ -168,7 +168,7 @@ class Case:
         return model, layout_for(model)
 
     def _made_up(self, _names: list[str], like: Tensor) -> Callable[[], Tensor]:
-        return partial(torch.zeros, like.shape, dtype=like.dtype, device=self.device)
+        return lambda: note_read(torch.zeros(like.shape, dtype=like.dtype, device=self.device))
 
     def plan(self, layout: Layout) -> BridgePlan:
         """A Bridge's plan that keeps the first units; a projection keeps the first directions."""

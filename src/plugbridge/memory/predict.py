@@ -11,10 +11,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
+
 from plugbridge.memory.alive import Alive, fake_tensors, marked
 from plugbridge.memory.case import TARGETS, Case
 from plugbridge.memory.steps import MakeStep, Step
 
+Numbers = Mapping[torch.dtype, float]
+"""Work by precision."""
 Kind = tuple[str, bool]
 """A kind of layers: their stack, and whether they hold modules that train."""
 SHALLOW = {True: 3, False: 2}
@@ -29,14 +33,15 @@ between a middle one and an end.
 class Trace:
     """Counts of one step: bytes alive at most by place, work done, tensors that train.
 
-    `flops` and `moved` are as `Alive` counts them, of one repetition.
+    `flops`, `moved` and `read` are as `Alive` counts them, of one repetition.
     """
 
     peaks: dict[str, float]
-    flops: float
-    moved: float
+    flops: Numbers
+    moved: Numbers
     rows: int
     trained: float
+    read: float = 0
 
     @property
     def peak(self) -> int:
@@ -58,10 +63,16 @@ def predict(case: Case, make: MakeStep) -> Trace:
         part = case.micro_batch or case.batch
         if case.batch > part:
             later, times = _predict(replace(case, batch=part, later=True), make), case.batch / part
-            return replace(later, flops=times * later.flops, moved=times * later.moved)
+            return _repeated(later, times)
         return _predict(case, make)
     finally:
         gc.unfreeze()
+
+
+def _repeated(found: Trace, times: float) -> Trace:
+    """The same peaks, and the work so often."""
+    flops, moved = ({number: times * count for number, count in each.items()} for each in (found.flops, found.moved))
+    return replace(found, flops=flops, moved=moved, read=times * found.read)
 
 
 def _predict(case: Case, make: MakeStep) -> Trace:
@@ -98,11 +109,16 @@ def extended(found: Trace, base: Trace, deeper: Trace, times: int) -> Trace:
     peaks = {place: found.peaks[place] + times * (deeper.peaks[place] - base.peaks[place]) for place in base.peaks}
     return Trace(
         peaks,
-        found.flops + times * (deeper.flops - base.flops),
-        found.moved + times * (deeper.moved - base.moved),
+        _extended(found.flops, base.flops, deeper.flops, times),
+        _extended(found.moved, base.moved, deeper.moved, times),
         base.rows,
         found.trained + times * (deeper.trained - base.trained),
+        found.read + times * (deeper.read - base.read),
     )
+
+
+def _extended(found: Numbers, base: Numbers, deeper: Numbers, times: int) -> Numbers:
+    return {n: found.get(n, 0) + times * (deeper[n] - base.get(n, 0)) for n in deeper}
 
 
 def trace(case: Case, make: MakeStep) -> Trace:
@@ -118,7 +134,9 @@ def count(alive: Alive, case: Case, step: Step) -> Trace:
     """Do a step under a count that is on already."""
     step.begin()
     alive.peaks.clear()
-    alive.flops = alive.moved = 0
+    alive.flops.clear()
+    alive.moved.clear()
+    alive.read = 0
     alive.chosen, alive.columns = step.chosen, TARGETS[case.kind]
     with ExitStack() as hooks:
         for model, name in step.marks:
@@ -126,7 +144,7 @@ def count(alive: Alive, case: Case, step: Step) -> Trace:
         for name, phase in step.phases.items():
             alive.go_to(name)
             phase()
-    return Trace(dict(alive.peaks), alive.flops, alive.moved, step.rows, step.trained)
+    return Trace(dict(alive.peaks), dict(alive.flops), dict(alive.moved), step.rows, step.trained, alive.read)
 
 
 def places(case: Case, name: str) -> dict[str, str]:

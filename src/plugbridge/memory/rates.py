@@ -1,12 +1,13 @@
 """How fast this machine is at what steps consist of: matrix products, and everything else."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from plugbridge.memory.case import Case
 from plugbridge.memory.predict import Trace
 
 SIZES = {"cpu": (1024, 2**25), "cuda": (8192, 2**28)}
@@ -21,9 +22,17 @@ class Rates:
     flops: float
     moved: float
 
-    def seconds(self, counts: Trace) -> float:
-        """What one repetition of a step takes."""
-        return counts.flops / self.flops + counts.moved / self.moved
+
+def seconds_of(counts: Trace, rates: Mapping[torch.dtype, Rates]) -> float:
+    """What one repetition of a step takes, each precision at its own rates. Reading from disk is not in it."""
+    products = sum(count / rates[number].flops for number, count in counts.flops.items())
+    return products + sum(count / rates[number].moved for number, count in counts.moved.items())
+
+
+def rates_for(cases: Iterable[Case], device: str, threads: int) -> dict[torch.dtype, Rates]:
+    """This machine's rates in every precision that steps of these cases compute in; Bridges and modules are float32."""
+    numbers = {torch.float32, *(case.dtype for case in cases)}
+    return {number: measure_rates(number, device, threads) for number in sorted(numbers, key=str)}
 
 
 def measure_rates(dtype: torch.dtype, device: str, threads: int) -> Rates:

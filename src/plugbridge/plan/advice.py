@@ -1,6 +1,6 @@
 """Which settings would make a run fit."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,47 +13,57 @@ from plugbridge.plan.works import Work, peak_of, subjects_of, works_of
 from plugbridge.prepare import resolve
 from plugbridge.transfer.couple import find_mode
 
+Settings = Mapping[str, Any]
+"""Values by dotted key, as `--set` takes them."""
+
 
 @dataclass(frozen=True)
 class Advice:
-    """`settings` with which all our stages fit; or a stage that is `stuck`, which none of those tried makes fit."""
+    """`settings` (``key=value``) with which all our stages fit; or a stage that is `stuck` with all that were tried."""
 
     settings: tuple[str, ...]
     stuck: str | None = None
 
 
-ADAFACTOR = "couple.optimizer: adafactor"
-CACHE = "couple.cache: disk"
-FREEZE = "couple.bridge: freeze"
+@dataclass(frozen=True)
+class Change:
+    """Settings that save memory, and how the names of the stages begin that they concern."""
+
+    settings: Settings
+    stages: tuple[str, ...]
+
+
+MICRO_BATCH = {name: f"{name}.micro_batch" for name in ("tune", "couple")}
+ADAFACTOR: Settings = {"couple.optimizer": "adafactor"}
+CACHE: Settings = {"couple.cache": "disk"}
+FREEZE: Settings = {"couple.bridge": "freeze"}
 BUDGETS = (1 / 32, 1 / 64, 1 / 128, 1 / 256)
 """Shares of the large model's parameters that a Bridge may have; those too small for a model are left out."""
 LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
-CHANGES: tuple[tuple[str, dict[str, dict[str, Any]], tuple[str, ...]], ...] = (
-    ("resident: none", {"": {"resident": "none"}}, LARGE),
-    ("score.keep: disk", {"score": {"keep": "disk"}}, ("score",)),
-    (CACHE, {"couple": {"cache": "disk"}}, ("couple (",)),
-    ("tune.micro_batch: 1", {"tune": {"micro_batch": 1}}, ("tune (",)),
-    ("couple.recompute: true", {"couple": {"recompute": True}}, ("couple",)),
-    ("couple.micro_batch: 1", {"couple": {"micro_batch": 1}}, ("couple",)),
-    (ADAFACTOR, {"couple": {"optimizer": "adafactor"}}, ("couple",)),
-    ("evaluate.batch_size: 1", {"evaluate": {"batch_size": 1}}, ("evaluate", "tune: validation")),
-    (
-        "score.importance: activation, prune.channels: auto",
-        {"score": {"importance": "activation"}, "prune": {"channels": "auto"}},
-        ("score",),
-    ),
-    (
-        "score.importance: magnitude, prune.channels: auto",
-        {"score": {"importance": "magnitude"}, "prune": {"channels": "auto"}},
-        ("score",),
-    ),
-    ("dtype: bfloat16", {"": {"dtype": "bfloat16"}}, ("tune", *LARGE)),
-    (FREEZE, {"couple": {"bridge": "freeze"}}, ("couple (",)),
-    ("large.load_in: 4bit", {"large": {"load_in": "4bit"}}, ("repair", "couple", "polish", "evaluate")),
-    ("prune.reduction: 8", {"prune": {"reduction": 8}}, ("prune", "repair", "couple")),
-    *((f"prune.budget: {share}", {"prune": {"budget": share}}, ("prune", "repair", "couple")) for share in BUDGETS),
+CHANGES: tuple[Change, ...] = (
+    Change({"resident": "none"}, LARGE),
+    Change({"score.keep": "disk"}, ("score",)),
+    Change(CACHE, ("couple (",)),
+    Change({MICRO_BATCH["tune"]: 1}, ("tune (",)),
+    Change({"couple.recompute": True}, ("couple",)),
+    Change({MICRO_BATCH["couple"]: 1}, ("couple",)),
+    Change(ADAFACTOR, ("couple",)),
+    Change({"evaluate.batch_size": 1}, ("evaluate", "tune: validation")),
+    Change({"score.importance": "activation", "prune.channels": "auto"}, ("score",)),
+    Change({"score.importance": "magnitude", "prune.channels": "auto"}, ("score",)),
+    Change({"dtype": "bfloat16"}, ("tune", *LARGE)),
+    Change(FREEZE, ("couple (",)),
+    Change({"large.load_in": "4bit"}, ("repair", "couple", "polish", "evaluate")),
+    Change({"prune.reduction": 8}, ("prune", "repair", "couple")),
+    *(Change({"prune.budget": share}, ("prune", "repair", "couple")) for share in BUDGETS),
 )
-"""Settings that save memory, those first that change no result or little, with the stages that they concern."""
+"""Those first that change no result or little."""
+COUNTS = {
+    MICRO_BATCH["tune"]: "tune.batch_size",
+    MICRO_BATCH["couple"]: "couple.batch_size",
+    "evaluate.batch_size": "evaluate.batch_size",
+}
+"""Rows at a time, of which more are faster, and the key that says how many there are without advice."""
 
 
 def advise(
@@ -62,92 +72,142 @@ def advise(
     """The first settings, each added to those before it that help, with which all our stages fit.
 
     `tight` are the peaks of the stages that do not fit. The search ends with the first stage that is left without a
-    setting to try.
+    setting to try. Of rows at a time it says as many as fit, a power of two.
     """
-    predictions = Predictions() if predictions is None else predictions
-    predictions.expect(_likely(config, length, memory, set(tight), predictions))
-    chosen: list[int] = []
-    for number in range(len(CHANGES)):
-        over = [name for name, peak in tight.items() if peak > memory]
-        if (stuck := _stuck(config, over, number)) is not None:
-            return Advice((), stuck)
-        tried, works = _tried(config, length, memory, over, number)
-        peaks = {work.row.method: peak_of(work, predictions.of(work.row)) for work in works}
-        if any(peak < 0.98 * tight[name] for name, peak in peaks.items()):
-            config, tight = tried, {**tight, **peaks}
-            chosen = [*(one for one in chosen if not _keys(one) <= _keys(number)), number]
-        if all(peak <= memory for peak in tight.values()):
-            return Advice(tuple(CHANGES[one][0] for one in chosen))
-    return Advice((), next(name for name, peak in tight.items() if peak > memory))
+    search = _Search(config, length, memory, tight, Predictions() if predictions is None else predictions)
+    return search.run()
 
 
-def _keys(number: int) -> set[tuple[str, str]]:
-    """What a change sets: one that sets the same and comes later takes its place."""
-    return {(section, key) for section, keys in CHANGES[number][1].items() for key in keys}
+class _Search:
+    def __init__(
+        self, config: RunConfig, length: int, memory: int, tight: dict[str, int], predictions: Predictions
+    ) -> None:
+        self.asked, self.config = config, config
+        self.length, self.memory = length, memory
+        self.tight = dict(tight)
+        self.predictions = predictions
+        self.chosen: dict[str, Any] = {}
+
+    def run(self) -> Advice:
+        self._expect()
+        for number, change in enumerate(CHANGES):
+            if (stuck := self._stuck(number)) is not None:
+                return Advice((), stuck)
+            tried, peaks = self._peaks(self._over(), change)
+            if any(peak < 0.98 * self.tight[name] for name, peak in peaks.items()):
+                self._choose(tried, change.settings, peaks)
+            if not self._over():
+                self._widen()
+                return Advice(tuple(written(*pair) for pair in self.chosen.items()))
+        return Advice((), self._over()[0])
+
+    def _over(self) -> list[str]:
+        return [name for name, peak in self.tight.items() if peak > self.memory]
+
+    def _choose(self, tried: RunConfig, settings: Settings, peaks: Mapping[str, int]) -> None:
+        self.config = tried
+        self.tight |= peaks
+        for key in settings:
+            self.chosen.pop(key, None)  # what is said last of a key comes last
+        self.chosen |= settings
+
+    def _peaks(self, names: Collection[str], change: Change) -> tuple[RunConfig, dict[str, int]]:
+        """A configuration with a change, and the peaks of those of the named stages that it may help."""
+        tried, works = self._tried(names, change)
+        return tried, {work.row.method: peak_of(work, self.predictions.of(work.row)) for work in works}
+
+    def _expect(self) -> None:
+        """Predict every stage under the first change of it that is not known: what the search asks for at first."""
+        found: list[Row] = []
+        for change in CHANGES:
+            left = set(self.tight) - {row.method for row in found}
+            rows = (work.row for work in self._tried(left, change)[1])
+            found.extend(row for row in rows if row not in self.predictions)
+        self.predictions.expect(found)
+
+    def _tried(self, names: Collection[str], change: Change) -> tuple[RunConfig, list[Work]]:
+        """A configuration with a change, and those of the named stages that it may help; none if it cannot be."""
+        helped = [name for name in names if _may_help(self.config, name, change)]
+        if not helped:
+            return self.config, []
+        try:
+            tried = changed(self.config, change.settings)
+            subjects = subjects_of(tried, self.length, self.memory)
+            works = [work for work in works_of(subjects) if work.row.method in helped]
+        except ConfigError:  # such as a Bridge too small for the model's heads
+            return self.config, []
+        if tried.load_in is not None and subjects.parameters * BITS[tried.load_in] / 8 > self.memory:
+            return self.config, []  # the weights alone do not fit: nothing to trace
+        return tried, works
+
+    def _stuck(self, number: int) -> str | None:
+        """The first stage that neither this change nor a later one may help."""
+        later = CHANGES[number:]
+        return next((name for name in self._over() if not any(_may_help(self.config, name, c) for c in later)), None)
+
+    def _widen(self) -> None:
+        """Of rows at a time take as many as fit: what two take more than one is what each more takes, about."""
+        for key in COUNTS.keys() & self.chosen.keys():
+            change = next(change for change in CHANGES if key in change.settings)
+            names = [name for name in self.tight if name.startswith(change.stages)]
+            count = self._room_for(key, names, change.stages)
+            while count > 1:
+                tried, peaks = self._peaks(names, Change({key: count}, change.stages))
+                if peaks and all(peak <= self.memory for peak in peaks.values()):
+                    self.chosen[key] = count
+                    self.config = tried
+                    self.tight |= peaks
+                    break
+                count //= 2
+
+    def _room_for(self, key: str, names: list[str], stages: tuple[str, ...]) -> int:
+        """A power of two below the rows there are, as what two rows take lets expect."""
+        most = _value(self.asked, key) or _value(self.asked, COUNTS[key])
+        _, two = self._peaks(names, Change({key: 2}, stages))
+        count = most
+        for name, peak in two.items():
+            each = max(1, peak - self.tight[name])
+            count = min(count, 1 + (self.memory - self.tight[name]) // each)
+        return 2 ** (count.bit_length() - 1) if count < most else 2 ** ((most - 1).bit_length() - 1)
 
 
-def _likely(config: RunConfig, length: int, memory: int, tight: set[str], predictions: Predictions) -> list[Row]:
-    """Every stage under the first change of it that is not known: what the search asks for at first."""
-    found: list[Row] = []
-    for number in range(len(CHANGES)):
-        left = tight - {row.method for row in found}
-        rows = (work.row for work in _tried(config, length, memory, left, number)[1])
-        found.extend(row for row in rows if row not in predictions)
-    return found
+def _value(config: RunConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
-def _tried(
-    config: RunConfig, length: int, memory: int, names: Collection[str], number: int
-) -> tuple[RunConfig, list[Work]]:
-    """A configuration with a change, and those of the named stages that it may help; none if it cannot be."""
-    _, change, _ = CHANGES[number]
-    helped = [name for name in names if _may_help(config, name, number)]
-    if not helped:
-        return config, []
-    try:
-        tried = changed(config, change)
-        subjects = subjects_of(tried, length, memory)
-        works = [work for work in works_of(subjects) if work.row.method in helped]
-    except ConfigError:  # such as a Bridge too small for the model's heads
-        return config, []
-    if tried.load_in is not None and subjects.parameters * BITS[tried.load_in] / 8 > memory:
-        return config, []  # the weights alone do not fit: nothing to trace
-    return tried, works
+def written(key: str, value: object) -> str:
+    """A setting as `--set` reads it."""
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _stuck(config: RunConfig, over: list[str], number: int) -> str | None:
-    """The first stage that neither this change nor a later one may help."""
-    later = range(number, len(CHANGES))
-    return next((name for name in over if not any(_may_help(config, name, at) for at in later)), None)
-
-
-def _may_help(config: RunConfig, name: str, number: int) -> bool:
+def _may_help(config: RunConfig, name: str, change: Change) -> bool:
     """Whether a change concerns a stage and changes anything; quantised weights do not stream."""
-    text, change, concerns = CHANGES[number]
-    if not name.startswith(concerns):
+    if not name.startswith(change.stages):
         return False
     trains = find_mode(config.couple.mode).trains_bridge and config.couple.bridge == "train"
-    if text in (ADAFACTOR, FREEZE) and not trains:
+    if change.settings in (ADAFACTOR, FREEZE) and not trains:
         return False  # a module's moments are nothing to save
-    if text == CACHE and config.couple.cache != "memory":
+    if change.settings == CACHE and config.couple.cache != "memory":
         return False  # without a cache there is less still
-    if config.prune.budget is not None and change.get("prune", {}).get("budget", 0) >= config.prune.budget:
+    if config.prune.budget is not None and change.settings.get("prune.budget", 0) >= config.prune.budget:
         return False  # it would be larger, or the same
     try:
-        tried, now = resolve(changed(config, change)), resolve(changed(config, {}))
+        tried, now = resolve(changed(config, change.settings)), resolve(changed(config, {}))
     except ConfigError:  # such as a budget beside the reduction that is asked for
         return False
     return tried != now and (tried.resident != "none" or tried.load_in is None)
 
 
-def changed(config: RunConfig, change: dict[str, dict[str, Any]]) -> RunConfig:
-    """A configuration with some keys changed, by section."""
+def changed(config: RunConfig, settings: Settings) -> RunConfig:
+    """A configuration with some settings changed. Raises ConfigError where they do not go together."""
     raw = config.model_dump()
     if isinstance(raw["large"], str):
         raw["large"] = {"path": raw["large"]}
-    for section, keys in change.items():
-        (raw if section == "" else raw[section]).update(keys)
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        (raw if section == "" else raw[section])[name] = value
     try:
         return RunConfig.model_validate(raw)
     except ValueError as error:  # keys that were checked one by one
-        raise ConfigError(f"{', '.join(change)}: not usable together with this configuration") from error
+        raise ConfigError(f"{', '.join(settings)}: not usable together with this configuration") from error

@@ -1,5 +1,6 @@
 """A plan: every stage of a run and, beside it, other ways to tune the same large model."""
 
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from plugbridge.config import RunConfig
 from plugbridge.cost import baseline_memory
 from plugbridge.memory.predict import Trace
-from plugbridge.memory.rates import Rates, measure_rates
+from plugbridge.memory.rates import Rates, rates_for, seconds_of
 from plugbridge.memory.warm import warm_up
 from plugbridge.models import pick_dtype
 from plugbridge.plan.advice import Advice, advise
@@ -22,8 +23,9 @@ class PlannedStage:
     """One line of a plan.
 
     A `reference` is no part of the transfer. `peak_bytes` holds model and optimizer, `disk_bytes` is what the stage
-    leaves and, where it trains, its step checkpoint. `large_rows` are the rows that the large model reads, `passes` its
-    forward passes. `fits` is None where no memory was given. `note` says what is not exact.
+    leaves and, where it trains, its step checkpoint; `read_bytes` what it reads of a streamed model, which is not in
+    the `seconds`. `large_rows` are the rows that the large model reads, `passes` its forward passes. `fits` is None
+    where no memory was given. `note` says what is not exact.
     """
 
     name: str
@@ -32,6 +34,7 @@ class PlannedStage:
     peak_bytes: int
     seconds: float
     disk_bytes: int
+    read_bytes: int
     passes: int
     large_rows: int
     fits: bool | None
@@ -40,15 +43,17 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages and baselines; `advice` where memory was given and the run does not fit in it.
+    """All stages and baselines; `advice` where the run does not fit in the memory given, which holds more than Python.
 
-    `rates` are those of `device`, where the run would go on here. `baseline` is what a process with all libraries takes
-    before any model (0 on a card): stages have what it leaves of `memory`.
+    `rates` by precision are those of `device`, where the run would go on here, with so many `threads` on a processor.
+    `baseline` is what a process with all libraries takes before any model (0 on a card): stages have what it leaves of
+    `memory`.
     """
 
     stages: list[PlannedStage]
-    rates: Rates
+    rates: dict[str, Rates]
     device: str
+    threads: int
     large_parameters: int
     length: int
     memory: int | None
@@ -60,19 +65,41 @@ class Plan:
         """Our stage with the largest peak."""
         return max((stage for stage in self.stages if stage.ours), key=lambda stage: stage.peak_bytes)
 
+    @property
+    def whole(self) -> PlannedStage:
+        """All our stages together: the largest peak, the sums of everything else."""
+        ours = [stage for stage in self.stages if stage.ours]
+        return PlannedStage(
+            "the whole run",
+            ours=True,
+            reference=False,
+            peak_bytes=self.peak.peak_bytes,
+            seconds=sum(stage.seconds for stage in ours),
+            disk_bytes=sum(stage.disk_bytes for stage in ours),
+            read_bytes=sum(stage.read_bytes for stage in ours),
+            passes=sum(stage.passes for stage in ours),
+            large_rows=sum(stage.large_rows for stage in ours),
+            fits=None if self.memory is None else all(stage.fits for stage in ours),
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The plan as one JSON object."""
-        return asdict(self)
+        return asdict(self) | {"whole": asdict(self.whole)}
 
 
 def make_plan(
-    config: RunConfig, length: int | None, memory: int | None, threads: int, beside: Executor | None = None
+    config: RunConfig,
+    length: int | None,
+    memory: int | None,
+    threads: int | None = None,
+    beside: Executor | None = None,
 ) -> Plan:
     """Predict every stage of a run and the baselines, for rows of `length` tokens or as many as a run may give models.
 
-    Predictions are made on `beside`, too, where it is given. Raises as `prepare` does for settings that do not go
-    together.
+    Predictions are made on `beside`, too, where it is given. Rates are those of so many `threads`, a run's own unless
+    told. Raises as `prepare` does for settings that do not go together.
     """
+    threads = torch.get_num_threads() if threads is None else threads
     predictions = Predictions(beside)
     baseline = 0 if on_card(config) else _baseline(pick_dtype(config.dtype))
     room = None if memory is None else max(0, memory - baseline)
@@ -81,11 +108,12 @@ def make_plan(
     works = [*works_of(subjects), *references_of(subjects), *rivals_of(subjects)]
     traces = predictions.all([work.row for work in works])
     device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    rates = measure_rates(subjects.large.dtype, device, threads)  # while nothing else is at work
+    rates = rates_for((work.row.case for work in works), device, threads)  # while nothing else is at work
     stages = [_planned(work, trace, rates, room) for work, trace in zip(works, traces, strict=True)]
     tight = {stage.name: stage.peak_bytes for stage in stages if stage.ours and stage.fits is False}
-    advice = advise(config, length, room, tight, predictions) if room is not None and tight else None
-    return Plan(stages, rates, device, subjects.parameters, length, memory, baseline, advice)
+    advice = advise(config, length, room, tight, predictions) if room and tight else None
+    by_name = {str(number).removeprefix("torch."): rate for number, rate in rates.items()}
+    return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice)
 
 
 def _baseline(dtype: torch.dtype) -> int:
@@ -94,13 +122,14 @@ def _baseline(dtype: torch.dtype) -> int:
     return baseline_memory(trimmed=False)
 
 
-def _planned(work: Work, counts: Trace, rates: Rates, room: int | None) -> PlannedStage:
+def _planned(work: Work, counts: Trace, rates: Mapping[torch.dtype, Rates], room: int | None) -> PlannedStage:
     checkpoint = 12 if work.row.case.optimizer == "adamw" else 4  # parameters, and AdamW's two moments
     disk = work.disk + checkpoint * counts.trained
     peak = peak_of(work, counts)
     before = {"": "", REFERENCE: "reference: "}.get(work.row.stage, "large: ")
     return PlannedStage(
         f"{before}{work.row.method}", work.row.stage == "", work.row.stage == REFERENCE, peak,
-        work.times * rates.seconds(counts), round(disk), work.passes, work.large_rows,
+        work.times * seconds_of(counts, rates), round(disk),
+        round(counts.read * (work.times if work.sweeps is None else work.sweeps)), work.passes, work.large_rows,
         None if room is None else peak <= room, work.note,
     )  # fmt: skip

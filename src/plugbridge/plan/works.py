@@ -32,6 +32,8 @@ from plugbridge.tuners.table import MethodSettings, find_method
 REFERENCE = "reference"
 """The stage of rows that a run makes only to compare with."""
 AT_MOST = "cached activations, passes and large rows are at most these: a row that comes again is not read again"
+LARGE_MODELS = {"large_zero_shot", "large_plugged"}
+"""What `evaluate` scores of the large model itself, references left out."""
 LENGTH = 512
 """Tokens of a row where nothing is said and the models' positions hold them."""
 
@@ -40,7 +42,8 @@ LENGTH = 512
 class Work:
     """How often a stage's step is done, what it leaves on disk, and how it reads the large model.
 
-    `kept` are bytes that gather in memory while it is done; `note` says what is not exact.
+    `kept` are bytes that gather in memory while it is done; `note` says what is not exact. What a repetition reads from
+    disk is read `sweeps` times, as often as it is done where that is None.
     """
 
     row: Row
@@ -50,6 +53,7 @@ class Work:
     large_rows: int
     kept: float = 0
     note: str = ""
+    sweeps: float | None = None
 
 
 def peak_of(work: Work, counts: Trace) -> int:
@@ -157,7 +161,9 @@ def works_of(s: Subjects) -> Iterator[Work]:
         states = samples * full.length * hidden * width * sum(full.layers.values())
     disk = moments + states
     passes = rows_scored(config.score.importance, samples)
-    yield Work(Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes)
+    yield Work(
+        Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes, sweeps=_sweeps(s, samples)
+    )
     yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:
         steps, asked = config.repair.steps, config.repair
@@ -192,17 +198,38 @@ def works_of(s: Subjects) -> Iterator[Work]:
         # its checkpoint has values, no moments of them
         folded = replace(case, optimizer="adafactor", micro_batch=None, streamed=False)
         yield Work(Row("plug", "", folded, STEPS["plug"]), 1, 0, 0, 0)
-    row = Row("evaluate (a batch)", "", replace(large, batch=config.evaluate.batch_size), STEPS["evaluate"])
-    yield Work(row, 1, 0, 1, row.case.batch)
-    if mode.trains_bridge and (config.evaluate.models is None or "bridge_coupled" in config.evaluate.models):
+    yield from _evaluations(s, large)
+
+
+def _evaluations(s: Subjects, large: Case) -> Iterator[Work]:
+    """What scoring the models takes: all rows where `evaluate.limit` says how many, else a batch of them.
+
+    A model that is not scored is left out, and so are the small ones, which take less than their tuning does.
+    """
+    config, batch = s.config.evaluate, s.config.evaluate.batch_size
+    names = config.models if config.models is not None else [*LARGE_MODELS, "bridge_coupled"]
+    batches = 1 if config.limit is None else math.ceil(config.limit / batch)
+    rows, much = (batch, " (a batch)") if config.limit is None else (config.limit, "")
+    note = "" if config.limit is None else "as many rows as evaluate.limit says, if there are so many"
+    row = Row(f"evaluate{much}", "", replace(large, batch=min(batch, rows)), STEPS["evaluate"])
+    if any(name.startswith("large_") for name in names):
+        scored = 1 if config.limit is None else max(1, len(LARGE_MODELS & set(names)))
+        yield Work(row, scored * batches, 0, scored * batches, scored * rows, note=note)
+    mode = find_mode(s.config.couple.mode)
+    if mode.trains_bridge and "bridge_coupled" in names:
         step = STEPS["evaluate, ladder" if mode.runs_large else "evaluate, bridge"]
-        row = replace(row, method="evaluate: bridge_coupled (a batch)", make=step)
-        yield Work(row, 1, 0, int(mode.runs_large), row.case.batch * mode.runs_large)
+        row = replace(row, method=f"evaluate: bridge_coupled{much}", make=step)
+        yield Work(row, batches, 0, batches * mode.runs_large, rows * mode.runs_large, note=note)
 
 
 def _scored(s: Subjects, case: Case) -> tuple[Case, int]:
     """A case to be scored, and the rows that one repetition reads."""
     return (replace(case, at_once=s.at_once), 1 + max(1, s.at_once)) if case.streamed else (case, 1)
+
+
+def _sweeps(s: Subjects, samples: int) -> float:
+    """How often scoring's repetition is read from disk: it has two sweeps, or one where all rows are swept at once."""
+    return 1 if s.at_once == 0 else math.ceil(samples / s.at_once) / 2
 
 
 def _cache_bytes(s: Subjects, rows: int) -> int:
@@ -239,7 +266,8 @@ def references_of(s: Subjects) -> Iterator[Work]:
             yield _validation(f"{size}_ladder", REFERENCE, s, side, "evaluate, ladder", large=size == "large")
             scored, reads = _scored(s, case)
             row = Row(f"{size}_ladder: score", REFERENCE, scored, STEPS["score"])
-            yield Work(row, s.config.score.samples / reads, 0, 0, 0)
+            samples = s.config.score.samples
+            yield Work(row, samples / reads, 0, 0, 0, sweeps=_sweeps(s, samples))
 
 
 def _validation(name: str, stage: str, s: Subjects, case: Case, step: str = "evaluate", large: bool = False) -> Work:

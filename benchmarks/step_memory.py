@@ -8,7 +8,8 @@ quarters of the layers, its default, or in all; `kept` has `couple.recompute: fa
 
     python benchmarks/step_memory.py --table docs/results/step_memory.md
 
-What the table's JSON has of the same steps is not measured again; remove the file to begin anew.
+With `--only` some of the steps can be measured in more rounds than the others. What the table's JSON has of the same
+steps is not measured again; remove the file to begin anew.
 """
 
 import argparse
@@ -134,7 +135,7 @@ def measure_rounds(args: argparse.Namespace, done: Done, settings: dict[str, Any
     """Measure what is not done, all kinds taking turns; returns those that failed, which are not tried twice."""
     failed: set[str] = set()
     for number in range(args.rounds):
-        for kind in KINDS:
+        for kind in args.only or KINDS:
             mine = done.setdefault(kind, [])
             mine += [None] * (number + 1 - len(mine))
             if mine[number] is not None or kind in failed:
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the model's weights")
     parser.add_argument("--table", type=Path, help="Markdown file to write, its JSON beside it")
     parser.add_argument("--here", action="store_true", help="all in this process, to try it out: peaks hide each other")
+    parser.add_argument("--only", choices=KINDS, action="append", help="measure only this one; may be repeated")
     parser.add_argument("--kind", choices=KINDS, help="only this one, as a JSON line")
     args = parser.parse_args()
     if args.kind:
@@ -205,20 +207,20 @@ def main() -> None:
     failed = measure_rounds(args, done, settings)
     found = summary(done, settings)
     lines = [
-        f"| {row['kind']} | {row['peak_bytes'] / 2**20:.0f} | {_ratios(row, 'peak_bytes')} "
-        f"| {row['seconds']:.3g} | {_ratios(row, 'seconds')} |"
+        f"| {row['kind']} | {sum(one is not None for one in row['measured'])} | {row['peak_bytes'] / 2**20:.0f} "
+        f"| {_ratios(row, 'peak_bytes')} | {row['seconds']:.3g} | {_ratios(row, 'seconds')} |"
         for row in found
     ]
     about = (__doc__ or "").partition("    python")[0].strip()
     size = f"{args.layers} layers x {args.hidden}, vocabulary {args.vocabulary}, batch {args.batch} x {args.length}"
-    size += f", {args.dtype}, {args.device}, {args.threads} thread(s), {args.rounds} round(s)"
+    size += f", {args.dtype}, {args.device}, {args.threads} thread(s)"
     args.device = "meta"  # shapes are enough to count
     weights = sum(parameter.nbytes for parameter in model_of(args).parameters())
     table = [
         f"# Memory and time of a step\n\n{about}\n\n{size}; the model's weights take {weights / 2**20:.0f} MiB.\n",
         f"Made by\n\n    python benchmarks/step_memory.py {' '.join(sys.argv[1:])}\n",
-        "| step | peak MiB, models included | / LoRA | / checkpointing | seconds | / LoRA | / checkpointing |",
-        "|---|---|---|---|---|---|---|",
+        "| step | rounds | peak MiB, models included | / LoRA | / checkpointing | seconds | / LoRA | / checkpointing |",
+        "|---|---|---|---|---|---|---|---|",
         *lines,
     ]
     print("\n".join(lines))

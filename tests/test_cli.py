@@ -507,6 +507,7 @@ def test_a_pickle_cannot_run_code(call: Call, config: Callable[..., Path], tmp_p
         (("run", "toy.yaml", "--out", "foreign"), "foreign is not empty and not a run; choose another --out"),
         (("report", "[/b]:cat:"), "[/b]:cat: is not a run; expected a directory made by `plugbridge run`"),
         (("report", "foreign"), "foreign is not a run"),
+        (("bench", "memory", "--only", "LoRA", "--only", "lara"), "--only lara: no row's name holds that; rows: full "),
     ],
 )
 def test_a_mistaken_command_is_one_line(

@@ -69,7 +69,7 @@ def test_a_stage_that_is_killed_is_told_and_resumed(
     os.kill(_stage_of(run, tmp_path / "run" / "couple" / "checkpoint.pt"), signal.SIGKILL)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 2
-    assert "error: the stage was killed, by the system if memory ran out" in err
+    assert "error: stage 'couple' was killed, by the system if memory ran out" in err
     assert "Traceback" not in err + out
     again = begin(steps=4000)
     couple = _stage_of(again, tmp_path / "run" / "couple" / "checkpoint.pt")

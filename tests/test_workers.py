@@ -89,7 +89,7 @@ def test_errors_come_back_as_they_were_with_their_place() -> None:
     [
         (signal.SIGKILL, "the stage was killed, by the system if memory ran out; `plugbridge plan` says"),
         (signal.SIGBUS, "the stage was ended by SIGBUS: a file that it reads was cut short"),
-        (signal.SIGTERM, "the stage's process ended by SIGTERM; run the same command again to resume"),
+        (signal.SIGTERM, "the stage ended by SIGTERM; run the same command again to resume"),
     ],
 )
 def test_a_killed_process_is_one_line(number: signal.Signals, said: str) -> None:

@@ -65,9 +65,14 @@ def settle() -> int:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # or the next stage's reserved bytes hold this one's
-    with suppress(OSError, AttributeError):  # glibc's own
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
     return int(psutil.Process().memory_info().rss)
+
+
+def trim() -> None:
+    """Give back to the system the pages that are free between those in use (glibc only); takes some milliseconds."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 GIVEN_BACK = 2**17

@@ -46,7 +46,7 @@ class Stage:
     needs: tuple[str, ...]
     depends: Mapping[str, Any]
     work: Callable[[Path], StageResult]
-    room: int = 0
+    room: Callable[[], int] = lambda: 0
     """Bytes of disk that the work fills while it lasts, as far as that is known before."""
 
 
@@ -142,14 +142,18 @@ def check_room(root: Path, stages: Sequence[Stage], only: str | None) -> None:
     digests = stage_digests(stages)
     free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
     for stage in stages:
-        if only in (None, stage.name) and stage.room > free and not is_done(root / stage.name, digests[stage.name]):
+        if only not in (None, stage.name) or is_done(root / stage.name, digests[stage.name]):
+            continue
+        need = stage.room()
+        if need > free:
             raise RunError(
-                f"stage '{stage.name}' will write {stage.room / 1e6:.1f} MB to {root}, where {free / 1e6:.1f} MB are "
-                "free; free some disk, choose another --out, or keep it in memory (score.keep, couple.cache)"
+                f"stage '{stage.name}' will write {need / 1e6:.1f} MB to {root}, where {free / 1e6:.1f} MB are free; "
+                "free some disk, choose another --out, or have less there (score.keep, couple.cache, prune.budget)"
             )
 
 
-Do = Callable[[Callable[[], StageResult]], StageResult]
+Do = Callable[[str, Callable[[], StageResult]], StageResult]
+"""What does the work of the stage that it is told."""
 
 
 def execute(
@@ -157,7 +161,7 @@ def execute(
     stages: Sequence[Stage],
     only: str | None,
     announce: Callable[[str, str], None],
-    do: Do = lambda work: work(),
+    do: Do = lambda _stage, work: work(),
 ) -> None:
     """Run all stages that are not done, or only one of them. The caller holds the lock.
 
@@ -206,7 +210,7 @@ def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str]
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {"digest": digest, "depends": dict(stage.depends)})
     with disk_errors(folder):
-        result = do(partial(stage.work, folder))
+        result = do(stage.name, partial(stage.work, folder))
     outputs = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))

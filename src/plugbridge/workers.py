@@ -40,10 +40,10 @@ def workers(count: int, start: Literal["spawn", "fork"] = "spawn") -> ProcessPoo
     return ProcessPoolExecutor(count, multiprocessing.get_context(start), _begin)
 
 
-def apart(work: Callable[[], T]) -> T:
+def apart(work: Callable[[], T], what: str = "the stage") -> T:
     """What some work gives, done by a copy of this process, which must not have begun to compute.
 
-    Raises what it raises; RunError if the copy was killed.
+    Raises what it raises; RunError, which says `what` it was, if the copy was killed.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -54,7 +54,7 @@ def apart(work: Callable[[], T]) -> T:
         found, error, trace = here.recv()
     except EOFError:
         copy.join()
-        raise RunError(_ended(copy.exitcode or 0)) from None
+        raise RunError(_ended(what, copy.exitcode or 0)) from None
     except BaseException:  # an interrupt that the copy need not have seen
         copy.terminate()
         try:
@@ -91,16 +91,16 @@ def _answer(work: Callable[[], Any], there: "connection.Connection[Any, Any]") -
     there.send(answer)
 
 
-def _ended(code: int) -> str:
+def _ended(what: str, code: int) -> str:
     if code == -signal.SIGKILL:
         return (
-            "the stage was killed, by the system if memory ran out; `plugbridge plan` says what it needs, and the same "
+            f"{what} was killed, by the system if memory ran out; `plugbridge plan` says what it needs, and the same "
             "command goes on from its last checkpoint"
         )
     if code == -signal.SIGBUS:
-        return "the stage was ended by SIGBUS: a file that it reads was cut short meanwhile; put it back and run again"
+        return f"{what} was ended by SIGBUS: a file that it reads was cut short meanwhile; put it back and run again"
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-    return f"the stage's process ended {how}; run the same command again to resume"
+    return f"{what} ended {how}; run the same command again to resume"
 
 
 def _begin() -> None:

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import execute, facts_of
 from plugbridge.stages.build import build_stages
-from plugbridge.stages.couple import cache_room
-from plugbridge.stages.shrink import score_room
+from plugbridge.stages.room import cache_room, couple_room, score_room
 from test_durability import start
 
 Raw = dict[str, Any]
@@ -133,6 +133,29 @@ def test_a_model_that_changes_between_two_stages_is_noticed(
     assert list(said) == ["tune", "score", "prune", "couple"]
 
 
+def test_a_model_that_changes_under_a_training_ends_it(
+    run_config: Callable[..., Raw], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = run_config(resident="all", ceiling=None, tune={"steps": 50, "batch_size": 2})
+    raw["small"] = str(shutil.copytree(raw["small"], tmp_path / "small"))
+    steps: list[int] = []
+
+    class Changing(Silent):
+        @contextmanager
+        def bar(self, title: str, total: int, done: int = 0) -> Iterator[Any]:
+            def advance(count: int) -> None:
+                steps.append(count)
+                os.utime(tmp_path / "small" / "model.safetensors", ns=(0, 0))
+
+            yield advance
+
+    monkeypatch.setattr("plugbridge.stages.work.WATCH", 0.0)
+    stages = build_stages(prepare(parse_config(raw, "test"), None), tmp_path / "run", Changing())
+    with pytest.raises(ModelError, match=r"model\.safetensors has changed while the run was going on"):
+        execute(tmp_path / "run", stages, "tune", lambda _stage, _what: None)
+    assert steps == [1]
+
+
 @pytest.mark.parametrize(("family", "mode"), [("gpt2", "ladder"), ("t5", "ladder"), ("t5", "ladder_delta")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_too_little_disk_for_the_cache_is_said_before_the_run(
@@ -141,15 +164,15 @@ def test_too_little_disk_for_the_cache_is_said_before_the_run(
     couple = {"steps": 12, "batch_size": 3, "mode": mode, "cache": "disk"}
     raw = run_config(family, ceiling=None, tune=TRAIN, couple=couple, dtype=dtype, evaluate={"limit": 4})
     prepared = prepare(parse_config(raw, "test"), None)
-    need = cache_room(prepared)
+    cached, need = cache_room(prepared), couple_room(prepared)  # where the Bridge trains, it is written as well
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 1))
-    with pytest.raises(RunError, match=r"stage 'couple' will write \d+\.\d MB to .* keep it in memory"):
+    with pytest.raises(RunError, match=r"stage 'couple' will write \d+\.\d MB to .* have less there"):
         start(raw, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     monkeypatch.undo()
     start(raw, tmp_path / "run")
-    assert facts_of(tmp_path / "run", "couple")["cache_bytes"] == need
+    assert facts_of(tmp_path / "run", "couple")["cache_bytes"] == cached
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
     assert set(start(raw, tmp_path / "run").values()) == {"skipped"}
     assert cache_room(prepare(parse_config({**raw, "couple": {**couple, "cache": "memory"}}, "test"), None)) == 0
@@ -169,11 +192,11 @@ def test_too_little_disk_for_the_kept_states_is_said_before_the_run(
     need = score_room(prepared)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 1))
-    with pytest.raises(RunError, match=r"stage 'score' will write \d+\.\d MB to .* keep it in memory"):
+    with pytest.raises(RunError, match=r"stage 'score' will write \d+\.\d MB to .* have less there"):
         start(raw, tmp_path / "run")
     monkeypatch.undo()
     stages = {stage.name: stage for stage in build_stages(prepared, tmp_path / "run", Silent())}
-    assert stages["large_ladder"].room == need
+    assert stages["large_ladder"].room() == need
     stage = stages["score"]
     execute(tmp_path / "run", [stage], None, lambda _stage, _what: None)
     assert 0.5 * need < facts_of(tmp_path / "run", "score")["kept_bytes"] <= need

@@ -86,8 +86,7 @@ class Machine:
 
     def chooses(self, row: Row) -> bool:
         """Whether a row is to be run, if it fits."""
-        name = f"{row.method}: {row.stage}"
-        return row.real and (not self.only or any(part in name for part in self.only))
+        return row.real and (not self.only or any(part in row.name for part in self.only))
 
 
 def key_of(count: Count) -> Key:
@@ -210,7 +209,7 @@ def _turn(row: Row) -> int:
 
 
 def _run(shape: Shape, row: Row, machine: Machine, weights: int, predicted: Count) -> Count:
-    name = f"{shape.name}, {row.method}: {row.stage}"
+    name = f"{shape.name}, {row.name}"
     log.info("%s, predicted %.0f MiB and %.0f s a repetition", name, predicted.peak_bytes / 2**20, predicted.seconds)
     try:
         real = measured(_on_disk(row.case, shape, machine.weights), row.make, machine.threads)

@@ -56,11 +56,11 @@ def execute_stages(
     return root
 
 
-def _here(work: "Callable[[], StageResult]") -> "StageResult":
+def _here(_stage: str, work: "Callable[[], StageResult]") -> "StageResult":
     return work()
 
 
-def _by_itself(dtype: "torch.dtype", work: "Callable[[], StageResult]") -> "StageResult":
+def _by_itself(dtype: "torch.dtype", stage: str, work: "Callable[[], StageResult]") -> "StageResult":
     """Do a stage's work in a process of its own."""
     from plugbridge.memory.warm import warm_up
     from plugbridge.workers import apart
@@ -69,7 +69,7 @@ def _by_itself(dtype: "torch.dtype", work: "Callable[[], StageResult]") -> "Stag
         warm_up(dtype)
         return work()
 
-    return apart(warmed)
+    return apart(warmed, f"stage '{stage}'")
 
 
 def _describe(root: Path, config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Every key of the schema with its default and meaning, for `plugbridge explain` and docs/configuration.md."""
 
-from typing import get_args
+import re
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -19,10 +20,10 @@ def fields_help() -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     for name, field in RunConfig.model_fields.items():
         if field.description:
-            rows.append((name, _default(field), field.description))
+            rows.append((name, _default(field), _meaning(field)))
         for model in tables_of(field):
             for key, sub in model.model_fields.items():
-                rows.append((f"{name}.{key}", _default(sub), sub.description or ""))
+                rows.append((f"{name}.{key}", _default(sub), _meaning(sub)))
     return rows
 
 
@@ -30,6 +31,21 @@ def fields_markdown() -> str:
     """`fields_help` as a Markdown table."""
     lines = [f"| `{key}` | {default} | {text} |" for key, default, text in fields_help()]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *lines]) + "\n"
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description, and the values to choose from where it does not name them all."""
+    said, values = field.description or "", _values(field.annotation)
+    if all(re.search(rf"\b{re.escape(value)}\b", said) for value in values):
+        return said
+    return f"{said}; one of {', '.join(f'`{value}`' for value in values)}"
+
+
+def _values(annotation: Any) -> list[str]:
+    """The strings that a type lets one choose from."""
+    if get_origin(annotation) is Literal:
+        return [value for value in get_args(annotation) if isinstance(value, str)]
+    return [value for part in get_args(annotation) for value in _values(part)]
 
 
 def _default(field: FieldInfo) -> str:

@@ -39,6 +39,11 @@ class Row:
     make: MakeStep
     real: bool = True
 
+    @property
+    def name(self) -> str:
+        """Method and stage."""
+        return f"{self.method}: {self.stage}"
+
 
 def baselines(case: Case, methods: tuple[str, ...] = ("lora",)) -> list[Row]:
     """Ways to tune the large model itself, on the same batch and length."""

@@ -14,6 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from plugbridge.cost import GIVEN_BACK, trim
+
+TRIMMED = 2**20
+"""Bytes of small states after which the heap is trimmed: it grows by some ten times as much."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -40,6 +45,7 @@ class Shelf:
         self.bytes = 0
         self._places: dict[int, Place] = {}
         self._free: dict[int, list[int]] = {}
+        self._small = 0
 
     def put(self, tensor: Tensor) -> None:
         """Put a tensor's values away; those of one that was there before are in the file already."""
@@ -48,7 +54,17 @@ class Shelf:
             self._write(place, tensor)
             self._places[id(tensor)] = place
             weakref.finalize(tensor, self._gone, id(tensor)).atexit = False
+        nbytes = tensor.nbytes
         tensor.data = tensor.new_empty(0)
+        self._trim(nbytes)
+
+    def _trim(self, nbytes: int) -> None:
+        """Small states leave holes among what stays, which others of their size then do not fit in."""
+        if nbytes < GIVEN_BACK:
+            self._small += nbytes
+        if self._small >= TRIMMED:
+            self._small = 0
+            trim()
 
     def take(self, tensor: Tensor) -> None:
         """Bring a tensor's values back, if they are away."""

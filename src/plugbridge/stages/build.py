@@ -12,11 +12,12 @@ from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
 from plugbridge.stages.baselines import climb, finetune, rate_of_baseline
-from plugbridge.stages.couple import cache_room, couple, uses_large
+from plugbridge.stages.couple import couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
 from plugbridge.stages.repair import repair
-from plugbridge.stages.shrink import prune, score, score_room
+from plugbridge.stages.room import baseline_room, bridge_room, couple_room, score_room
+from plugbridge.stages.shrink import prune, score
 from plugbridge.stages.tune import ceiling, tune
 from plugbridge.stages.work import Work, rate_of_training
 from plugbridge.transfer.couple import find_mode
@@ -49,7 +50,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         needs: tuple[str, ...],
         depends: dict[str, Any],
         work: Callable[[Work], dict[str, Any]],
-        room: int = 0,
+        room: Callable[[], int] = lambda: 0,
     ) -> Stage:
         def measured(folder: Path) -> StageResult:
             if prepared.large_bytes >= BIG:
@@ -70,12 +71,13 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     couple_rate = rate_of_training(config.couple, prepared.method)
     stages = [
         stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
-        stage("score", (), {"large": large, "score": _dump(config.score)}, score, score_room(prepared)),
+        stage("score", (), {"large": large, "score": _dump(config.score)}, score, partial(score_room, prepared)),
         stage(
             "prune",
             ("score",),
             {"large": large, "prune": _dump(config.prune), "reads_tokens": find_mode(config.couple.mode).reads_tokens},
             prune,
+            partial(bridge_room, prepared),
         ),
     ]
     bridge = ("prune",)
@@ -93,7 +95,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
                 **(bits if uses_large(config) else {}),
             },
             couple,
-            cache_room(prepared),
+            partial(couple_room, prepared),
         ),
     ]
     coupled: tuple[str, ...] = ("couple",)
@@ -112,8 +114,8 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         }
         stages.append(stage("ceiling", (), depends, ceiling))
         results = (*results, "ceiling")
-    for name, depends, work in _baselines(prepared):
-        stages.append(stage(name, (), depends, work, score_room(prepared) if name == "large_ladder" else 0))
+    for name, depends, work, room in _baselines(prepared):
+        stages.append(stage(name, (), depends, work, room))
         results = (*results, name)
     stages.append(
         stage(
@@ -126,10 +128,13 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     return stages
 
 
-def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[Work], dict[str, Any]]]]:
-    """Name, dependencies and work of every baseline that the configuration asks for."""
+Baseline = tuple[str, dict[str, Any], Callable[[Work], dict[str, Any]], Callable[[], int]]
+
+
+def _baselines(prepared: Prepared) -> list[Baseline]:
+    """Name, dependencies, work and disk of every baseline that the configuration asks for."""
     config = prepared.config
-    found: list[tuple[str, dict[str, Any], Callable[[Work], dict[str, Any]]]] = []
+    found: list[Baseline] = []
     for size in ("small", "large"):
         for kind, work in (("finetuned", finetune), ("ladder", climb)):
             settings: TrainConfig | None = getattr(config.baselines, f"{size}_{kind}")
@@ -140,7 +145,8 @@ def _baselines(prepared: Prepared) -> list[tuple[str, dict[str, Any], Callable[[
             depends = {"model": prepared.inputs[size], "baseline": _dump(settings), "rate": rate}
             if kind == "ladder":
                 depends["score"] = _dump(config.score)
-            found.append((name, depends, partial(work, size=size)))
+            room = partial(baseline_room, prepared, size, kind, settings)
+            found.append((name, depends, partial(work, size=size), room))
     return found
 
 

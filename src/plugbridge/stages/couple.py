@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plugbridge.config import RunConfig
-from plugbridge.families.spec import Layout, layout_of_config
+from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
-from plugbridge.models import load_config, load_model
+from plugbridge.models import load_model
 from plugbridge.prepare import Prepared
 from plugbridge.stages.work import (
     CHECKPOINT,
@@ -31,7 +31,6 @@ from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.coupling import Coupling, bridge_state, drop_vocabulary, require_gradients, silence
 from plugbridge.transfer.down import start_down
-from plugbridge.transfer.ladder import length_in
 from plugbridge.transfer.start import Start, fresh_start, small_start
 from plugbridge.transfer.states import BothRows, Place, See, States, watch
 from plugbridge.tuners.module import Module, Slot, read, save, unpack
@@ -109,20 +108,7 @@ def alignment_passes(config: RunConfig) -> int:
     return (settings.plug != "random") + (settings.layer_map != "uniform")
 
 
-def cache_room(prepared: Prepared) -> int:
-    """Bytes of the activations that coupling will write to disk."""
-    config, kind = prepared.config, prepared.large_encoder.kind
-    places = find_mode(config.couple.mode).caches
-    if config.couple.cache != "disk" or places is None:
-        return 0
-    large = load_config(config.large_path, trust_remote_code=config.trust_remote_code)
-    layout = layout_of_config(large.to_dict())
-    stacks = [rung.partition(":")[0] for rung in places(layout)]
-    positions = sum(length_in(row, stack, kind) for row in set(_drawn(prepared)) for stack in stacks)
-    return positions * layout.sizes["hidden"] * prepared.dtype.itemsize
-
-
-def _drawn(prepared: Prepared) -> list[Encoded]:
+def rows_drawn(prepared: Prepared) -> list[Encoded]:
     """The rows that coupling reads, in order."""
     settings, rows = prepared.config.couple, prepared.large_rows["train"]
     return [
@@ -142,7 +128,7 @@ def _large_rows(prepared: Prepared, runs_large: bool, cached: bool) -> int:
     """Rows that the large model reads while coupling; a cached row is read once."""
     if not runs_large:
         return 0
-    drawn = _drawn(prepared)
+    drawn = rows_drawn(prepared)
     return len(set(drawn)) if cached else len(drawn)
 
 

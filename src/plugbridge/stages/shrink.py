@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from plugbridge.errors import ModelError
 from plugbridge.evaluate import log_likelihood
-from plugbridge.families.spec import Layout, layout_of_config
+from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
-from plugbridge.models import load_config, parameter_count
-from plugbridge.prepare import Prepared, bridge_sizes
+from plugbridge.models import parameter_count
+from plugbridge.prepare import bridge_sizes
 from plugbridge.progress import Progress
 from plugbridge.shrink.bridge import bridge_weights, empty_bridge, shuffled, write_bridge
 from plugbridge.shrink.importance import (
@@ -36,7 +36,6 @@ from plugbridge.stages.work import BASIS, Work, why_not_finite
 from plugbridge.streaming import block_bytes, window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import find_mode
-from plugbridge.transfer.ladder import length_in
 
 
 @dataclass(frozen=True)
@@ -139,26 +138,6 @@ def rows_scored(importance: Importance, samples: int) -> int:
 def rows_at_once(layout: Layout, length: int, dtype: torch.dtype, room: int) -> int:
     """How many rows' states at every block take `room` bytes, at least one row."""
     return max(1, room // (length * layout.sizes["hidden"] * dtype.itemsize * sum(layout.layers.values())))
-
-
-def score_room(p: Prepared) -> int:
-    """The most bytes of states that scoring will have on disk at a time.
-
-    A row leaves a state at every block; six more, a mask and three times T5's position biases are room for what goes
-    from block to block.
-    """
-    if p.config.score.keep != "disk" or p.streamed is None:
-        return 0
-    large = load_config(p.config.large_path, trust_remote_code=p.config.trust_remote_code)
-    layout, kind = layout_of_config(large.to_dict()), p.large_encoder.kind
-    total = 0
-    for row in p.large_rows["train"][: p.config.score.samples]:
-        lengths = {stack: length_in(row, stack, kind) for stack in layout.layers}
-        states = sum((layout.layers[stack] + 6) * length * layout.sizes["hidden"] for stack, length in lengths.items())
-        longest = max(lengths.values())
-        biases = 0 if kind == "causal" else 3 * layout.sizes["heads"] * sum(n * longest for n in lengths.values())
-        total += p.dtype.itemsize * (states + biases + longest * longest)
-    return total
 
 
 def score(work: Work) -> dict[str, Any]:

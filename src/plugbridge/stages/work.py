@@ -1,6 +1,7 @@
 """What every stage's function gets, and what several of them read."""
 
 import json
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from plugbridge.train import Schedule, fit
 from plugbridge.tuners.table import Method
 
 CHECKPOINT = "checkpoint.pt"
+WATCH = 10.0
+"""Seconds after which a training looks whether the models' files have changed."""
 BASIS = "basis:"  # marks projections among the kept positions on disk
 
 
@@ -76,13 +79,28 @@ def train(
 ) -> list[float]:
     """Train named tensors as `plugbridge.train.fit` does, resuming from the stage's checkpoint; returns the losses.
 
-    Where the first loss is not finite already, the message says what is wrong with the `models` in it.
+    Where the first loss is not finite already, the message says what is wrong with the `models` in it. Raises
+    ModelError soon after a model's files have changed.
     """
     with explained(*models):
         return fit(
-            parameters, rows, loss_of, schedule, work.folder / CHECKPOINT, work.progress, title,
-            lambda row: row.targets, work.cost,
+            parameters, rows, _watching(work.prepared, loss_of), schedule, work.folder / CHECKPOINT, work.progress,
+            title, lambda row: row.targets, work.cost,
         )  # fmt: skip
+
+
+def _watching(prepared: Prepared, loss_of: Callable[[list[Encoded]], Tensor]) -> Callable[[list[Encoded]], Tensor]:
+    """A loss that looks now and then whether the models' files are what they were."""
+    looked = time.monotonic()
+
+    def loss(rows: list[Encoded]) -> Tensor:
+        nonlocal looked
+        if time.monotonic() - looked >= WATCH:
+            prepared.require_unchanged()
+            looked = time.monotonic()
+        return loss_of(rows)
+
+    return loss
 
 
 @contextmanager

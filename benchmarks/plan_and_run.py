@@ -102,7 +102,7 @@ def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
     cells = [row["size"], row["how"], row["stage"]]
     cells += [f"{row[key] / 2**20:,.0f}" for key in ("planned_bytes", "peak_bytes")]
-    cells.append(f"{row['planned_bytes'] / max(1, row['peak_bytes']) - 1:+.0%}")
+    cells.append("" if row["stage"] == "plug" else f"{row['planned_bytes'] / max(1, row['peak_bytes']) - 1:+.0%}")
     cells += [f"{row[key]:.1f}" for key in ("planned_seconds", "seconds")]
     return f"| {' | '.join(cells)} |"
 

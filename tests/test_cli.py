@@ -187,7 +187,7 @@ def test_a_plan_in_words(call: Call, config: Callable[..., Path]) -> None:
     code, out, _ = call("plan", asked, "--length", 8, "--memory", "100GB", "--threads", 1)
     assert code == 0
     for said in (
-        "the whole run",
+        "all of the above",
         "processor with 1 thread: ",
         "of the streamed model from disk",
         "evaluate.limit says",
@@ -200,22 +200,31 @@ def test_a_plan_in_words(call: Call, config: Callable[..., Path]) -> None:
     assert "fits with" not in out
 
 
-def test_a_plan_ends_with_the_command_that_fits(
+def test_a_plan_ends_with_a_command_that_fits(
     call: Call, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = config(device="cpu", resident="all", couple={"steps": 2, "batch_size": 512})
-    _, out, _ = call("plan", asked, "--length", 16, "--json")
-    found = json.loads(out)
-    peaks = sorted(stage["peak_bytes"] for stage in found["stages"] if stage["ours"])
+    train = {"steps": 2, "batch_size": 512}
+    asked = config(device="cpu", resident="all", couple=train, ceiling=train, baselines={"large_finetuned": train})
+    own = ("--set", "couple.mode=ladder", "--set", "seed=7")
     monkeypatch.setattr("plugbridge.plan.make._baseline", lambda _dtype: 2**20)
+    _, out, err = call("plan", asked, *own, "--length", 16, "--json")
+    assert not err
+    peaks = sorted(stage["peak_bytes"] for stage in json.loads(out)["stages"] if stage["ours"])
+    room = 2**20 + peaks[-1] // 2
     monkeypatch.setattr("shutil.disk_usage", lambda _path: NoRoom())
-    _, out, _ = call("plan", asked, "--length", 16, "--memory", 2**20 + peaks[-2])
-    (line,) = (line for line in out.splitlines() if line.startswith("  plugbridge run"))
-    assert line.startswith(f"  plugbridge run {asked} --set ")
-    words = line.split("--set ")[1:]
-    assert any(word.startswith("couple.micro_batch=") for word in words)
+    _, out, _ = call("plan", asked, *own, "--length", 16, "--memory", room)
+    assert "not needed for the transfer and does not fit: ceiling, baselines.large_finetuned" in out
     assert "the run may write" in out
     assert "here are 0 MiB free" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("  plugbridge run"))
+    assert line.startswith(f"  plugbridge run {asked} --set couple.mode=ladder --set seed=7 --set ")
+    words = line.split()[3:]
+    assert any(word.startswith("couple.micro_batch=") for word in words)
+    assert {"ceiling=null", "baselines.large_finetuned=null"} < set(words)
+    _, out, _ = call("plan", asked, *words, "--length", 16, "--memory", room, "--json")
+    found = json.loads(out)
+    assert all(stage["fits"] for stage in found["stages"] if stage["ours"] or stage["reference"])
+    assert found["advice"] is None
 
 
 def test_the_gap_recovered_is_null_where_there_may_be_no_gap() -> None:

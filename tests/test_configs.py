@@ -47,3 +47,10 @@ def test_the_documented_tasks_are_the_task_files() -> None:
 
 def test_the_documented_configuration_is_the_schema() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").endswith(fields_markdown())
+
+
+def test_an_override_changes_one_place_of_what_the_file_says_twice(tmp_path: Path) -> None:
+    text = "small: a\nlarge: b\ntask: rte\ntune: &train {steps: 3}\ncouple: *train\n"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    config = load_config(tmp_path / "run.yaml", ("couple.steps=4", "couple.mode=ladder"))
+    assert (config.tune.steps, config.couple.steps, config.couple.mode) == (3, 4, "ladder")

@@ -118,6 +118,11 @@ def check_load_in(source: str, whole: PreTrainedModel, layout: Layout, load_in: 
             f"bitsandbytes {library.__version__} cannot run {load_in} layers on device '{device}': "
             f"{first_line(error)}; use another device or load_in"
         ) from error
+    check_blocks(source, whole, layout, load_in, device)
+
+
+def check_blocks(source: str, whole: PreTrainedModel, layout: Layout, load_in: LoadIn, device: str) -> None:
+    """Refuse layers of which the device's code does not know the blocks. Raises ModelError."""
     for path in block_linears(whole, layout) if (load_in, device) == ("4bit", "cpu") else ():
         shape = whole.get_parameter(f"{path}.weight").shape
         inputs = shape[0] if layout.family.linear == "in out" else shape[1]

@@ -142,13 +142,16 @@ def check_room(root: Path, stages: Sequence[Stage], only: str | None) -> None:
     digests = stage_digests(stages)
     free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
     for stage in stages:
-        if only not in (None, stage.name) or is_done(root / stage.name, digests[stage.name]):
+        folder = root / stage.name
+        if only not in (None, stage.name) or is_done(folder, digests[stage.name]):
             continue
         need = stage.room()
-        if need > free:
+        have = free + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # which it replaces
+        if need > have:
             raise RunError(
-                f"stage '{stage.name}' will write {need / 1e6:.1f} MB to {root}, where {free / 1e6:.1f} MB are free; "
-                "free some disk, choose another --out, or have less there (score.keep, couple.cache, prune.budget)"
+                f"stage '{stage.name}' will write {need / 1e6:.1f} MB to {root}, where {have / 1e6:.1f} MB are free; "
+                "free some disk, choose another --out, or have less there: score.keep, couple.cache, a smaller Bridge, "
+                "checkpoint_every"
             )
 
 

@@ -15,7 +15,6 @@ from plugbridge.cli.terminal import out, setup
 from plugbridge.config import load_config
 
 if TYPE_CHECKING:
-    from plugbridge.plan.advice import Advice
     from plugbridge.plan.make import Plan
 
 
@@ -58,10 +57,10 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
         return
-    _print_plan(found, config)
+    _print_plan(found, config, sets or [])
 
 
-def _print_plan(found: "Plan", config: Path) -> None:
+def _print_plan(found: "Plan", config: Path, sets: list[str]) -> None:
     out.print(_table(found))
     threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
     where = "card" if found.device == "cuda" else f"processor with {threads}"
@@ -74,7 +73,8 @@ def _print_plan(found: "Plan", config: Path) -> None:
     if whole.read_bytes:
         out.print(
             f"reading {whole.read_bytes / 2**30:,.1f} GiB of the streamed model from disk is not in it: "
-            f"{_lasting(whole.read_bytes / 1e9)} at 1 GB/s; every part of a batch (couple.micro_batch) reads it anew"
+            f"{_lasting(whole.read_bytes / 1e9)} at 1 GB/s; every batch reads it anew, and every part of one "
+            "(couple.micro_batch)"
         )
     if found.baseline:
         taken = f"{found.baseline / 2**30:.1f} GiB here"
@@ -83,22 +83,36 @@ def _print_plan(found: "Plan", config: Path) -> None:
         out.print("peaks are the card's")
     out.print(f"rows are taken to be full, {found.length} tokens: give --length if yours are shorter")
     if any(stage.name.endswith("(a batch)") for stage in found.stages):
-        out.print("(a batch): of evaluate.batch_size rows; how many there are is in no configuration file")
+        out.print(
+            "(a batch): of evaluate.batch_size rows; how many there are is in no configuration file, the sum has one"
+        )
     for note, names in _notes(found).items():
         out.print(f"{', '.join(names)}: {note}")
     free = shutil.disk_usage(Path.cwd()).free
     if whole.disk_bytes > free:
         out.print(f"the run may write {whole.disk_bytes / 2**20:,.0f} MiB; here are {free / 2**20:,.0f} MiB free")
-    tight = [stage.name for stage in found.stages if stage.reference and stage.fits is False]
-    if tight:
-        out.print(f"not needed for the transfer and does not fit, leave it out: {', '.join(tight)}")
-    if found.memory is None:
-        return
-    given = f"{found.memory / 2**30:.1f} GiB"
-    if found.memory <= found.baseline:
+    if found.memory is not None:
+        _print_what_fits(found, found.memory, f"plugbridge run {shlex.quote(str(config))}", sets)
+
+
+def _print_what_fits(found: "Plan", memory: int, command: str, sets: list[str]) -> None:
+    given = f"{memory / 2**30:.1f} GiB"
+    if memory <= found.baseline:
         out.print(f"{given} is less than Python and its libraries take by themselves")
-    elif found.advice is not None:
-        out.print(f"'{found.peak.name}' does not fit in {given}; {_advised(found.advice, config)}")
+        return
+    if found.peak.fits is False:
+        out.print(f"'{found.peak.name}' does not fit in {given}")
+    if found.advice is not None and found.advice.stuck is not None:
+        out.print(f"no setting tried makes '{found.advice.stuck}' fit")
+        return
+    if found.too_large:
+        out.print(f"not needed for the transfer and does not fit: {', '.join(found.too_large).replace('=null', '')}")
+    settings = [*(found.advice.settings if found.advice is not None else ()), *found.too_large]
+    if found.peak.fits and "resident=none" in settings:
+        out.print("resident: auto would go by the memory that is free when the run begins")
+    if settings:
+        words = (f"--set {shlex.quote(setting)}" for setting in (*sets, *settings))
+        out.print(f"the run fits with\n  {command} {' '.join(words)}")
 
 
 def _table(found: "Plan") -> Table:
@@ -136,10 +150,3 @@ def _notes(found: "Plan") -> dict[str, list[str]]:
         if stage.note:
             notes.setdefault(stage.note, []).append(f"'{stage.name}'")
     return notes
-
-
-def _advised(advice: "Advice", config: Path) -> str:
-    if advice.stuck is not None:
-        return f"no setting tried makes '{advice.stuck}' fit"
-    words = " ".join(f"--set {setting}" for setting in advice.settings)
-    return f"the run fits with\n  plugbridge run {shlex.quote(str(config))} {words}"

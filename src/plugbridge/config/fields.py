@@ -38,7 +38,8 @@ def _meaning(field: FieldInfo) -> str:
     said, values = field.description or "", _values(field.annotation)
     if all(re.search(rf"\b{re.escape(value)}\b", said) for value in values):
         return said
-    return f"{said}; one of {', '.join(f'`{value}`' for value in values)}"
+    several = any(get_origin(part) is list for part in get_args(field.annotation))
+    return f"{said}; {'some' if several else 'one'} of {', '.join(f'`{value}`' for value in values)}"
 
 
 def _values(annotation: Any) -> list[str]:

@@ -79,15 +79,17 @@ def apply_override(raw: Any, override: str) -> Any:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: expected key=value, such as couple.steps=500")
-    target: Any = raw if isinstance(raw, dict) else {}
+    target: dict[str, Any] = dict(cast(dict[str, Any], raw)) if isinstance(raw, dict) else {}
     root = target
     *path, last = key.strip().split(".")
     for part in path:
         inner: Any = target.get(part)
-        if not isinstance(inner, dict):
+        if isinstance(inner, dict):
+            inner = dict(cast(dict[str, Any], inner))  # another place of the file may hold it too, by a YAML alias
+        else:
             inner = {SHORTHAND[part]: inner} if part in SHORTHAND and isinstance(inner, str) else {}
-            target[part] = inner
-        target = cast(dict[str, Any], inner)
+        target[part] = inner
+        target = inner
     try:
         target[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:

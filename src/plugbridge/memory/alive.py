@@ -46,11 +46,11 @@ class Alive(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __enter__(self) -> "Alive":
-        _CURRENT.set(self)
+        self._outer = _CURRENT.set(self)
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        _CURRENT.set(None)
+        _CURRENT.reset(self._outer)
         super().__exit__(*error)
 
     def go_to(self, place: str) -> None:

@@ -6,6 +6,7 @@ each kind with a layer added, give the true depth's count at every place; the la
 """
 
 import gc
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -70,9 +71,9 @@ def predict(case: Case, make: MakeStep) -> Trace:
 
 
 def _repeated(found: Trace, times: float) -> Trace:
-    """The same peaks, and the work so often."""
+    """The same peaks, and the work so often; a part of a part is read from disk as a whole."""
     flops, moved = ({number: times * count for number, count in each.items()} for each in (found.flops, found.moved))
-    return replace(found, flops=flops, moved=moved, read=times * found.read)
+    return replace(found, flops=flops, moved=moved, read=math.ceil(times) * found.read)
 
 
 def _predict(case: Case, make: MakeStep) -> Trace:

@@ -1,16 +1,19 @@
 """Which settings would make a run fit."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from plugbridge.config import RunConfig
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, ModelError
 from plugbridge.memory.packed import BITS
 from plugbridge.memory.rows import Row
+from plugbridge.models import pick_device
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import Work, peak_of, subjects_of, works_of
 from plugbridge.prepare import resolve
+from plugbridge.quantised import check_blocks
 from plugbridge.transfer.couple import find_mode
 
 Settings = Mapping[str, Any]
@@ -36,12 +39,14 @@ class Change:
 MICRO_BATCH = {name: f"{name}.micro_batch" for name in ("tune", "couple")}
 ADAFACTOR: Settings = {"couple.optimizer": "adafactor"}
 CACHE: Settings = {"couple.cache": "disk"}
+STREAMED: Settings = {"resident": "none"}
 FREEZE: Settings = {"couple.bridge": "freeze"}
+REDUCTIONS = (8, 16, 32)
 BUDGETS = (1 / 32, 1 / 64, 1 / 128, 1 / 256)
 """Shares of the large model's parameters that a Bridge may have; those too small for a model are left out."""
 LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
 CHANGES: tuple[Change, ...] = (
-    Change({"resident": "none"}, LARGE),
+    Change(STREAMED, LARGE),
     Change({"score.keep": "disk"}, ("score",)),
     Change(CACHE, ("couple (",)),
     Change({MICRO_BATCH["tune"]: 1}, ("tune (",)),
@@ -49,12 +54,13 @@ CHANGES: tuple[Change, ...] = (
     Change({MICRO_BATCH["couple"]: 1}, ("couple",)),
     Change(ADAFACTOR, ("couple",)),
     Change({"evaluate.batch_size": 1}, ("evaluate", "tune: validation")),
+    Change({"polish.batch_size": 1}, ("polish",)),
     Change({"score.importance": "activation", "prune.channels": "auto"}, ("score",)),
     Change({"score.importance": "magnitude", "prune.channels": "auto"}, ("score",)),
     Change({"dtype": "bfloat16"}, ("tune", *LARGE)),
     Change(FREEZE, ("couple (",)),
     Change({"large.load_in": "4bit"}, ("repair", "couple", "polish", "evaluate")),
-    Change({"prune.reduction": 8}, ("prune", "repair", "couple")),
+    *(Change({"prune.reduction": r}, ("prune", "repair", "couple")) for r in REDUCTIONS),
     *(Change({"prune.budget": share}, ("prune", "repair", "couple")) for share in BUDGETS),
 )
 """Those first that change no result or little."""
@@ -62,8 +68,11 @@ COUNTS = {
     MICRO_BATCH["tune"]: "tune.batch_size",
     MICRO_BATCH["couple"]: "couple.batch_size",
     "evaluate.batch_size": "evaluate.batch_size",
+    "polish.batch_size": "polish.batch_size",
 }
 """Rows at a time, of which more are faster, and the key that says how many there are without advice."""
+FULL = 0.9
+"""How much of the memory more rows at a time may fill: what a run takes is not known exactly."""
 
 
 def advise(
@@ -72,7 +81,8 @@ def advise(
     """The first settings, each added to those before it that help, with which all our stages fit.
 
     `tight` are the peaks of the stages that do not fit. The search ends with the first stage that is left without a
-    setting to try. Of rows at a time it says as many as fit, a power of two.
+    setting to try. Of rows at a time it says as many as fit, a power of two. A model that `resident: auto` streams in
+    so much memory is told to be streamed, since a run may find more.
     """
     search = _Search(config, length, memory, tight, Predictions() if predictions is None else predictions)
     return search.run()
@@ -87,19 +97,41 @@ class _Search:
         self.tight = dict(tight)
         self.predictions = predictions
         self.chosen: dict[str, Any] = {}
+        if streams_here(config, length, memory):
+            self._choose(changed(config, STREAMED), STREAMED, {})
 
     def run(self) -> Advice:
+        while True:
+            if (stuck := self._settle()) is not None:
+                return Advice((), stuck)
+            self._widen()
+            peaks = self._all_peaks()
+            over = {name: peak for name, peak in peaks.items() if peak > self.memory}
+            if not over:
+                said = {key: value for key, value in self.chosen.items() if value != _value(self.asked, key)}
+                return Advice(tuple(written(*pair) for pair in said.items()))
+            if all(self.tight.get(name) == peak for name, peak in over.items()):
+                return Advice((), next(iter(over)))
+            self.tight |= over  # what fitted until others were helped
+
+    def _settle(self) -> str | None:
+        """Choose settings until no stage is over; returns one that stays so."""
         self._expect()
         for number, change in enumerate(CHANGES):
+            if not self._over():
+                return None
             if (stuck := self._stuck(number)) is not None:
-                return Advice((), stuck)
+                return stuck
             tried, peaks = self._peaks(self._over(), change)
             if any(peak < 0.98 * self.tight[name] for name, peak in peaks.items()):
                 self._choose(tried, change.settings, peaks)
-            if not self._over():
-                self._widen()
-                return Advice(tuple(written(*pair) for pair in self.chosen.items()))
-        return Advice((), self._over()[0])
+        return next(iter(self._over()), None)
+
+    def _all_peaks(self) -> dict[str, int]:
+        """The peaks of all our stages as they are now."""
+        works = list(works_of(subjects_of(self.config, self.length, self.memory)))
+        traces = self.predictions.all([work.row for work in works])
+        return {work.row.method: peak_of(work, found) for work, found in zip(works, traces, strict=True)}
 
     def _over(self) -> list[str]:
         return [name for name, peak in self.tight.items() if peak > self.memory]
@@ -134,7 +166,9 @@ class _Search:
             tried = changed(self.config, change.settings)
             subjects = subjects_of(tried, self.length, self.memory)
             works = [work for work in works_of(subjects) if work.row.method in helped]
-        except ConfigError:  # such as a Bridge too small for the model's heads
+            if tried.load_in is not None and self.asked.load_in is None:
+                check_blocks("", *subjects.large.on_meta(), tried.load_in, pick_device(tried.device))
+        except (ConfigError, ModelError):  # such as a Bridge too small for the model's heads
             return self.config, []
         if tried.load_in is not None and subjects.parameters * BITS[tried.load_in] / 8 > self.memory:
             return self.config, []  # the weights alone do not fit: nothing to trace
@@ -146,34 +180,41 @@ class _Search:
         return next((name for name in self._over() if not any(_may_help(self.config, name, c) for c in later)), None)
 
     def _widen(self) -> None:
-        """Of rows at a time take as many as fit: what two take more than one is what each more takes, about."""
-        for key in COUNTS.keys() & self.chosen.keys():
+        """Of rows at a time take as many as fit."""
+        for key in [key for key in COUNTS if key in self.chosen]:
             change = next(change for change in CHANGES if key in change.settings)
             names = [name for name in self.tight if name.startswith(change.stages)]
-            count = self._room_for(key, names, change.stages)
-            while count > 1:
+            for count in self._counts(key, names, change.stages):
                 tried, peaks = self._peaks(names, Change({key: count}, change.stages))
-                if peaks and all(peak <= self.memory for peak in peaks.values()):
-                    self.chosen[key] = count
-                    self.config = tried
-                    self.tight |= peaks
+                if peaks and all(peak <= FULL * self.memory for peak in peaks.values()):
+                    self._choose(tried, {key: count}, peaks)
                     break
-                count //= 2
 
-    def _room_for(self, key: str, names: list[str], stages: tuple[str, ...]) -> int:
-        """A power of two below the rows there are, as what two rows take lets expect."""
-        most = _value(self.asked, key) or _value(self.asked, COUNTS[key])
-        _, two = self._peaks(names, Change({key: 2}, stages))
-        count = most
-        for name, peak in two.items():
+    def _counts(self, key: str, names: list[str], stages: tuple[str, ...]) -> Iterator[int | None]:
+        """Rows at a time worth a trial, if what two take more than one is what each more takes: the most first."""
+        asked: int | None = _value(self.asked, key)
+        most = asked or _value(self.asked, COUNTS[key])
+        room, count = round(FULL * self.memory), most
+        for name, peak in self._peaks(names, Change({key: 2}, stages))[1].items():
             each = max(1, peak - self.tight[name])
-            count = min(count, 1 + (self.memory - self.tight[name]) // each)
-        return 2 ** (count.bit_length() - 1) if count < most else 2 ** ((most - 1).bit_length() - 1)
+            count = min(count, 1 + max(0, room - self.tight[name]) // each)
+        if count == most:
+            yield asked
+        power = (min(count, most - 1)).bit_length() - 1
+        yield from (2**exponent for exponent in range(power, 0, -1))
+
+
+def streams_here(config: RunConfig, length: int, memory: int) -> bool:
+    """Whether a model is streamed because this is all the memory there is."""
+    by_itself = config.resident == "auto" and config.load_in is None
+    return by_itself and subjects_of(config, length, memory).large.streamed
 
 
 def _value(config: RunConfig, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    if key == "large.load_in":
+        return config.load_in
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
 
 
 def written(key: str, value: object) -> str:
@@ -190,6 +231,11 @@ def _may_help(config: RunConfig, name: str, change: Change) -> bool:
         return False  # a module's moments are nothing to save
     if change.settings == CACHE and config.couple.cache != "memory":
         return False  # without a cache there is less still
+    reduction = change.settings.get("prune.reduction")
+    if reduction is not None and config.prune.reduction is not None and reduction <= config.prune.reduction:
+        return False  # it would be larger, or the same
+    if "large.load_in" in change.settings and not _installed("bitsandbytes"):
+        return False
     if config.prune.budget is not None and change.settings.get("prune.budget", 0) >= config.prune.budget:
         return False  # it would be larger, or the same
     try:
@@ -197,6 +243,14 @@ def _may_help(config: RunConfig, name: str, change: Change) -> bool:
     except ConfigError:  # such as a budget beside the reduction that is asked for
         return False
     return tried != now and (tried.resident != "none" or tried.load_in is None)
+
+
+def _installed(package: str) -> bool:
+    """Whether there is a package, of which nothing is imported."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def changed(config: RunConfig, settings: Settings) -> RunConfig:

@@ -13,19 +13,20 @@ from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, rates_for, seconds_of
 from plugbridge.memory.warm import warm_up
 from plugbridge.models import pick_dtype
-from plugbridge.plan.advice import Advice, advise
+from plugbridge.plan.advice import Advice, advise, streams_here
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
+from plugbridge.stages.room import WIDE, trained_bytes
 
 
 @dataclass(frozen=True)
 class PlannedStage:
     """One line of a plan.
 
-    A `reference` is no part of the transfer. `peak_bytes` holds model and optimizer, `disk_bytes` is what the stage
-    leaves and, where it trains, its step checkpoint; `read_bytes` what it reads of a streamed model, which is not in
-    the `seconds`. `large_rows` are the rows that the large model reads, `passes` its forward passes. `fits` is None
-    where no memory was given. `note` says what is not exact.
+    A `reference` is no part of the transfer. `peak_bytes` holds model and optimizer, `disk_bytes` is the most that the
+    stage has on disk, step checkpoints included; `read_bytes` what it reads of a streamed model, which is not in the
+    `seconds`. `large_rows` are the rows that the large model reads, `passes` its forward passes. `fits` is None where
+    no memory was given. `note` says what is not exact.
     """
 
     name: str
@@ -66,11 +67,18 @@ class Plan:
         return max((stage for stage in self.stages if stage.ours), key=lambda stage: stage.peak_bytes)
 
     @property
+    def too_large(self) -> list[str]:
+        """Settings that leave out the references that do not fit."""
+        names = [stage.name.split(": ")[1] for stage in self.stages if stage.reference and stage.fits is False]
+        keys = (name if name == "ceiling" else f"baselines.{name}" for name in dict.fromkeys(names))
+        return [f"{key}=null" for key in keys]
+
+    @property
     def whole(self) -> PlannedStage:
-        """All our stages together: the largest peak, the sums of everything else."""
+        """All our stages' lines together: the largest peak, the sums of everything else."""
         ours = [stage for stage in self.stages if stage.ours]
         return PlannedStage(
-            "the whole run",
+            "all of the above",
             ours=True,
             reference=False,
             peak_bytes=self.peak.peak_bytes,
@@ -111,7 +119,8 @@ def make_plan(
     rates = rates_for((work.row.case for work in works), device, threads)  # while nothing else is at work
     stages = [_planned(work, trace, rates, room) for work, trace in zip(works, traces, strict=True)]
     tight = {stage.name: stage.peak_bytes for stage in stages if stage.ours and stage.fits is False}
-    advice = advise(config, length, room, tight, predictions) if room and tight else None
+    wanted = bool(room) and (bool(tight) or streams_here(config, length, room))
+    advice = advise(config, length, room, tight, predictions) if room and wanted else None
     by_name = {str(number).removeprefix("torch."): rate for number, rate in rates.items()}
     return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice)
 
@@ -123,8 +132,8 @@ def _baseline(dtype: torch.dtype) -> int:
 
 
 def _planned(work: Work, counts: Trace, rates: Mapping[torch.dtype, Rates], room: int | None) -> PlannedStage:
-    checkpoint = 12 if work.row.case.optimizer == "adamw" else 4  # parameters, and AdamW's two moments
-    disk = work.disk + checkpoint * counts.trained
+    each = WIDE if work.training is None else trained_bytes(work.training, WIDE, after=True)
+    disk = work.disk + each * counts.trained
     peak = peak_of(work, counts)
     before = {"": "", REFERENCE: "reference: "}.get(work.row.stage, "large: ")
     return PlannedStage(

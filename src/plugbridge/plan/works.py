@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig
 
-from plugbridge.config import RunConfig, TaskConfig
+from plugbridge.config import RunConfig, TaskConfig, TrainConfig
 from plugbridge.config.stages import PartsConfig
 from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
@@ -20,6 +20,7 @@ from plugbridge.models import check_pair, load_config, parameter_count, pick_dev
 from plugbridge.prepare import bridge_sizes, check_probe, check_settings, resolve, room_in, wants_streaming
 from plugbridge.shrink.prune import count_parameters
 from plugbridge.stages.couple import alignment_passes
+from plugbridge.stages.room import WIDE, kept_numbers
 from plugbridge.stages.shrink import rows_at_once, rows_scored
 from plugbridge.streaming import block_bytes
 from plugbridge.tasks.metrics import check_metrics
@@ -40,10 +41,10 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class Work:
-    """How often a stage's step is done, what it leaves on disk, and how it reads the large model.
+    """How often a stage's step is done, what it has on disk beside what trains, and how it reads the large model.
 
     `kept` are bytes that gather in memory while it is done; `note` says what is not exact. What a repetition reads from
-    disk is read `sweeps` times, as often as it is done where that is None.
+    disk is read `sweeps` times, as often as it is done where that is None. What trains does as `training` says.
     """
 
     row: Row
@@ -54,6 +55,7 @@ class Work:
     kept: float = 0
     note: str = ""
     sweeps: float | None = None
+    training: TrainConfig | None = None
 
 
 def peak_of(work: Work, counts: Trace) -> int:
@@ -152,13 +154,14 @@ def works_of(s: Subjects) -> Iterator[Work]:
     coupled = s.large if s.large.bits is None else replace(s.large, streamed=False)
     large = replace(coupled, trained={}, micro_batch=None)  # all layers are alike where none is left out
     samples, width = config.score.samples, large.dtype.itemsize
-    yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0)
+    yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0, training=config.tune)
     yield _validation("tune", "", s, s.small)
     moments = 8 * hidden * hidden * (2 if config.score.importance == "fisher" else 1)
     scored, reads = _scored(s, full)
     states = 0
     if full.streamed and s.at_once == 0:  # a row leaves one at every block
-        states = samples * full.length * hidden * width * sum(full.layers.values())
+        (row,) = full.rows(1)
+        states = samples * width * kept_numbers(s.layout, row, full.kind)
     disk = moments + states
     passes = rows_scored(config.score.importance, samples)
     yield Work(
@@ -169,7 +172,8 @@ def works_of(s: Subjects) -> Iterator[Work]:
         steps, asked = config.repair.steps, config.repair
         case = replace(large, batch=asked.batch_size, micro_batch=None, optimizer=asked.optimizer, target=asked.target)
         row = Row("repair", "", case, STEPS["repair"])
-        yield Work(row, steps, s.bridge * 4, steps, steps * case.batch)
+        rest = 0 if asked.target == "logits" else s.bridge * WIDE
+        yield Work(row, steps, rest, steps, steps * case.batch, training=asked)
     steps = config.couple.steps
     mode = find_mode(config.couple.mode)
     runs = steps if mode.runs_large else 0
@@ -189,14 +193,16 @@ def works_of(s: Subjects) -> Iterator[Work]:
     row = Row(f"couple ({config.couple.mode})", "", case, STEPS[f"couple, {config.couple.mode}"])
     rows = runs * coupled.batch
     disk, kept = (_cache_bytes(s, rows) if config.couple.cache == kind else 0 for kind in ("disk", "memory"))
-    yield Work(row, steps, disk, runs, rows, 0 if on_card(config) else kept, AT_MOST if disk or kept else "")
+    note = AT_MOST if disk or kept else ""
+    if mode.trains_bridge and config.couple.bridge == "freeze":
+        disk += s.bridge * WIDE  # which is written all the same
+    yield Work(row, steps, disk, runs, rows, 0 if on_card(config) else kept, note, training=config.couple)
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
         yield Work(Row("polish", "", replace(large, batch=batch), STEPS["polish"]), times, 0, times, rows)
     if not on_card(config):  # which it never uses
-        # its checkpoint has values, no moments of them
-        folded = replace(case, optimizer="adafactor", micro_batch=None, streamed=False)
+        folded = replace(case, micro_batch=None, streamed=False)
         yield Work(Row("plug", "", folded, STEPS["plug"]), 1, 0, 0, 0)
     yield from _evaluations(s, large)
 
@@ -280,7 +286,8 @@ def _validation(name: str, stage: str, s: Subjects, case: Case, step: str = "eva
 def _reference(name: str, step: str, case: Case, settings: PartsConfig, large: bool) -> Work:
     steps = settings.steps
     case = replace(case, batch=settings.batch_size, micro_batch=settings.micro_batch, optimizer=settings.optimizer)
-    return Work(Row(name, REFERENCE, case, STEPS[step]), steps, 0, steps * large, steps * case.batch * large)
+    row = Row(name, REFERENCE, case, STEPS[step])
+    return Work(row, steps, 0, steps * large, steps * case.batch * large, training=settings)
 
 
 def _resident(s: Subjects) -> Case:
@@ -291,4 +298,4 @@ def rivals_of(s: Subjects) -> Iterator[Work]:
     """Other ways to tune the large model, with as many steps on batches of the same size."""
     case, steps = _resident(s), s.config.couple.steps
     for row in baselines(case):
-        yield Work(row, steps, 0, steps, steps * case.batch)
+        yield Work(row, steps, 0, steps, steps * case.batch, training=s.config.couple)

@@ -54,7 +54,7 @@ class Shelf:
             self._write(place, tensor)
             self._places[id(tensor)] = place
             weakref.finalize(tensor, self._gone, id(tensor)).atexit = False
-        nbytes = tensor.nbytes
+        nbytes = tensor.nbytes if tensor.device.type == "cpu" else 0
         tensor.data = tensor.new_empty(0)
         self._trim(nbytes)
 

@@ -16,7 +16,7 @@ from plugbridge.stages.couple import couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
 from plugbridge.stages.repair import repair
-from plugbridge.stages.room import baseline_room, bridge_room, couple_room, score_room
+from plugbridge.stages.room import baseline_room, bridge_room, couple_room, repair_room, score_room
 from plugbridge.stages.shrink import prune, score
 from plugbridge.stages.tune import ceiling, tune
 from plugbridge.stages.work import Work, rate_of_training
@@ -82,7 +82,15 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     ]
     bridge = ("prune",)
     if config.repair is not None:
-        stages.append(stage("repair", bridge, {"large": large, **bits, "repair": _dump(config.repair)}, repair))
+        stages.append(
+            stage(
+                "repair",
+                bridge,
+                {"large": large, **bits, "repair": _dump(config.repair)},
+                repair,
+                partial(repair_room, prepared),
+            )
+        )
         bridge = ("prune", "repair")
     stages += [
         stage(

@@ -1,36 +1,40 @@
 """Disk that stages fill while they last, as far as it is known before a run begins."""
 
 from plugbridge.config import TrainConfig
-from plugbridge.families.spec import layout_of_config
+from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.models import layout_for, load_config, load_model, parameter_count
 from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.shrink.prune import count_parameters
 from plugbridge.stages.couple import rows_drawn
+from plugbridge.tasks.encode import Encoded
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
 
-WHOLE = 4
-"""Bytes of a weight that trains."""
+WIDE = 4
+"""Bytes of a float32 number: of modules and Bridges that train."""
 
 
 def score_room(p: Prepared) -> int:
-    """The most bytes of states that scoring will have on disk at a time.
-
-    A row leaves a state at every block; six more, a mask and three times T5's position biases are room for what goes
-    from block to block.
-    """
+    """The most bytes of states that scoring will have on disk at a time."""
     if p.config.score.keep != "disk" or p.streamed is None:
         return 0
     large = load_config(p.config.large_path, trust_remote_code=p.config.trust_remote_code)
     layout, kind = layout_of_config(large.to_dict()), p.large_encoder.kind
-    total = 0
-    for row in p.large_rows["train"][: p.config.score.samples]:
-        lengths = {stack: length_in(row, stack, kind) for stack in layout.layers}
-        states = sum((layout.layers[stack] + 6) * length * layout.sizes["hidden"] for stack, length in lengths.items())
-        longest = max(lengths.values())
-        biases = 0 if kind == "causal" else 3 * layout.sizes["heads"] * sum(n * longest for n in lengths.values())
-        total += p.dtype.itemsize * (states + biases + longest * longest)
-    return total
+    rows = p.large_rows["train"][: p.config.score.samples]
+    return p.dtype.itemsize * sum(kept_numbers(layout, row, kind) for row in rows)
+
+
+def kept_numbers(layout: Layout, row: Encoded, kind: str) -> int:
+    """Numbers on disk of a row that is scored from disk, at most.
+
+    It leaves a state at every block; six more, a mask and three times T5's position biases are room for what goes from
+    block to block.
+    """
+    lengths = {stack: length_in(row, stack, kind) for stack in layout.layers}
+    states = sum((layout.layers[stack] + 6) * length * layout.sizes["hidden"] for stack, length in lengths.items())
+    longest = max(lengths.values())
+    biases = 0 if kind == "causal" else 3 * layout.sizes["heads"] * sum(n * longest for n in lengths.values())
+    return states + biases + longest * longest
 
 
 def bridge_room(p: Prepared) -> int:
@@ -38,12 +42,19 @@ def bridge_room(p: Prepared) -> int:
     return _bridge_parameters(p) * p.dtype.itemsize
 
 
+def repair_room(p: Prepared) -> int:
+    """Bytes of a Bridge that is repaired, and of its step checkpoints, as if all of it trained."""
+    assert p.config.repair is not None
+    return _bridge_parameters(p) * trained_bytes(p.config.repair, WIDE, after=True)
+
+
 def couple_room(p: Prepared) -> int:
-    """Bytes of the activations that coupling keeps on disk, and of a Bridge that trains and its step checkpoints."""
+    """Bytes of the activations that coupling keeps on disk, and of the Bridge of a mode that trains Bridges."""
     couple = p.config.couple
-    if not (find_mode(couple.mode).trains_bridge and couple.bridge == "train" and couple.steps > 0):
+    if not find_mode(couple.mode).trains_bridge:
         return cache_room(p)
-    return cache_room(p) + _bridge_parameters(p) * (WHOLE + _checkpointed(couple))
+    each = trained_bytes(couple, WIDE, after=True) if couple.bridge == "train" else WIDE
+    return cache_room(p) + _bridge_parameters(p) * each
 
 
 def baseline_room(p: Prepared, size: str, kind: str, settings: TrainConfig) -> int:
@@ -52,15 +63,18 @@ def baseline_room(p: Prepared, size: str, kind: str, settings: TrainConfig) -> i
         return score_room(p) if size == "large" else 0
     source = p.config.large_path if size == "large" else p.config.small
     model = load_model(source, device="meta", trust_remote_code=p.config.trust_remote_code)
-    return parameter_count(model) * (p.dtype.itemsize + _checkpointed(settings))
+    return parameter_count(model) * trained_bytes(settings, p.dtype.itemsize, after=False)
 
 
-def _checkpointed(settings: TrainConfig) -> int:
-    """Bytes of a weight in step checkpoints, of which there are two while one is written."""
-    if settings.steps <= settings.checkpoint_every:
-        return 0
-    moments = 2 * WHOLE if settings.optimizer == "adamw" else 0  # adafactor keeps rows and columns
-    return 2 * (WHOLE + moments)
+def trained_bytes(settings: TrainConfig, width: int, *, after: bool) -> int:
+    """The most bytes on disk of a number of `width` bytes that trains: its step checkpoints, and itself at the end.
+
+    There are two checkpoints while one is written; the last one goes `after` the result is there, or before.
+    """
+    moments = 2 * width if settings.optimizer == "adamw" else 0  # adafactor keeps rows and columns
+    written = max(0, settings.steps - 1) // settings.checkpoint_every
+    checkpoint = width + moments if written else 0
+    return max(min(written, 2) * checkpoint, width + (checkpoint if after else 0))
 
 
 def _bridge_parameters(p: Prepared) -> int:

@@ -135,7 +135,7 @@ def test_a_kind_of_step_that_fails_is_told_and_the_others_go_on(
         return {"kind": kind, "peak_bytes": len(asked), "seconds": 1.0}
 
     monkeypatch.setattr(module, "measured_apart", apart)
-    args = SimpleNamespace(rounds=2, here=False, table=tmp_path / "steps.md")
+    args = SimpleNamespace(rounds=2, here=False, only=None, table=tmp_path / "steps.md")
     assert module.measure_rounds(args, {}, {"batch": 8}) == bad
     assert len(asked) == 2 * len(module.KINDS) - 1  # it is not tried again in the second round
     done = module.read_done(tmp_path / "steps.json", {"batch": 8})

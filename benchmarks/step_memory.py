@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -218,7 +219,8 @@ def main() -> None:
     weights = sum(parameter.nbytes for parameter in model_of(args).parameters())
     table = [
         f"# Memory and time of a step\n\n{about}\n\n{size}; the model's weights take {weights / 2**20:.0f} MiB.\n",
-        f"Made by\n\n    python benchmarks/step_memory.py {' '.join(sys.argv[1:])}\n",
+        f"Made by\n\n    python benchmarks/step_memory.py {shlex.join(sys.argv[1:])}\n",
+        *(["and the other steps by the same without `--only`.\n"] if args.only and len(found) > len(args.only) else []),
         "| step | rounds | peak MiB, models included | / LoRA | / checkpointing | seconds | / LoRA | / checkpointing |",
         "|---|---|---|---|---|---|---|---|",
         *lines,

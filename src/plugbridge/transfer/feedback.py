@@ -90,8 +90,10 @@ def record(
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             h = at_least_float32(inputs[0].detach())
             if centred:
-                h = h - h.mean(-1, keepdim=True)
-            visit.inverse = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+                square = torch.var(h, -1, correction=0, keepdim=True)
+            else:
+                square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1]
+            visit.inverse = torch.rsqrt(square + eps)
 
         return hook
 
@@ -172,16 +174,18 @@ def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor) ->
     error: (n, length, Bridge hidden), whose dtype the result has. The projections on the normalised input
     are taken in the Bridge's channels; with an unpruned Bridge this is the norm's exact transposed Jacobian.
     """
-    weight = norm.get_parameter("weight").to(error.dtype)
+    weight = norm.get_parameter("weight").detach().to(error.dtype)
     bias, low = getattr(norm, "bias", None), visit.low.to(error.dtype)
     wide = width.lift(error)
-    y = width.lift(low if bias is None else low - width.down(bias.to(error.dtype)))
-    scaled = wide * weight
-    inner = (y * wide).mean(-1, keepdim=True)
-    result = scaled - torch.where(weight == 0, torch.zeros_like(y), y / weight) * inner
-    if width.layout.family.norm == "layernorm":
-        result = result - scaled.mean(-1, keepdim=True)
-    return result * visit.inverse.to(result.dtype)
+    y = width.lift(low if bias is None else low - width.down(bias.detach().to(error.dtype)))
+    inner = torch.einsum("...d,...d->...", y, wide).unsqueeze(-1) / wide.shape[-1]
+    share = weight.reciprocal().masked_fill(weight == 0, 0)
+    wide.mul_(weight)  # in place: at full width a new tensor costs more than what is computed
+    mean = wide.mean(-1, keepdim=True) if width.layout.family.norm == "layernorm" else None
+    wide.sub_(y.mul_(share).mul_(inner))
+    if mean is not None:
+        wide.sub_(mean)
+    return wide.mul_(visit.inverse.to(wide.dtype))
 
 
 def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visit, x: Tensor) -> Any:
@@ -339,7 +343,7 @@ def send_back(
             back = torch.autograd.grad(output, wanted, width.down(error))
         if link is not None:
             context[link.stack] = context[link.stack] + width.lift(back[1])
-        error = error + norm_backward(width, norm, visit, back[0])
+        error = norm_backward(width, norm, visit, back[0]).add_(error)
     return error
 
 

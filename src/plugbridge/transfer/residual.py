@@ -29,7 +29,7 @@ class Width:
         if isinstance(op, Project):
             return x @ op.matrix.to(x.device, x.dtype)
         wide = x.new_zeros(*x.shape[:-1], self.layout.sizes["hidden"])
-        return wide.index_copy(-1, op.index.to(x.device), x)
+        return wide.index_copy_(-1, op.index.to(x.device), x)
 
     def argument(self, value: Any, pattern: str, place: Place) -> Any:
         """A function's further argument at Bridge width."""

@@ -105,9 +105,10 @@ def _print_what_fits(found: "Plan", memory: int, command: str, sets: list[str]) 
     if found.advice is not None and found.advice.stuck is not None:
         out.print(f"no setting tried makes '{found.advice.stuck}' fit")
         return
-    if found.too_large:
-        out.print(f"not needed for the transfer and does not fit: {', '.join(found.too_large).replace('=null', '')}")
-    settings = [*(found.advice.settings if found.advice is not None else ()), *found.too_large]
+    out_of_it = [setting.partition("=")[0] for setting in found.left_out if not setting.startswith("evaluate.")]
+    if out_of_it:
+        out.print(f"not needed for the transfer and does not fit: {', '.join(out_of_it)}")
+    settings = [*(found.advice.settings if found.advice is not None else ()), *found.left_out]
     if found.peak.fits and "resident=none" in settings:
         out.print("resident: auto would go by the memory that is free when the run begins")
     if settings:

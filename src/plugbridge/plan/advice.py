@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import yaml
+
 from plugbridge.config import RunConfig
 from plugbridge.errors import ConfigError, ModelError
 from plugbridge.memory.packed import BITS
 from plugbridge.memory.rows import Row
 from plugbridge.models import pick_device
 from plugbridge.plan.predictions import Predictions
-from plugbridge.plan.works import Work, peak_of, subjects_of, works_of
+from plugbridge.plan.works import Work, peak_of, references_of, streamable, subjects_of, works_of
 from plugbridge.prepare import resolve
 from plugbridge.quantised import check_blocks
 from plugbridge.transfer.couple import find_mode
@@ -110,8 +112,6 @@ class _Search:
             if not over:
                 said = {key: value for key, value in self.chosen.items() if value != _value(self.asked, key)}
                 return Advice(tuple(written(*pair) for pair in said.items()))
-            if all(self.tight.get(name) == peak for name, peak in over.items()):
-                return Advice((), next(iter(over)))
             self.tight |= over  # what fitted until others were helped
 
     def _settle(self) -> str | None:
@@ -181,7 +181,7 @@ class _Search:
 
     def _widen(self) -> None:
         """Of rows at a time take as many as fit."""
-        for key in [key for key in COUNTS if key in self.chosen]:
+        for key in [key for key in COUNTS if self.chosen.get(key) == 1]:
             change = next(change for change in CHANGES if key in change.settings)
             names = [name for name in self.tight if name.startswith(change.stages)]
             for count in self._counts(key, names, change.stages):
@@ -202,6 +202,25 @@ class _Search:
             yield asked
         power = (min(count, most - 1)).bit_length() - 1
         yield from (2**exponent for exponent in range(power, 0, -1))
+
+
+def left_out(
+    config: RunConfig, advice: Advice | None, length: int, memory: int, predictions: Predictions
+) -> tuple[str, ...]:
+    """Settings that leave out the references that do not fit, with what is advised, and that do not score them."""
+    settings = dict(setting.split("=", 1) for setting in (advice.settings if advice is not None else ()))
+    advised = changed(config, {key: yaml.safe_load(value) for key, value in settings.items()})
+    works = list(references_of(subjects_of(advised, length, memory)))
+    traces = predictions.all([work.row for work in works])
+    over = [w.row.method.partition(":")[0] for w, t in zip(works, traces, strict=True) if peak_of(w, t) > memory]
+    names = list(dict.fromkeys(over))
+    found = [f"{name if name == 'ceiling' else f'baselines.{name}'}=null" for name in names]
+    gone = {"large_tuned" if name == "ceiling" else name for name in names}
+    models = config.evaluate.models
+    if models is not None and gone & set(models):
+        stay = [name for name in models if name not in gone]
+        found.append(f"evaluate.models=[{', '.join(stay)}]" if stay else "evaluate.models=null")
+    return tuple(found)
 
 
 def streams_here(config: RunConfig, length: int, memory: int) -> bool:
@@ -235,6 +254,8 @@ def _may_help(config: RunConfig, name: str, change: Change) -> bool:
     if reduction is not None and config.prune.reduction is not None and reduction <= config.prune.reduction:
         return False  # it would be larger, or the same
     if "large.load_in" in change.settings and not _installed("bitsandbytes"):
+        return False
+    if change.settings == STREAMED and not streamable(config):
         return False
     if config.prune.budget is not None and change.settings.get("prune.budget", 0) >= config.prune.budget:
         return False  # it would be larger, or the same

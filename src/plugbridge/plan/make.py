@@ -13,7 +13,7 @@ from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, rates_for, seconds_of
 from plugbridge.memory.warm import warm_up
 from plugbridge.models import pick_dtype
-from plugbridge.plan.advice import Advice, advise, streams_here
+from plugbridge.plan.advice import Advice, advise, left_out, streams_here
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
 from plugbridge.stages.room import WIDE, trained_bytes
@@ -48,7 +48,7 @@ class Plan:
 
     `rates` by precision are those of `device`, where the run would go on here, with so many `threads` on a processor.
     `baseline` is what a process with all libraries takes before any model (0 on a card): stages have what it leaves of
-    `memory`.
+    `memory`. `left_out` are settings that leave out references which do not fit, even with what is advised.
     """
 
     stages: list[PlannedStage]
@@ -60,18 +60,12 @@ class Plan:
     memory: int | None
     baseline: int
     advice: Advice | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def peak(self) -> PlannedStage:
         """Our stage with the largest peak."""
         return max((stage for stage in self.stages if stage.ours), key=lambda stage: stage.peak_bytes)
-
-    @property
-    def too_large(self) -> list[str]:
-        """Settings that leave out the references that do not fit."""
-        names = [stage.name.split(": ")[1] for stage in self.stages if stage.reference and stage.fits is False]
-        keys = (name if name == "ceiling" else f"baselines.{name}" for name in dict.fromkeys(names))
-        return [f"{key}=null" for key in keys]
 
     @property
     def whole(self) -> PlannedStage:
@@ -122,7 +116,8 @@ def make_plan(
     wanted = bool(room) and (bool(tight) or streams_here(config, length, room))
     advice = advise(config, length, room, tight, predictions) if room and wanted else None
     by_name = {str(number).removeprefix("torch."): rate for number, rate in rates.items()}
-    return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice)
+    out = left_out(config, advice, length, room, predictions) if room else ()
+    return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out)
 
 
 def _baseline(dtype: torch.dtype) -> int:
@@ -132,7 +127,7 @@ def _baseline(dtype: torch.dtype) -> int:
 
 
 def _planned(work: Work, counts: Trace, rates: Mapping[torch.dtype, Rates], room: int | None) -> PlannedStage:
-    each = WIDE if work.training is None else trained_bytes(work.training, WIDE, after=True)
+    each = WIDE if work.training is None else trained_bytes(work.training, work.width, after=work.after)
     disk = work.disk + each * counts.trained
     peak = peak_of(work, counts)
     before = {"": "", REFERENCE: "reference: "}.get(work.row.stage, "large: ")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -30,6 +31,7 @@ from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
 from plugbridge.tuners.table import MethodSettings, find_method
 
+FULL = "full fine-tuning"
 REFERENCE = "reference"
 """The stage of rows that a run makes only to compare with."""
 AT_MOST = "cached activations, passes and large rows are at most these: a row that comes again is not read again"
@@ -44,7 +46,8 @@ class Work:
     """How often a stage's step is done, what it has on disk beside what trains, and how it reads the large model.
 
     `kept` are bytes that gather in memory while it is done; `note` says what is not exact. What a repetition reads from
-    disk is read `sweeps` times, as often as it is done where that is None. What trains does as `training` says.
+    disk is read `sweeps` times, as often as it is done where that is None. What trains does as `training` says, its
+    numbers are of `width` bytes, and its last checkpoint goes `after` the result is there, or before.
     """
 
     row: Row
@@ -56,6 +59,8 @@ class Work:
     note: str = ""
     sweeps: float | None = None
     training: TrainConfig | None = None
+    width: int = WIDE
+    after: bool = True
 
 
 def peak_of(work: Work, counts: Trace) -> int:
@@ -107,7 +112,7 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
     at_once = rows_at_once(layout, length, base.dtype, block_bytes(empty, layout))
     large_case = replace(
         base, sizes=sizes, trained=top_layers(base.layers, config.couple.layers),
-        streamed=wants_streaming(config, parameter_count(empty), free),
+        streamed=streamable(config) and wants_streaming(config, parameter_count(empty), free),
         micro_batch=config.couple.micro_batch,
     )  # fmt: skip
     return Subjects(
@@ -127,6 +132,12 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         count_parameters(layout, names, sizes),
         layout.sizes["hidden"],
     )
+
+
+def streamable(config: RunConfig) -> bool:
+    """Whether the large model can be streamed: not from pickles alone; what is not here yet may be."""
+    folder = Path(config.large_path)
+    return any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
 
 
 def _check_task(config: RunConfig, kind: str) -> None:
@@ -172,8 +183,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
         steps, asked = config.repair.steps, config.repair
         case = replace(large, batch=asked.batch_size, micro_batch=None, optimizer=asked.optimizer, target=asked.target)
         row = Row("repair", "", case, STEPS["repair"])
-        rest = 0 if asked.target == "logits" else s.bridge * WIDE
-        yield Work(row, steps, rest, steps, steps * case.batch, training=asked)
+        yield Work(row, steps, 0, steps, steps * case.batch, training=asked)
     steps = config.couple.steps
     mode = find_mode(config.couple.mode)
     runs = steps if mode.runs_large else 0
@@ -262,7 +272,7 @@ def references_of(s: Subjects) -> Iterator[Work]:
     for size, case in cases.items():
         finetuned = getattr(s.config.baselines, f"{size}_finetuned")
         if finetuned is not None:
-            yield _reference(f"{size}_finetuned", "full fine-tuning", case, finetuned, large=size == "large")
+            yield _reference(f"{size}_finetuned", FULL, case, finetuned, large=size == "large")
             yield _validation(f"{size}_finetuned", REFERENCE, s, case, large=size == "large")
         ladder = getattr(s.config.baselines, f"{size}_ladder")
         if ladder is not None:
@@ -287,7 +297,10 @@ def _reference(name: str, step: str, case: Case, settings: PartsConfig, large: b
     steps = settings.steps
     case = replace(case, batch=settings.batch_size, micro_batch=settings.micro_batch, optimizer=settings.optimizer)
     row = Row(name, REFERENCE, case, STEPS[step])
-    return Work(row, steps, 0, steps * large, steps * case.batch * large, training=settings)
+    width = case.dtype.itemsize if step == FULL else WIDE
+    return Work(
+        row, steps, 0, steps * large, steps * case.batch * large, training=settings, width=width, after=False
+    )  # fmt: skip
 
 
 def _resident(s: Subjects) -> Case:
@@ -297,5 +310,7 @@ def _resident(s: Subjects) -> Case:
 def rivals_of(s: Subjects) -> Iterator[Work]:
     """Other ways to tune the large model, with as many steps on batches of the same size."""
     case, steps = _resident(s), s.config.couple.steps
+    training = s.config.couple.model_copy(update={"optimizer": case.optimizer})
     for row in baselines(case):
-        yield Work(row, steps, 0, steps, steps * case.batch, training=s.config.couple)
+        width = case.dtype.itemsize if row.method == FULL else WIDE
+        yield Work(row, steps, 0, steps, steps * case.batch, training=training, width=width, after=False)

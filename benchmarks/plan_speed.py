@@ -36,11 +36,11 @@ def write_pair(folder: Path) -> None:
     (folder / "run.yaml").write_text(RUN, encoding="utf-8")
 
 
-def timed(command: list[str]) -> tuple[str, float, float]:
-    """What a command prints, its seconds, and those of processor time."""
+def timed(command: list[str], folder: Path) -> tuple[str, float, float]:
+    """What a command prints in a folder, its seconds, and those of processor time."""
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     wide = {**os.environ, "COLUMNS": "140"}
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=wide).stdout
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=wide, cwd=folder).stdout
     seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     return printed, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -55,8 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_pair(folder)
-        command = [sys.executable, "-m", "plugbridge", "plan", str(folder / "run.yaml"), "--memory", args.memory]
-        rounds = [timed(command) for _ in range(args.rounds)]
+        command = [sys.executable, "-m", "plugbridge", "plan", "run.yaml", "--memory", args.memory]
+        rounds = [timed(command, folder) for _ in range(args.rounds)]
     printed = rounds[-1][0]
     found = {"seconds": [one[1] for one in rounds], "processor_seconds": [one[2] for one in rounds]}
     print(printed, found)

@@ -137,11 +137,12 @@ def memory(
     target = table if table is not None else folder / "memory.md"
     until = None if minutes is None else time.monotonic() + 60 * minutes
     machine = Machine(room, device, threads, folder / "weights", tuple(only or ()), until, not remove_weights)
-    rows = [(shape, [row for row in rows_of(shape, device) if not check or machine.chooses(row)]) for shape in found]
-    names = list(dict.fromkeys(row.name for shape in found for row in rows_of(shape, device)))
+    known = [(shape, rows_of(shape, device)) for shape in found]
+    names = list(dict.fromkeys(row.name for _, some in known for row in some))
     missing = next((part for part in only or () if not any(part in name for name in names)), None)
     if missing is not None:
         raise ConfigError(f"--only {shlex.quote(missing)}: no row's name holds that; rows: {'; '.join(names)}")
+    rows = [(shape, [row for row in some if not check or machine.chooses(row)]) for shape, some in known]
     counts = [
         count
         for shape, some in rows

@@ -90,15 +90,15 @@ def return_blocks() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, GIVEN_BACK)
 
 
-def baseline_memory(*, trimmed: bool = True) -> int:
-    """Resident bytes before any model is loaded; free blocks go back to the system before, or are kept to be used.
+def baseline_memory() -> int:
+    """Resident bytes before any model is loaded; free blocks go back to the system before.
 
     What is alive now, torch's and transformers' own objects above all, is left out of later searches for garbage,
     until this is called again.
     """
     gc.unfreeze()
     gc.collect()
-    resident = settle() if trimmed else int(psutil.Process().memory_info().rss)
+    resident = settle()
     gc.freeze()
     return resident
 

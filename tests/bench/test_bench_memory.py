@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from plugbridge.bench import memory, reproduce
 from plugbridge.bench.memory import Count, Machine, count_shape, read_counts, rows_of, write_counts
@@ -18,10 +19,11 @@ from plugbridge.bench.memory_figure import draw_steps, step_name
 from plugbridge.bench.memory_page import MEMORY, REDUCTION, memory_page, named_runs, paper_bytes, paper_cells
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
-from plugbridge.memory.measure import Measurement, lasting
+from plugbridge.memory.measure import Measurement, lasting, run_here
 from plugbridge.memory.predict import predict
 from plugbridge.memory.rows import QLORA, Row, jobs
 from plugbridge.memory.shapes import PAPER, Shape, gpt2, t5
+from plugbridge.memory.steps import MakeStep
 from plugbridge.memory.weights import write_weights
 from plugbridge.models import load_model
 from plugbridge.progress import Silent
@@ -50,6 +52,36 @@ def test_with_room_a_step_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert count.seconds > 0
     assert count.peak_bytes > 0
     assert [folder.name for folder in (tmp_path / "weights").iterdir()] == ["gpt2-xl-f32"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_qlora_is_measured_on_layers_that_are_quantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    library: Any = pytest.importorskip("bitsandbytes")
+    seen: list[str] = []
+
+    def here(case: Case, make: MakeStep, threads: int) -> Measurement:
+        (model,) = make(case).held
+        assert isinstance(model, PeftModel)
+        base: Any = model.get_base_model()
+        layers = {name for name, layer in base.named_modules() if isinstance(layer, library.nn.Linear4bit)}
+        first = {"gpt2": "transformer.h.0.mlp.c_fc", "t5": "encoder.block.0.layer.0.SelfAttention.k"}[kind]
+        assert first in layers
+        assert all(layer.weight.dtype is torch.uint8 for layer in map(base.get_submodule, layers))
+        assert base.is_gradient_checkpointing
+        seen.extend(path.name for path in (tmp_path / "weights").iterdir())
+        return run_here(case, make, threads)
+
+    monkeypatch.setattr(memory, "measured", here)
+    config = gpt2(64, 2, 1, 96, 32) if kind == "gpt2" else t5(64, 2, 1, 64, 64, 96)
+    shape = Shape("wide enough for 4 bits", config, config, 2, 16)
+    (row,) = [row for row in rows_of(shape, "cpu") if row.method == QLORA]
+    (count,) = count_shape(
+        shape, [row], Machine(1 << 40, "cpu", 1, tmp_path / "weights"), tmp_path / "counts.json", "", Silent()
+    )
+    assert (count.measured, count.failed) == (True, "")
+    assert seen == ["wide-enough-for-4-bits-bf16"]
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from plugbridge.cost import measure, return_blocks, settle
 from plugbridge.memory.alive import Alive, fake_tensors
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import count, predict, trace
+from plugbridge.memory.rates import program_bytes
 from plugbridge.memory.rows import coupled
 from plugbridge.memory.shapes import find_shapes
 from plugbridge.memory.steps import STEPS, Step
@@ -81,6 +82,28 @@ def test_shallow_traces_extend_to_the_true_depth(step: str) -> None:
     assert short.peak == pytest.approx(whole.peak, rel=0.02)
     assert short.flops == pytest.approx(whole.flops)
     assert short.trained == whole.trained
+
+
+def test_programs_are_products_in_half_precision_that_differ() -> None:
+    case = with_top(case_of("gpt2", layers=6), "couple, feedback")
+    assert predict(case, STEPS["couple, feedback"]).programs == 0
+    half = replace(case, dtype=torch.bfloat16)
+    found, deeper = (predict(one, STEPS["couple, feedback"]) for one in (half, half.with_layers({"decoder": 8}, {})))
+    with Alive() as alive:
+        step = STEPS["couple, feedback"](half)
+        assert count(alive, half, step).programs == found.programs > 4
+    assert deeper.programs == found.programs  # a program serves every layer
+    assert found.keeping(1000).peak == found.peak + 1000 * found.programs
+    with Alive() as alive:
+        square = torch.ones(4, 4, dtype=torch.bfloat16)
+        for other in (square, square, square.mT, square[:2].mT):
+            torch.matmul(square, other)
+    assert len(alive.programs) == 3
+
+
+def test_only_half_precision_on_a_processor_keeps_programs() -> None:
+    assert program_bytes("cpu", [torch.float32]) == program_bytes("cuda", [torch.bfloat16]) == 0
+    assert 0 <= program_bytes("cpu", [torch.float32, torch.bfloat16]) < 4 * 2**20
 
 
 @pytest.mark.parametrize("step", ["tuned", "couple, feedback", "couple, ladder", "repair"])

@@ -17,7 +17,7 @@ from plugbridge.files import write_json
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import lasting, measured
 from plugbridge.memory.predict import predict
-from plugbridge.memory.rates import Rates, rates_for, seconds_of
+from plugbridge.memory.rates import Rates, program_bytes, rates_for, seconds_of
 from plugbridge.memory.rows import LORA, QLORA, Row, baselines, common_stages, coupled, jobs, small_steps
 from plugbridge.memory.shapes import Shape
 from plugbridge.memory.weights import keep_only, write_weights
@@ -86,7 +86,7 @@ class Machine:
 
     def chooses(self, row: Row) -> bool:
         """Whether a row is to be run, if it fits."""
-        return row.real and (not self.only or any(part in row.name for part in self.only))
+        return not self.only or any(part in row.name for part in self.only)
 
 
 def key_of(count: Count) -> Key:
@@ -115,6 +115,7 @@ def count_shape(
     """
     weights = 2 * weights_of(Case(shape.large, 1, 1))
     rates = rates_for((row.case for row in rows), machine.device, machine.threads)
+    each = program_bytes(machine.device, rates)
     counts = _Counts(shape, rows, path, command, timed=machine.until is not None)
     todo = [row for row in rows if counts.key(row) not in counts.found]
     if machine.until is not None:
@@ -126,7 +127,7 @@ def count_shape(
             if begun and not machine.ends(0):
                 left += todo[place:]
                 break
-            count = _predicted(shape, row, rates, weights, command)
+            count = _predicted(shape, row, rates, each, weights, command)
             before = counts.measured(row)
             if before is not None:
                 count = replace(before, predicted_bytes=count.predicted_bytes)
@@ -223,8 +224,10 @@ def _run(shape: Shape, row: Row, machine: Machine, weights: int, predicted: Coun
     )
 
 
-def _predicted(shape: Shape, row: Row, rates: Mapping[torch.dtype, Rates], weights: int, command: str) -> Count:
-    counts = predict(replace(row.case, device="cpu"), row.make)
+def _predicted(
+    shape: Shape, row: Row, rates: Mapping[torch.dtype, Rates], each: int, weights: int, command: str
+) -> Count:
+    counts = predict(replace(row.case, device="cpu"), row.make).keeping(each)
     return Count(
         shape.name, shape.batch, shape.length, row.method, row.stage, counts.peak, counts.peak,
         seconds_of(counts, rates), False, counts.peak / weights, command,
@@ -232,8 +235,8 @@ def _predicted(shape: Shape, row: Row, rates: Mapping[torch.dtype, Rates], weigh
 
 
 def _on_disk(case: Case, shape: Shape, folder: Path) -> Case:
-    """A case whose streamed model is read from random weights on disk."""
-    if not case.streamed:
+    """A case whose model is read from random weights on disk, if it is read from files."""
+    if not case.reads_files:
         return case
     return replace(case, weights=str(write_weights(case, folder / _folder_name(shape, case))))
 
@@ -245,8 +248,8 @@ def _folder_name(shape: Shape, case: Case) -> str:
 def _clear(shape: Shape, rows: Sequence[Row], machine: Machine) -> None:
     """Leave no weights but those of the first of these rows that reads any, unless all are to stay."""
     if not machine.keep_weights:
-        streamed = (row.case for row in rows if row.case.streamed)
-        keep_only(machine.weights, next((_folder_name(shape, case) for case in streamed), None))
+        read = (row.case for row in rows if row.case.reads_files)
+        keep_only(machine.weights, next((_folder_name(shape, case) for case in read), None))
 
 
 def weights_of(case: Case) -> int:

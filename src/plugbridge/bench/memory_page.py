@@ -13,19 +13,18 @@ TABLES = {shape.name: shape.paper for shapes in SHAPES.values() for shape in sha
 MEMORY = """
 Peak memory of one training step (or of what else a stage does again and again), the model, gradients and optimizer
 state included, over what Python and its libraries take; seconds are of one repetition. Models have random weights and
-no dropout; a row's answer is one token (two for T5), prompts are full length. The Bridge has 1/16 of the large model's
-parameters, in standalone and ladder embeddings and head included. There it trains, in float32, unless it is a `frozen
-Bridge`: in ladder with AdamW, in standalone with Adafactor, its default, or with `AdamW` (`couple.optimizer`). Measured
-rows ran in a process of their own, on the CPU with glibc told to give blocks above 128 KiB back
-(MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up to 32 MiB may stay in the process. `off` is how far a prediction
-is from the measurement. Predicted rows did not fit, were not asked for or failed, or (QLoRA) are a stand-in with packed
-weights; their seconds come from this machine's rates for matrix products and for all other operations, which say little
-of bfloat16 on the CPU. `x LoRA` is the ratio to LoRA without checkpointing, measured or predicted. The paper's numbers
-were measured on an A100 with other kernels: compare ratios. `streamed` rows have the large model on disk (`resident:
-none`), one block in memory and one read ahead; a step `row by row` goes through the models a row at a time
-(`micro_batch: 1`), with the same gradient. Streamed scoring has its rows' states on disk (`score.keep: disk`) and reads
-two rows, unless they are `in memory`; streamed `evaluate` reads one row. A run's peak is the largest of its stages,
-importance included.
+no dropout; a row's answer is one token (two for T5), prompts are full length. The Bridge has 1/16 of the large
+model's parameters, in standalone and ladder embeddings and head included. There it trains, in float32, unless it is a
+`frozen Bridge`: in ladder with AdamW, in standalone with Adafactor, its default, or with `AdamW`
+(`couple.optimizer`). Measured rows ran in a process of their own, on the CPU with glibc told to give blocks above 128
+KiB back (MALLOC_MMAP_THRESHOLD_): otherwise freed blocks of up to 32 MiB may stay in the process. `off` is how far a
+prediction is from the measurement. Predicted rows did not fit, were not asked for or failed; their seconds come from
+this machine's rates for matrix products and for all other operations, which say little of bfloat16 on the CPU. `x
+LoRA` is the ratio to LoRA without checkpointing, measured or predicted. The paper's numbers were measured on an A100
+with other kernels: compare ratios. `streamed` rows have the large model on disk (`resident: none`), one block in
+memory and one read ahead; a step `row by row` goes through the models a row at a time (`micro_batch: 1`), with the
+same gradient. Streamed scoring has its rows' states on disk (`score.keep: disk`) and reads two rows, unless they are
+`in memory`; streamed `evaluate` reads one row. A run's peak is the largest of its stages, importance included.
 """
 HEAD = "| | stage | MiB | x bf16 weights | x LoRA | seconds | | predicted MiB | off | paper MiB | x paper's LoRA |"
 

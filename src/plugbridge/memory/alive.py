@@ -29,7 +29,8 @@ class Alive(TorchDispatchMode):
     `now` are the bytes alive, `peaks` the most of them at each `place`, a name that the caller moves as the work
     goes on, with what decompositions take while they last. `flops` counts multiplications and additions of matrix
     products, `moved` the bytes that all other operations read and write, both by the precision of what comes out.
-    `read` is what was noted as read from disk, in bytes. A storage shared by several tensors counts once. `chosen` is
+    `read` is what was noted as read from disk, in bytes, `programs` the half-precision products that differ in shape or
+    layout. A storage shared by several tensors counts once. `chosen` is
     the number of positions that a mask of fake values chooses, `columns` that of a mask of one dimension; None for all.
     """
 
@@ -41,6 +42,7 @@ class Alive(TorchDispatchMode):
         self.flops: Counter[torch.dtype] = Counter()
         self.moved: Counter[torch.dtype] = Counter()
         self.read = 0
+        self.programs: set[Any] = set()
         self.peaks: dict[str, int] = {}
         self.place = ""
         self.known: set[int] = set()
@@ -110,6 +112,8 @@ class Alive(TorchDispatchMode):
         counter = flop_registry.get(packet, _FLOPS.get(packet))
         if counter is not None:
             self.flops[_number(made)] += int(counter(*args, **kwargs, out_val=found))
+            if _number(made) in HALVES:
+                self.programs.add((packet, *((tensor.shape, tensor.stride()) for tensor in _tensors(args))))
         elif not func.is_view:
             read = _tensors(args) + _tensors(tuple(kwargs.values()))
             self.moved[_number(made)] += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made))

@@ -67,7 +67,7 @@ class Case:
     `config` is the shape of the model, `trained` the layers of each stack, from the top, that hold modules which
     train (all where a stack is not named), `sizes` the Bridge's axis sizes (or `reduction` where there are none).
     Rows are `length` tokens; batches have `batch` of them. `channels` says whether the Bridge's residual stream is
-    projected or selected, `bits` how weights are held where the model only runs forward. A `streamed` model has one
+    projected or selected, `bits` how weights are held that neither train nor are scored. A `streamed` model has one
     block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is
     scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
     the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
@@ -100,6 +100,11 @@ class Case:
     small: PreTrainedConfig | None = None
     target: RepairTarget = "response"
     down: DownKind = "select"
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the model's weights are read from a directory: block by block, or as they are quantised."""
+        return self.streamed or self.bits is not None
 
     @property
     def family(self) -> Family:

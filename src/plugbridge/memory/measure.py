@@ -6,6 +6,8 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
@@ -14,6 +16,8 @@ from plugbridge.cost import GIVEN_BACK, measure
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import at_depth, kinds_of
 from plugbridge.memory.steps import MakeStep
+from plugbridge.memory.warm import multiply
+from plugbridge.memory.weights import write_weights
 from plugbridge.models import quiet_transformers
 from plugbridge.workers import workers
 
@@ -81,9 +85,15 @@ def run_here(case: Case, make: MakeStep, threads: int) -> Measurement:
 
 
 def _warm_up(case: Case, make: MakeStep) -> None:
-    """Do the step on two layers and a few tokens, so that libraries have loaded what they load at first use."""
+    """Do the step on two layers and a few tokens, so that libraries have what they load and keep from first use."""
     few = at_depth(case, {kind: min(count, 1) for kind, count in kinds_of(case).items()})
-    make(replace(few.shorter(1, 8), weights=None)).work()
+    few = replace(few.shorter(1, 8), weights=None)
+    with TemporaryDirectory() as folder:
+        if few.bits is not None:  # the library that quantises, not its stand-in
+            few = replace(few, weights=str(write_weights(few, Path(folder) / "model")))
+        make(few).work()
+    if case.device == "cpu":
+        multiply(case.dtype)
     gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""How fast this machine is at what steps consist of: matrix products, and everything else."""
+"""This machine: how fast it is at what steps consist of, and what its matrix library keeps."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -7,12 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plugbridge.cost import settle
+from plugbridge.memory.alive import HALVES
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import Trace
 
 SIZES = {"cpu": (1024, 2**25), "cuda": (8192, 2**28)}
 """Rows of the matrices and entries of the vectors: a card needs large ones to show what it can do,
 and a processor vectors that its caches do not hold."""
+
+PROGRAMS, WIDTH = 24, 256
+"""How many programs are compiled to see what stays of one, and for matrices how wide."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,20 @@ def measure_rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
     )
     torch.set_num_threads(before)
     return found
+
+
+def program_bytes(device: str, dtypes: Iterable[torch.dtype]) -> int:
+    """Bytes that stay of the program that the matrix library compiles for every shape of a half-precision product.
+
+    oneDNN does so on processors, for bfloat16. 0 where none of the dtypes is of half precision, and on a card.
+    """
+    half = next((dtype for dtype in dtypes if dtype in HALVES), None)
+    if half is None or device.startswith("cuda"):
+        return 0
+    before = settle()
+    for place in range(PROGRAMS):
+        torch.matmul(torch.ones(WIDTH + place, WIDTH, dtype=half), torch.ones(WIDTH, WIDTH, dtype=half))
+    return max(0, settle() - before) // PROGRAMS
 
 
 def _fastest(work: Callable[[], Tensor], device: str) -> float:

@@ -28,16 +28,12 @@ LORA, QLORA = "LoRA", "QLoRA (4 bit, checkpointing, bf16)"
 
 @dataclass(frozen=True)
 class Row:
-    """One step to be counted: `method` is what is done with the model, `stage` the part of it.
-
-    `real` says whether the step can be run as it is; a stand-in can only be traced.
-    """
+    """One step to be counted: `method` is what is done with the model, `stage` the part of it."""
 
     method: str
     stage: str
     case: Case
     make: MakeStep
-    real: bool = True
 
     @property
     def name(self) -> str:
@@ -54,8 +50,7 @@ def baselines(case: Case, methods: tuple[str, ...] = ("lora",)) -> list[Row]:
     rows += [
         Row("LoRA, checkpointing", "train", lora, STEPS["tuned, checkpointing"]),
         Row("LoRA, checkpointing, bf16", "train", half, STEPS["tuned, checkpointing"]),
-        Row(QLORA, "train", replace(half, bits="4bit"), STEPS["tuned, checkpointing"],
-            real=False),
+        Row(QLORA, "train", replace(half, bits="4bit"), STEPS["tuned, checkpointing"]),
         Row("Ladder Side-Tuning", "train", replace(case, reduction=8, sizes=None), STEPS["ladder side-tuning"]),
     ]  # fmt: skip
     return rows
@@ -97,8 +92,7 @@ def coupled(case: Case, small: PreTrainedConfig, mode_name: str, method: str = "
         small=None if mode.plug == "fresh" else small,
     )
     name = ", ".join(filter(None, (f"{OURS}: {METHODS[method].title}", mode_name, variant)))
-    row = Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
-    return row if case.bits is None else replace(row, real=False)
+    return Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
 
 
 def top_layers(layers: Mapping[str, int], share: float) -> dict[str, int]:

@@ -19,8 +19,9 @@ from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.memory.case import TARGETS, Case, scored
 from plugbridge.memory.packed import pack_weights
-from plugbridge.models import checkpoint_activations, last_positions
+from plugbridge.models import checkpoint_activations, find_checkpoint, last_positions
 from plugbridge.progress import Silent
+from plugbridge.quantised import load_quantised
 from plugbridge.shrink.bridge import bridge_config, bridge_weights
 from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, unit_sum
 from plugbridge.shrink.shelf import Place, Shelf
@@ -119,9 +120,7 @@ def finetune(case: Case) -> Step:
 
 def tune(case: Case, checkpointing: bool = False) -> Step:
     """A module trains by backpropagation through the model."""
-    model, layout = case.build()
-    if case.bits is not None:
-        pack_weights(model, layout, case.bits)
+    model, layout = load(case)
     wrapped, _ = attach(model, case.method, layout, case.settings)
     if checkpointing:
         checkpoint_activations(model)
@@ -138,10 +137,7 @@ def tune_checkpointed(case: Case) -> Step:
 
 def ladder_side_tuning(case: Case) -> Step:
     """A side network trains beside the model, which runs forward only."""
-    model, layout = case.build()
-    if case.bits is not None:
-        pack_weights(model, layout, case.bits)
-    model.requires_grad_(False)
+    model, layout = run_only(case)
     side, plan = bridge_of(case, model, layout, case.dtype)
     side.requires_grad_(True).train()
     ladder = {key: tensor.to(case.device).requires_grad_(True) for key, tensor in start_ladder(layout, plan).items()}
@@ -211,11 +207,21 @@ def prune(case: Case) -> Step:
     return Step({"prune": work}, [], 0, held=[model])
 
 
+def load(case: Case) -> tuple[PreTrainedModel, Layout]:
+    """The model in as many bits as the case says: quantised as its files are read, or a stand-in without files."""
+    if case.bits is None:
+        return case.build()
+    if case.weights is None:
+        model, layout = case.build()
+        pack_weights(model, layout, case.bits)
+        return model, layout
+    checkpoint = find_checkpoint(case.weights)
+    return load_quantised(case.weights, case.bits, dtype=case.dtype, device=case.device, checkpoint=checkpoint)
+
+
 def run_only(case: Case) -> tuple[PreTrainedModel, Layout]:
     """The model as it is loaded where it only runs forward."""
-    model, layout = case.build()
-    if case.bits is not None:
-        pack_weights(model, layout, case.bits)
+    model, layout = load(case)
     return model.requires_grad_(False), layout
 
 

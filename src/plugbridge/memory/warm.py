@@ -1,5 +1,6 @@
 """What libraries bring into memory at their first use, brought before a stage's memory is counted."""
 
+import mmap
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from plugbridge.memory.steps import STEPS
 from plugbridge.memory.weights import write_weights
 
 SIDE = 512
-"""Large enough for the matrix library's kernels for large matrices."""
+"""Large enough for the kernels for large matrices of the library that finds eigenvectors."""
+LARGE = 1024
+"""From here on the buffers of the library that multiplies hardly grow."""
 
 
 def warm_up(dtype: torch.dtype = torch.float32) -> None:
@@ -26,10 +29,25 @@ def warm_up(dtype: torch.dtype = torch.float32) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         np.random.default_rng(0).permutation(SIDE).mean()
+        for number in dict.fromkeys((torch.double, torch.float32, dtype)):
+            multiply(number)
         for number in dict.fromkeys((torch.float32, dtype)):
             _do_steps(number, Path(folder) / str(number))
-            square = torch.rand(SIDE, SIDE, dtype=number)
-            torch.linalg.eigh((square @ square.mT).double())
+        square = torch.rand(SIDE, SIDE, dtype=torch.double)
+        torch.linalg.eigh(square @ square.mT)
+
+
+def multiply(dtype: torch.dtype) -> None:
+    """Multiply matrices of some sizes, for which the matrix library makes buffers that it keeps.
+
+    The matrices are not in the heap: glibc would keep larger blocks there from then on.
+    """
+    nbytes = LARGE * LARGE * dtype.itemsize
+    one, two, product = (torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(LARGE, LARGE) for _ in range(3))
+    side = SIDE
+    while side <= LARGE:
+        torch.matmul(one[:side, :side], two[:side, :side], out=product[:side, :side])
+        side *= 2
 
 
 def _do_steps(dtype: torch.dtype, folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from plugbridge.config import RunConfig
 from plugbridge.cost import baseline_memory
 from plugbridge.memory.predict import Trace
-from plugbridge.memory.rates import Rates, rates_for, seconds_of
+from plugbridge.memory.rates import Rates, program_bytes, rates_for, seconds_of
 from plugbridge.memory.warm import warm_up
 from plugbridge.models import pick_dtype
 from plugbridge.plan.advice import Advice, advise, left_out, streams_here
@@ -102,8 +102,9 @@ def make_plan(
     told. Raises as `prepare` does for settings that do not go together.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    predictions = Predictions(beside)
-    baseline = 0 if on_card(config) else _baseline(pick_dtype(config.dtype))
+    dtype = pick_dtype(config.dtype)
+    baseline = 0 if on_card(config) else _baseline(dtype)
+    predictions = Predictions(beside, program_bytes("cuda" if on_card(config) else "cpu", [dtype]))
     room = None if memory is None else max(0, memory - baseline)
     subjects = subjects_of(config, length, room)
     length = subjects.large.length
@@ -123,7 +124,7 @@ def make_plan(
 def _baseline(dtype: torch.dtype) -> int:
     """What a stage's process holds before any model."""
     warm_up(dtype)
-    return baseline_memory(trimmed=False)
+    return baseline_memory()
 
 
 def _planned(work: Work, counts: Trace, rates: Mapping[torch.dtype, Rates], room: int | None) -> PlannedStage:

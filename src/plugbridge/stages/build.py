@@ -55,8 +55,8 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
         def measured(folder: Path) -> StageResult:
             if prepared.large_bytes >= BIG:
                 return_blocks()
-            if os.getpid() != here:  # a process of the stage's own, which has blocks left from warming up
-                before = baseline_memory(trimmed=False)
+            if os.getpid() != here:  # a process of the stage's own, whose libraries are warm
+                before = baseline_memory()
             else:
                 before = baseline
                 settle()

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,6 +34,7 @@ from plugbridge.shrink.sweep import Done, blocks_of, sweep
 from plugbridge.stages.work import BASIS, Work, why_not_finite
 from plugbridge.streaming import block_bytes, window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
+from plugbridge.tensors.checkpoint import open_checkpoint
 from plugbridge.transfer.couple import find_mode
 
 
@@ -194,6 +194,6 @@ def prune(work: Work) -> dict[str, Any]:
 def _basis(work: Work, size: int) -> Tensor:
     """Principal directions of the residual stream, as the configuration weighs them. Returns (size, hidden)."""
     kinds = ("activity", "error") if work.prepared.config.prune.channels == "gradient_pca" else ("activity",)
-    with safe_open(str(work.root / "score" / "moments.safetensors"), framework="pt") as file:
-        moments = unit_sum(file.get_tensor(kind) for kind in kinds)
-    return principal_basis(moments, size)
+    # not mapped: the whole file would be in memory as long as a tensor of it
+    file = open_checkpoint([work.root / "score" / "moments.safetensors"])
+    return principal_basis(unit_sum(file.read(kind) for kind in kinds), size)

@@ -4,7 +4,9 @@ Each step is measured in a process of its own: peak memory with all models that 
 before any model, freed blocks given back; on a card allocated), and seconds, medians over the steps after the first.
 With several rounds all steps take turns, and ratios are medians over the rounds. The model is GPT-2-shaped with
 random weights, LoRA is r = 8 on the attention inputs, rows are full length. Feedback's modules sit in the top three
-quarters of the layers, its default, or in all; `kept` has `couple.recompute: false`. The Bridge is a quarter as wide.
+quarters of the layers, its default, or in all; `kept` has `couple.recompute: false`. The Bridge is a quarter as wide;
+its residual stream is a projection, as by default (`prune.channels: gradient_pca`; here on random directions), or
+`selected channels` of the large model's (`prune.channels: select`).
 
     python benchmarks/step_memory.py --table docs/results/step_memory.md
 
@@ -20,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +37,7 @@ from plugbridge.memory.measure import GIVEN_BACK
 from plugbridge.models import checkpoint_activations, layout_for, load_tokenizer
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import magnitude
-from plugbridge.shrink.prune import plan_bridge, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge, principal_basis, reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients
@@ -43,7 +46,15 @@ from plugbridge.tuners.table import METHODS, MethodSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA, CHECKPOINTING = "LoRA", "LoRA, checkpointing"
-KINDS = (LORA, CHECKPOINTING, "feedback", "feedback, kept", "feedback, all layers", "feedback, all layers, kept")
+KINDS = (
+    LORA,
+    CHECKPOINTING,
+    "feedback",
+    "feedback, kept",
+    "feedback, kept, selected channels",
+    "feedback, all layers",
+    "feedback, all layers, kept",
+)
 SETTINGS = MethodSettings(8, 16.0)
 SAME = ("hidden", "layers", "vocabulary", "batch", "length", "steps", "threads", "device", "dtype", "here")
 """Arguments that two calls must share for measurements of one to stand in the other's table."""
@@ -88,7 +99,13 @@ def measured(kind: str, args: argparse.Namespace) -> dict[str, Any]:
             return mean_loss(wrapped, gold(encoder, rows).to(args.device), "causal")
 
     else:
-        plan = plan_bridge(layout, magnitude(model, layout), reduced_sizes(layout, 4)).to(args.device)
+        sizes = reduced_sizes(layout, 4)
+        plan = plan_bridge(layout, magnitude(model, layout), sizes)
+        if "selected" not in kind:
+            moments = torch.randn(args.hidden, args.hidden, generator=torch.Generator().manual_seed(0))
+            plan = replace(plan, basis={"hidden": principal_basis(moments @ moments.mT, sizes["hidden"])})
+            del moments
+        plan = plan.to(args.device)
         bridge = prune_model(model, layout, plan, {}).float()
         spare, _ = attach(model_of(args), METHODS["lora"], layout, SETTINGS)
         fresh = {key: tensor.to(args.device) for key, tensor in state_of(spare).items()}

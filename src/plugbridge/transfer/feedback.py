@@ -168,24 +168,24 @@ def head_gradient(
     return loss.detach(), gradient
 
 
-def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor) -> Tensor:
-    """J_norm(h)^T lift(error), from the normalised input as the Bridge sees it.
+def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor, onto: Tensor) -> None:
+    """Add J_norm(h)^T lift(error), from the normalised input as the Bridge sees it, to a tensor in place.
 
-    error: (n, length, Bridge hidden), whose dtype the result has. The projections on the normalised input
-    are taken in the Bridge's channels; with an unpruned Bridge this is the norm's exact transposed Jacobian.
+    error: (n, length, Bridge hidden); onto: (n, length, hidden). The projections on the normalised input
+    are taken in the Bridge's channels, whose directions are orthonormal; with an unpruned Bridge this is the norm's
+    exact transposed Jacobian. All but the sum is computed at the Bridge's width.
     """
     weight = norm.get_parameter("weight").detach().to(error.dtype)
-    bias, low = getattr(norm, "bias", None), visit.low.to(error.dtype)
-    wide = width.lift(error)
-    y = width.lift(low if bias is None else low - width.down(bias.detach().to(error.dtype)))
-    inner = torch.einsum("...d,...d->...", y, wide).unsqueeze(-1) / wide.shape[-1]
+    bias, y, hidden = getattr(norm, "bias", None), visit.low.to(error.dtype), onto.shape[-1]
+    if bias is not None:
+        y = y - width.down(bias.detach().to(error.dtype))
+    inverse = visit.inverse.to(error.dtype)
+    inner = torch.linalg.vecdot(y, error).unsqueeze(-1) / hidden
     share = weight.reciprocal().masked_fill(weight == 0, 0)
-    wide.mul_(weight)  # in place: at full width a new tensor costs more than what is computed
-    mean = wide.mean(-1, keepdim=True) if width.layout.family.norm == "layernorm" else None
-    wide.sub_(y.mul_(share).mul_(inner))
-    if mean is not None:
-        wide.sub_(mean)
-    return wide.mul_(visit.inverse.to(wide.dtype))
+    mean = None
+    if width.layout.family.norm == "layernorm":
+        mean = (error @ width.down(weight)).unsqueeze(-1) * inverse / -hidden
+    width.add_scaled(onto, [(error * inverse, weight), (y * (inner * -inverse), share)], mean)
 
 
 def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visit, x: Tensor) -> Any:
@@ -304,7 +304,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         gradients = {slot: tensor.grad for slot, tensor in local.items()}
         parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
         surrogate = torch.stack(parts).sum()
-        return value + surrogate - surrogate.detach()
+        return value + (surrogate - surrogate.detach())  # zero first: the loss stays exact
 
     return loss
 
@@ -326,6 +326,7 @@ def send_back(
     output, the error there to `context`. Returns the error where it stopped.
     """
     large = cast(PreTrainedModel, coupling.large_model)
+    error = error.clone(memory_format=torch.contiguous_format)  # sublayers add to it
     for visit in reversed(visits):
         norm = large.get_submodule(f"{visit.path}.{visit.sublayer.norm}")
         _local_gradient(coupling, visit, error, local)
@@ -343,7 +344,7 @@ def send_back(
             back = torch.autograd.grad(output, wanted, width.down(error))
         if link is not None:
             context[link.stack] = context[link.stack] + width.lift(back[1])
-        error = norm_backward(width, norm, visit, back[0]).add_(error)
+        norm_backward(width, norm, visit, back[0], error)
     return error
 
 

@@ -6,7 +6,7 @@ each stage in a process of its own; with the large model in memory, streamed fro
 are float32), and where it only runs forward in 8 bits. What a stage takes is the most of its lines in the plan
 (training and validation, say), its seconds are their sum; loading, writing and reading from disk and the small models'
 scoring are not planned. Models of a pair share their width's ratio: the small one is a quarter as wide and has a
-quarter of the layers. `plug`, which takes 1 to 5 MiB, finds them among the blocks that the process has free.
+quarter of the layers.
 
     python benchmarks/plan_and_run.py --table docs/results/plan_and_run.md
 """
@@ -102,19 +102,18 @@ def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
     cells = [row["size"], row["how"], row["stage"]]
     cells += [f"{row[key] / 2**20:,.0f}" for key in ("planned_bytes", "peak_bytes")]
-    cells.append("" if row["stage"] == "plug" else f"{row['planned_bytes'] / max(1, row['peak_bytes']) - 1:+.0%}")
+    cells.append(f"{row['planned_bytes'] / max(1, row['peak_bytes']) - 1:+.0%}")
     cells += [f"{row[key]:.1f}" for key in ("planned_seconds", "seconds")]
     return f"| {' | '.join(cells)} |"
 
 
 def said_of(rows: list[dict[str, Any]]) -> str:
     """How many peaks are near, and the ratios of the seconds."""
-    counted = [row for row in rows if row["stage"] != "plug"]
-    good = sum(abs(row["planned_bytes"] / max(1, row["peak_bytes"]) - 1) <= 0.15 for row in counted)
-    longest = [row["seconds"] / row["planned_seconds"] for row in counted if row["stage"] in ("score", "couple")]
+    good = sum(abs(row["planned_bytes"] / max(1, row["peak_bytes"]) - 1) <= 0.15 for row in rows)
+    longest = [row["seconds"] / row["planned_seconds"] for row in rows if row["stage"] in ("score", "couple")]
     low, middle, high = quantiles(longest, n=4)
     return (
-        f"{good} of {len(counted)} peaks are within 15 %, `plug` left out. Scoring and coupling took {middle:.1f} "
+        f"{good} of {len(rows)} peaks are within 15 %. Scoring and coupling took {middle:.1f} "
         f"times the seconds that were planned (median; quartiles {low:.1f} and {high:.1f})."
     )
 

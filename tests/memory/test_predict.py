@@ -14,7 +14,7 @@ from plugbridge.cost import measure, return_blocks, settle
 from plugbridge.memory.alive import Alive, fake_tensors
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import count, predict, trace
-from plugbridge.memory.rates import program_bytes
+from plugbridge.memory.rates import primitive_bytes
 from plugbridge.memory.rows import coupled
 from plugbridge.memory.shapes import find_shapes
 from plugbridge.memory.steps import STEPS, Step
@@ -84,26 +84,29 @@ def test_shallow_traces_extend_to_the_true_depth(step: str) -> None:
     assert short.trained == whole.trained
 
 
-def test_programs_are_products_in_half_precision_that_differ() -> None:
+def test_primitives_are_products_in_half_precision_that_differ() -> None:
     case = with_top(case_of("gpt2", layers=6), "couple, feedback")
-    assert predict(case, STEPS["couple, feedback"]).programs == 0
+    assert predict(case, STEPS["couple, feedback"]).primitives == 0
     half = replace(case, dtype=torch.bfloat16)
     found, deeper = (predict(one, STEPS["couple, feedback"]) for one in (half, half.with_layers({"decoder": 8}, {})))
     with Alive() as alive:
         step = STEPS["couple, feedback"](half)
-        assert count(alive, half, step).programs == found.programs > 4
-    assert deeper.programs == found.programs  # a program serves every layer
-    assert found.keeping(1000).peak == found.peak + 1000 * found.programs
+        assert count(alive, half, step).primitives == found.primitives > 4
+    assert deeper.primitives == found.primitives  # one serves every layer
+    assert found.keeping(1000).peak == found.peak + 1000 * found.primitives
     with Alive() as alive:
         square = torch.ones(4, 4, dtype=torch.bfloat16)
         for other in (square, square, square.mT, square[:2].mT):
             torch.matmul(square, other)
-    assert len(alive.programs) == 3
+    assert len(alive.primitives) == 3
 
 
-def test_only_half_precision_on_a_processor_keeps_programs() -> None:
-    assert program_bytes("cpu", [torch.float32]) == program_bytes("cuda", [torch.bfloat16]) == 0
-    assert 0 <= program_bytes("cpu", [torch.float32, torch.bfloat16]) < 4 * 2**20
+def test_only_half_precision_on_a_processor_keeps_primitives(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 <= primitive_bytes("cpu", [torch.float32, torch.bfloat16]) < 4 * 2**20
+    resident = iter([1000, 1000 + 24 * 70])
+    monkeypatch.setattr("plugbridge.memory.rates.settle", lambda: next(resident))
+    assert primitive_bytes("cpu", [torch.float32]) == primitive_bytes("cuda", [torch.bfloat16]) == 0
+    assert primitive_bytes("cpu", [torch.float32, torch.bfloat16]) == 70
 
 
 @pytest.mark.parametrize("step", ["tuned", "couple, feedback", "couple, ladder", "repair"])
@@ -206,6 +209,13 @@ def test_what_a_decomposition_works_on_is_counted(what: str) -> None:
     with fake_tensors(), Alive() as alive:
         DECOMPOSED[what]()
     assert alive.peak == pytest.approx(measured, rel=0.15)
+
+
+def test_a_product_that_is_added_in_place_is_a_product() -> None:
+    with Alive() as alive:
+        square = torch.ones(4, 4)
+        square.addmm_(square.clone(), square.clone())
+    assert alive.flops[torch.float32] == 2 * 4**3
 
 
 def test_products_and_other_work_are_told_apart() -> None:

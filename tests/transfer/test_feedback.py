@@ -11,12 +11,14 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from conftest import FAMILIES, METHODS, make_model
 from plugbridge.evaluate import mean_loss
+from plugbridge.families.spec import Place
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer import feedback as transfer_feedback
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients
-from plugbridge.transfer.feedback import Visit
+from plugbridge.transfer.feedback import Visit, norm_backward
+from plugbridge.transfer.residual import Width
 from plugbridge.tuners.module import attach, pack, parameter_name
 
 GRID = [(family, method) for family in FAMILIES for method in METHODS]
@@ -163,3 +165,62 @@ def test_the_head_whose_output_is_not_used_is_one_product_for_all_rows(family: s
     large.get_output_embeddings().register_forward_pre_hook(lambda _, given: whole.append(given[0].is_contiguous()))
     MODES["feedback"].start(coupling)(ROWS)
     assert whole == [True, True]  # forward, and its gradient
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_the_norms_backward_is_its_jacobian_in_the_bridges_channels(family: str, projected: bool) -> None:
+    coupling = coupling_of(family, "lora", reduction=2)
+    hidden, kept = 16, coupling.plan.sizes["hidden"]
+    matrix = torch.eye(hidden, dtype=torch.float64)[coupling.plan.keep["hidden"]]
+    if projected:
+        matrix = torch.linalg.qr(torch.randn(hidden, kept, dtype=torch.float64)).Q.T
+        coupling = replace(coupling, plan=replace(coupling.plan, basis={"hidden": matrix}))
+    norm = (torch.nn.LayerNorm if family == "gpt2" else torch.nn.RMSNorm)(hidden, eps=1e-5).double()
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+        norm.weight[coupling.plan.keep["hidden"][0]] = 0  # where 1 / weight is not finite
+    h, error, onto = (torch.randn(3, 5, n, dtype=torch.float64) for n in (hidden, kept, hidden))
+    x = norm(h)
+    centred = h - h.mean(-1, keepdim=True) if family == "gpt2" else h
+    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    visit = Visit("", Place(None, None), coupling.large.family.stack["decoder"].sublayers[0], x @ matrix.T)
+    visit.inverse = inverse
+    found, bias = onto.clone(), getattr(norm, "bias", torch.zeros(hidden, dtype=torch.float64))
+    norm_backward(Width(coupling.large, coupling.plan), norm, visit, error, found)
+    wide, y = error @ matrix, (x - bias) @ matrix.T @ matrix
+    change = norm.weight * wide - (y / norm.weight).nan_to_num(0, 0, 0) * (y * wide).sum(-1, keepdim=True) / hidden
+    if family == "gpt2":
+        change = change - (norm.weight * wide).mean(-1, keepdim=True)
+    assert torch.allclose(found, onto + inverse * change, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_plugged_models_and_what_it_sends_back_stays(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coupling = replace(
+        coupling_of(family, "lora"),
+        large_model=make_model(family, hidden=16, layers=2, heads=4, seed=3),
+        train_bridge=False,
+    )
+    require_gradients(coupling)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    head, back = transfer_feedback.head_gradient, transfer_feedback.send_back
+
+    def head_gradient(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(head(*given))
+        return seen[-1][0] * 1000, seen[-1][1] * 1e6  # a loss beside a much larger surrogate
+
+    def send_back(*given: Any) -> torch.Tensor:
+        before = given[4].clone()
+        found = back(*given)
+        assert torch.equal(given[4], before)
+        assert not torch.equal(found, before)
+        return found
+
+    monkeypatch.setattr(transfer_feedback, "head_gradient", head_gradient)
+    monkeypatch.setattr(transfer_feedback, "send_back", send_back)
+    loss = MODES["feedback"].start(coupling)(ROWS)
+    assert torch.equal(loss.detach(), seen[0][0] * 1000)

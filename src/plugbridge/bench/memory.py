@@ -17,7 +17,7 @@ from plugbridge.files import write_json
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import lasting, measured
 from plugbridge.memory.predict import predict
-from plugbridge.memory.rates import Rates, program_bytes, rates_for, seconds_of
+from plugbridge.memory.rates import Rates, primitive_bytes, rates_for, seconds_of
 from plugbridge.memory.rows import LORA, QLORA, Row, baselines, common_stages, coupled, jobs, small_steps
 from plugbridge.memory.shapes import Shape
 from plugbridge.memory.weights import keep_only, write_weights
@@ -115,7 +115,7 @@ def count_shape(
     """
     weights = 2 * weights_of(Case(shape.large, 1, 1))
     rates = rates_for((row.case for row in rows), machine.device, machine.threads)
-    each = program_bytes(machine.device, rates)
+    each = primitive_bytes(machine.device, rates)
     counts = _Counts(shape, rows, path, command, timed=machine.until is not None)
     todo = [row for row in rows if counts.key(row) not in counts.found]
     if machine.until is not None:

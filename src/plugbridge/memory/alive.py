@@ -29,9 +29,9 @@ class Alive(TorchDispatchMode):
     `now` are the bytes alive, `peaks` the most of them at each `place`, a name that the caller moves as the work
     goes on, with what decompositions take while they last. `flops` counts multiplications and additions of matrix
     products, `moved` the bytes that all other operations read and write, both by the precision of what comes out.
-    `read` is what was noted as read from disk, in bytes, `programs` the half-precision products that differ in shape or
-    layout. A storage shared by several tensors counts once. `chosen` is
-    the number of positions that a mask of fake values chooses, `columns` that of a mask of one dimension; None for all.
+    `read` is what was noted as read from disk, in bytes, `primitives` the half-precision products of other shapes or
+    layouts. A storage shared by several tensors counts once. `chosen` is the number of positions that a mask of fake
+    values chooses, `columns` that of a mask of one dimension; None for all.
     """
 
     def __init__(self, chosen: int | None = None) -> None:
@@ -42,7 +42,7 @@ class Alive(TorchDispatchMode):
         self.flops: Counter[torch.dtype] = Counter()
         self.moved: Counter[torch.dtype] = Counter()
         self.read = 0
-        self.programs: set[Any] = set()
+        self.primitives: set[Any] = set()
         self.peaks: dict[str, int] = {}
         self.place = ""
         self.known: set[int] = set()
@@ -113,7 +113,7 @@ class Alive(TorchDispatchMode):
         if counter is not None:
             self.flops[_number(made)] += int(counter(*args, **kwargs, out_val=found))
             if _number(made) in HALVES:
-                self.programs.add((packet, *((tensor.shape, tensor.stride()) for tensor in _tensors(args))))
+                self.primitives.add((packet, *((tensor.shape, tensor.stride()) for tensor in _tensors(args))))
         elif not func.is_view:
             read = _tensors(args) + _tensors(tuple(kwargs.values()))
             self.moved[_number(made)] += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made))
@@ -176,8 +176,9 @@ def _attention_backward(_grad: Tensor, query: Tensor, key: Tensor, *_: Any, **__
 _FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten.addmm_: flop_registry[aten.addmm],
 }
-"""What torch's own table leaves out: attention's CPU kernel."""
+"""What torch's own table leaves out: attention's CPU kernel, and a product that is added in place."""
 
 
 def _eigenvectors_scratch(matrix: Tensor, *_: Any, **__: Any) -> int:

@@ -92,8 +92,8 @@ def _warm_up(case: Case, make: MakeStep) -> None:
         if few.bits is not None:  # the library that quantises, not its stand-in
             few = replace(few, weights=str(write_weights(few, Path(folder) / "model")))
         make(few).work()
-    if case.device == "cpu":
-        multiply(case.dtype)
+    for number in dict.fromkeys((torch.double, torch.float32, case.dtype)):
+        multiply(number)
     gc.collect()
 
 

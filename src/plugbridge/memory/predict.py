@@ -34,7 +34,7 @@ between a middle one and an end.
 class Trace:
     """Counts of one step: bytes alive at most by place, work done, tensors that train.
 
-    `flops`, `moved`, `read` and `programs` are as `Alive` counts them, of one repetition.
+    `flops`, `moved`, `read` and `primitives` are as `Alive` counts them, of one repetition.
     """
 
     peaks: dict[str, float]
@@ -43,11 +43,11 @@ class Trace:
     rows: int
     trained: float
     read: float = 0
-    programs: int = 0
+    primitives: int = 0
 
-    def keeping(self, program_bytes: int) -> "Trace":
-        """The same on a processor whose matrix library keeps so much of every program."""
-        more = program_bytes * self.programs
+    def keeping(self, primitive_bytes: int) -> "Trace":
+        """The same on a processor whose matrix library keeps so much of every primitive."""
+        more = primitive_bytes * self.primitives
         return replace(self, peaks={place: count + more for place, count in self.peaks.items()})
 
     @property
@@ -121,7 +121,7 @@ def extended(found: Trace, base: Trace, deeper: Trace, times: int) -> Trace:
         base.rows,
         found.trained + times * (deeper.trained - base.trained),
         found.read + times * (deeper.read - base.read),
-        max(found.programs, deeper.programs),
+        max(found.primitives, deeper.primitives),
     )
 
 
@@ -145,7 +145,7 @@ def count(alive: Alive, case: Case, step: Step) -> Trace:
     alive.flops.clear()
     alive.moved.clear()
     alive.read = 0
-    alive.programs.clear()
+    alive.primitives.clear()
     alive.chosen, alive.columns = step.chosen, TARGETS[case.kind]
     with ExitStack() as hooks:
         for model, name in step.marks:
@@ -155,7 +155,7 @@ def count(alive: Alive, case: Case, step: Step) -> Trace:
             phase()
     return Trace(
         dict(alive.peaks), dict(alive.flops), dict(alive.moved), step.rows, step.trained, alive.read,
-        len(alive.programs),
+        len(alive.primitives),
     )  # fmt: skip
 
 

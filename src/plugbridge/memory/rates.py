@@ -16,8 +16,8 @@ SIZES = {"cpu": (1024, 2**25), "cuda": (8192, 2**28)}
 """Rows of the matrices and entries of the vectors: a card needs large ones to show what it can do,
 and a processor vectors that its caches do not hold."""
 
-PROGRAMS, WIDTH = 24, 256
-"""How many programs are compiled to see what stays of one, and for matrices how wide."""
+PRIMITIVES, WIDTH = 24, 256
+"""How many primitives are compiled to see what stays of one, and for matrices how wide."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,19 @@ def measure_rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
     return found
 
 
-def program_bytes(device: str, dtypes: Iterable[torch.dtype]) -> int:
-    """Bytes that stay of the program that the matrix library compiles for every shape of a half-precision product.
+def primitive_bytes(device: str, dtypes: Iterable[torch.dtype]) -> int:
+    """Bytes that stay of the primitive that the matrix library compiles for every shape of a half-precision product.
 
-    oneDNN does so on processors, for bfloat16. 0 where none of the dtypes is of half precision, and on a card.
+    oneDNN does so on processors, for bfloat16; something stays even of those that its cache lets go. 0 where none of
+    the dtypes is of half precision, and on a card.
     """
     half = next((dtype for dtype in dtypes if dtype in HALVES), None)
     if half is None or device.startswith("cuda"):
         return 0
     before = settle()
-    for place in range(PROGRAMS):
+    for place in range(PRIMITIVES):
         torch.matmul(torch.ones(WIDTH + place, WIDTH, dtype=half), torch.ones(WIDTH, WIDTH, dtype=half))
-    return max(0, settle() - before) // PROGRAMS
+    return max(0, settle() - before) // PRIMITIVES
 
 
 def _fastest(work: Callable[[], Tensor], device: str) -> float:

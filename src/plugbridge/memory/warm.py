@@ -15,7 +15,7 @@ from plugbridge.memory.steps import STEPS
 from plugbridge.memory.weights import write_weights
 
 SIDE = 512
-"""Large enough for the kernels for large matrices of the library that finds eigenvectors."""
+"""Large enough for the matrix library's kernels for large matrices, those that find eigenvectors, too."""
 LARGE = 1024
 """From here on the buffers of the library that multiplies hardly grow."""
 

@@ -10,7 +10,7 @@ import torch
 from plugbridge.config import RunConfig
 from plugbridge.cost import baseline_memory
 from plugbridge.memory.predict import Trace
-from plugbridge.memory.rates import Rates, program_bytes, rates_for, seconds_of
+from plugbridge.memory.rates import Rates, primitive_bytes, rates_for, seconds_of
 from plugbridge.memory.warm import warm_up
 from plugbridge.models import pick_dtype
 from plugbridge.plan.advice import Advice, advise, left_out, streams_here
@@ -104,7 +104,7 @@ def make_plan(
     threads = torch.get_num_threads() if threads is None else threads
     dtype = pick_dtype(config.dtype)
     baseline = 0 if on_card(config) else _baseline(dtype)
-    predictions = Predictions(beside, program_bytes("cuda" if on_card(config) else "cpu", [dtype]))
+    predictions = Predictions(beside, primitive_bytes("cuda" if on_card(config) else "cpu", [dtype]))
     room = None if memory is None else max(0, memory - baseline)
     subjects = subjects_of(config, length, room)
     length = subjects.large.length

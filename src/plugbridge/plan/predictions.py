@@ -12,11 +12,11 @@ class Predictions:
     """Predictions by step and case: equal ones are made once.
 
     Those that are expected are made by `beside`, where there is one, and by this process while it waits. Peaks hold
-    `program_bytes` for every program that the matrix library compiles.
+    `primitive_bytes` for every primitive that the matrix library compiles.
     """
 
-    def __init__(self, beside: Executor | None = None, program_bytes: int = 0) -> None:
-        self._beside, self._program_bytes = beside, program_bytes
+    def __init__(self, beside: Executor | None = None, primitive_bytes: int = 0) -> None:
+        self._beside, self._primitive_bytes = beside, primitive_bytes
         self._known: dict[Hashable, Trace] = {}
         self._waiting: dict[Hashable, Row] = {}
         self._begun: dict[Hashable, Future[Trace]] = {}
@@ -41,7 +41,7 @@ class Predictions:
         key = _key(row)
         if key not in self._known:
             self._make(key, row)
-        return self._known[key].keeping(self._program_bytes)
+        return self._known[key].keeping(self._primitive_bytes)
 
     def all(self, rows: Sequence[Row]) -> list[Trace]:
         """The predictions of rows."""

@@ -173,7 +173,7 @@ def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor, on
 
     error: (n, length, Bridge hidden); onto: (n, length, hidden). The projections on the normalised input
     are taken in the Bridge's channels, whose directions are orthonormal; with an unpruned Bridge this is the norm's
-    exact transposed Jacobian. All but the sum is computed at the Bridge's width.
+    exact transposed Jacobian. No activation but the sum is at the large width.
     """
     weight = norm.get_parameter("weight").detach().to(error.dtype)
     bias, y, hidden = getattr(norm, "bias", None), visit.low.to(error.dtype), onto.shape[-1]

@@ -36,7 +36,7 @@ class Width:
         """Add scale * lift(part) for every part and scale, and what is the same in every channel, to a tensor in place.
 
         onto: (…, large hidden), contiguous. parts: (…, Bridge hidden), each with its scale: (large hidden). all_over:
-        (…, 1). At the large width nothing is made but the sum.
+        (…, 1). All are of one dtype. No activation is made at the large width but the sum.
         """
         op = self.plan.op("hidden")
         if isinstance(op, Project):

@@ -58,6 +58,8 @@ KINDS = (
 SETTINGS = MethodSettings(8, 16.0)
 SAME = ("hidden", "layers", "vocabulary", "batch", "length", "steps", "threads", "device", "dtype", "here")
 """Arguments that two calls must share for measurements of one to stand in the other's table."""
+CHANNELS = "gradient_pca"
+"""A Bridge's residual stream where a kind does not say; tables from when it was `select` are made anew."""
 Done = dict[str, list[dict[str, Any] | None]]
 """A kind's measurements, round by round; none where it failed."""
 
@@ -220,7 +222,7 @@ def main() -> None:
     if args.kind:
         print(json.dumps(measured(args.kind, args)))
         return
-    settings = {name: getattr(args, name) for name in SAME}
+    settings = {name: getattr(args, name) for name in SAME} | {"channels": CHANNELS}
     done = read_done(args.table and args.table.with_suffix(".json"), settings)
     failed = measure_rounds(args, done, settings)
     found = summary(done, settings)

@@ -14,7 +14,7 @@ this is backpropagation.
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -27,10 +27,14 @@ from plugbridge.families.spec import Layout, Place, Sublayer
 from plugbridge.models import last_positions
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.transfer.error import NarrowNorm, StreamError, narrow_norm
 from plugbridge.transfer.residual import Width, head_loss
+from plugbridge.transfer.unread import unread
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
 CACHE = "past_key_values"
+Norms = Callable[[str], NarrowNorm]
+"""What a norm of the large model is between the Bridge's channels, by the norm's path."""
 
 
 @dataclass
@@ -90,9 +94,8 @@ def record(
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             h = at_least_float32(inputs[0].detach())
             if centred:
-                square = torch.var(h, -1, correction=0, keepdim=True)
-            else:
-                square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1]
+                h = h - h.mean(-1, keepdim=True)  # torch.var would be an order of magnitude slower
+            square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1]
             visit.inverse = torch.rsqrt(square + eps)
 
         return hook
@@ -168,26 +171,6 @@ def head_gradient(
     return loss.detach(), gradient
 
 
-def norm_backward(width: Width, norm: nn.Module, visit: Visit, error: Tensor, onto: Tensor) -> None:
-    """Add J_norm(h)^T lift(error), from the normalised input as the Bridge sees it, to a tensor in place.
-
-    error: (n, length, Bridge hidden); onto: (n, length, hidden). The projections on the normalised input
-    are taken in the Bridge's channels, whose directions are orthonormal; with an unpruned Bridge this is the norm's
-    exact transposed Jacobian. No activation but the sum is at the large width.
-    """
-    weight = norm.get_parameter("weight").detach().to(error.dtype)
-    bias, y, hidden = getattr(norm, "bias", None), visit.low.to(error.dtype), onto.shape[-1]
-    if bias is not None:
-        y = y - width.down(bias.detach().to(error.dtype))
-    inverse = visit.inverse.to(error.dtype)
-    inner = torch.linalg.vecdot(y, error).unsqueeze(-1) / hidden
-    share = weight.reciprocal().masked_fill(weight == 0, 0)
-    mean = None
-    if width.layout.family.norm == "layernorm":
-        mean = (error @ width.down(weight)).unsqueeze(-1) * inverse / -hidden
-    width.add_scaled(onto, [(error * inverse, weight), (y * (inner * -inverse), share)], mean)
-
-
 def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visit, x: Tensor) -> Any:
     """A cache that holds one layer's prefix, as the attention of that layer expects it beside x."""
     stack = layout.family.prefix.stack
@@ -210,7 +193,10 @@ def call(
     x: Tensor,
     arguments: Mapping[str, Any],
 ) -> Tensor:
-    """One sublayer's function on x, with a module's tensors in place of the attached ones."""
+    """One sublayer's function on x, to be differentiated, with a module's tensors in place of the attached ones.
+
+    What it returns has the function's graph but not its value: the last product is spared.
+    """
     path = f"{visit.path}.{visit.sublayer.function}"
     function = model.get_submodule(path)
     given = {**arguments, **own_arguments(coupling, layout, visit, module, x)}
@@ -219,7 +205,16 @@ def call(
         head = f"base_model.model.{path}."
         own = {key: tensor for key, tensor in pack(coupling.method, layout, module).items() if key.startswith(head)}
         replaced = {parameter_name(key).removeprefix(head): tensor for key, tensor in own.items()}
-    return first_of(functional_call(function, replaced, (x,), given))
+    with unread(model.get_submodule(_last_linear(layout, visit))):
+        return first_of(functional_call(function, replaced, (x,), given))
+
+
+def _last_linear(layout: Layout, visit: Visit) -> str:
+    """The path of the linear layer that ends a sublayer's function."""
+    roles = layout.family.stack[cast(str, visit.place.stack)].roles
+    sites = (*roles["attention_output"], *roles["mlp_output"])
+    (site,) = (site for site in sites if site.startswith(f"{visit.sublayer.function}."))
+    return f"{visit.path}.{site}"
 
 
 def own_arguments(coupling: Coupling, layout: Layout, visit: Visit, module: Module, x: Tensor) -> dict[str, Any]:
@@ -276,6 +271,13 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     stacks = {name: _needed(coupling, visits_of(layout, name)) for name in layout.family.stack}
     needed = [visit for visits in stacks.values() for visit in visits]
 
+    def norm_at(path: str) -> NarrowNorm:
+        return narrow_norm(width, large.get_submodule(path), coupling.bridge.dtype)
+
+    norms: Norms | None = None
+    if through_bridge:
+        norms = norm_at if coupling.recompute else cache(norm_at)
+
     def loss(rows: list[Encoded]) -> Tensor:
         wide, small = coupling.at_large_width(), coupling.at_bridge_width()
         local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
@@ -289,16 +291,17 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
         error = error.to(coupling.bridge.dtype)
-        context = {name: torch.zeros_like(h, dtype=error.dtype) for name, h in last.items()}
-        send_back(coupling, width, narrow, stacks[reader], error, local, through, context, through_bridge)
+        low = coupling.plan.sizes["hidden"]
+        context = {name: error.new_zeros(*h.shape[:-1], low) for name, h in last.items()}
+        send_back(coupling, width, narrow, stacks[reader], error, local, through, context, norms)
         for name, visits in stacks.items():
             if name != reader:
                 h = last[name].requires_grad_(True)
                 with torch.enable_grad():
                     out = large.get_submodule(layout.family.stack[name].final_norm)(h)
-                    (error,) = torch.autograd.grad(out, h, context[name].to(out.dtype))
+                    (error,) = torch.autograd.grad(out, h, width.lift(context[name]).to(out.dtype))
                 error = error.to(coupling.bridge.dtype)
-                send_back(coupling, width, narrow, visits, error, local, through, context, through_bridge)
+                send_back(coupling, width, narrow, visits, error, local, through, context, norms)
         for visit in needed:
             visit.clear()
         gradients = {slot: tensor.grad for slot, tensor in local.items()}
@@ -318,19 +321,17 @@ def send_back(
     local: Module,
     through: Module,
     context: dict[str, Tensor],
-    through_bridge: bool,
-) -> Tensor:
+    norms: Norms | None,
+) -> StreamError:
     """Carry the error from the end of a stack to its start, in the Bridge's dtype whatever the large model's.
 
-    Adds every module's gradient to `local`'s tensors and, for sublayers that read another stack's
-    output, the error there to `context`. Returns the error where it stopped.
+    Adds every module's gradient to `local`'s tensors and, for sublayers that read another stack's output, the error
+    there, at the Bridge's width, to `context`. Returns the error where it stopped. Without `norms` it stays as it is.
     """
-    large = cast(PreTrainedModel, coupling.large_model)
-    error = error.clone(memory_format=torch.contiguous_format)  # sublayers add to it
+    stream = StreamError(width, error)
     for visit in reversed(visits):
-        norm = large.get_submodule(f"{visit.path}.{visit.sublayer.norm}")
-        _local_gradient(coupling, visit, error, local)
-        if not through_bridge:
+        _local_gradient(coupling, visit, stream, local)
+        if norms is None:
             continue
         x = visit.low.to(error.dtype, copy=True).requires_grad_(True)
         arguments = bridge_arguments(width, visit, error.dtype)
@@ -341,11 +342,12 @@ def send_back(
             wanted.append(arguments[link.argument])
         with torch.enable_grad():
             output = call(coupling, narrow, coupling.bridge, visit, through, x, arguments)
-            back = torch.autograd.grad(output, wanted, width.down(error))
+            back = torch.autograd.grad(output, wanted, stream.low)
         if link is not None:
-            context[link.stack] = context[link.stack] + width.lift(back[1])
-        norm_backward(width, norm, visit, back[0], error)
-    return error
+            context[link.stack] += back[1]
+        norm = norms(f"{visit.path}.{visit.sublayer.norm}")
+        stream.pass_norm(norm, x.detach(), visit.inverse.to(error.dtype), back[0])
+    return stream
 
 
 def _needed(coupling: Coupling, visits: list[Visit]) -> list[Visit]:
@@ -378,7 +380,7 @@ def _given(coupling: Coupling, local: Module, visit: Visit, x: Tensor) -> dict[s
     return own_arguments(coupling, coupling.large, visit, local, x)
 
 
-def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Module) -> None:
+def _local_gradient(coupling: Coupling, visit: Visit, error: StreamError, local: Module) -> None:
     """Exact gradient of a sublayer's own module given the error at the sublayer's output."""
     large = cast(PreTrainedModel, coupling.large_model)
     own = _own(coupling, visit, local)
@@ -388,7 +390,7 @@ def _local_gradient(coupling: Coupling, visit: Visit, error: Tensor, local: Modu
         output = visit.output
         if output is None:
             output = call(coupling, coupling.large, large, visit, local, visit.x, visit.arguments)
-        gradients = torch.autograd.grad(output, own, error.to(output.dtype))
+        gradients = torch.autograd.grad(output, own, error.wide().to(output.dtype))
     visit.output = None
     for tensor, gradient in zip(own, gradients, strict=True):
         tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient

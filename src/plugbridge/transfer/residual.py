@@ -1,6 +1,5 @@
 """The residual stream at the large model's and the Bridge's width, and the loss at its end."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,23 +31,16 @@ class Width:
         wide = x.new_zeros(*x.shape[:-1], self.layout.sizes["hidden"])
         return wide.index_copy_(-1, op.index.to(x.device), x)
 
-    def add_scaled(self, onto: Tensor, parts: Sequence[tuple[Tensor, Tensor]], all_over: Tensor | None) -> None:
-        """Add scale * lift(part) for every part and scale, and what is the same in every channel, to a tensor in place.
+    def rescaling(self, scale: Tensor) -> Tensor:
+        """What multiplying the large model's channels by a scale, (large hidden), is between the Bridge's.
 
-        onto: (…, large hidden), contiguous. parts: (…, Bridge hidden), each with its scale: (large hidden). all_over:
-        (…, 1). All are of one dtype. No activation is made at the large width but the sum.
+        With D the down map, D diag(scale) D^T: (Bridge hidden, Bridge hidden), its diagonal where D selects channels.
         """
         op = self.plan.op("hidden")
         if isinstance(op, Project):
-            matrix = op.matrix.to(onto.device, onto.dtype)
-            flat = onto.view(-1, onto.shape[-1])
-            for part, scale in parts:
-                flat.addmm_(part.flatten(0, -2), matrix * scale)
-        else:
-            index = op.index.to(onto.device)
-            onto.index_add_(-1, index, torch.stack([part * scale[index] for part, scale in parts]).sum(0))
-        if all_over is not None:
-            onto.add_(all_over)
+            matrix = op.matrix.to(scale.device, torch.promote_types(scale.dtype, torch.float32))
+            return ((matrix * scale.to(matrix.dtype)) @ matrix.mT).to(scale.dtype)
+        return self.down(scale)
 
     def argument(self, value: Any, pattern: str, place: Place) -> Any:
         """A function's further argument at Bridge width."""

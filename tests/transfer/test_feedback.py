@@ -11,12 +11,13 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from conftest import FAMILIES, METHODS, make_model
 from plugbridge.evaluate import mean_loss
+from plugbridge.models import fuse_gelu
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer import feedback as transfer_feedback
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients
-from plugbridge.transfer.error import StreamError, narrow_norm
+from plugbridge.transfer.error import NarrowNorm, StreamError, narrow_norm
 from plugbridge.transfer.feedback import Visit
 from plugbridge.transfer.residual import Width
 from plugbridge.tuners.module import attach, pack, parameter_name
@@ -130,6 +131,34 @@ def test_kept_graphs_give_the_gradients_of_sublayers_run_again(family: str, meth
     assert any(float(gradient.abs().max()) > 0 for gradient in again.values())
     for name, gradient in again.items():
         assert torch.allclose(kept[name], gradient, rtol=1e-9, atol=1e-12), name
+
+
+def test_the_bridges_gelu_is_one_kernel_of_the_same_value() -> None:
+    bridge = _double(coupling_of("gpt2", "lora"), "gpt2").bridge
+    ids = torch.arange(8).view(1, 8)
+    before = bridge(ids).logits
+    fuse_gelu(bridge)
+    assert [type(block.mlp.act) for block in bridge.transformer.h] == [torch.nn.GELU] * 2
+    assert torch.allclose(bridge(ids).logits, before, rtol=1e-12)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_norms_are_between_the_bridges_channels_stays_only_with_the_graphs(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coupling = replace(_double(coupling_of("t5", "lora"), "t5"), recompute=recompute)
+    looked: list[torch.nn.Module] = []
+
+    def looking(width: Width, norm: torch.nn.Module, dtype: torch.dtype) -> NarrowNorm:
+        looked.append(norm)
+        return narrow_norm(width, norm, dtype)
+
+    monkeypatch.setattr(transfer_feedback, "narrow_norm", looking)
+    loss = MODES["feedback"].start(coupling)
+    first, second = loss(ROWS), loss(ROWS)
+    assert torch.equal(first, second)
+    assert len(set(looked)) == 2 * 2 + 2 * 3  # layers times sublayers, of encoder and decoder
+    assert len(looked) == len(set(looked)) * (2 if recompute else 1)
 
 
 @pytest.mark.parametrize(("family", "method"), GRID)

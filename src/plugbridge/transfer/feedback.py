@@ -4,7 +4,7 @@ The large model runs forward without a graph, modules plugged in. The loss and i
 last hidden state are exact. From there the error g goes down the residual stream; at each sublayer
 F with its norm the Bridge's pruned F~ stands in for F's Jacobian:
 
-    g_in = g + J_norm(h)^T down^T J_F~(down norm(h))^T down g
+    g_in = g + down^T down J_norm(h)^T down^T J_F~(down norm(h))^T down g
 
 Each module takes its gradient from g at its own place, through its own sublayer only. No graph
 crosses a sublayer and no weight of the large model gets a gradient. With an unpruned Bridge (r = 1)
@@ -24,7 +24,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from plugbridge.evaluate import at_least_float32
 from plugbridge.families.spec import Layout, Place, Sublayer
-from plugbridge.models import last_positions
+from plugbridge.models import fuse_gelu, last_positions
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.error import NarrowNorm, StreamError, narrow_norm
@@ -266,6 +266,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     attach(coupling.bridge, coupling.method, narrow, coupling.settings)
     for model in (large, coupling.bridge):
         model.requires_grad_(False)
+    fuse_gelu(coupling.bridge)
     coupling.bridge.eval()
     wrapped.eval()
     stacks = {name: _needed(coupling, visits_of(layout, name)) for name in layout.family.stack}

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from plugbridge.config.stages import OptimizerName
-from plugbridge.cost import Cost
+from plugbridge.cost import Cost, trim
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.files import write_atomically
 from plugbridge.progress import Progress
@@ -103,6 +103,7 @@ def fit(
     base = [float(group["lr"]) for group in groups]  # pyright: ignore[reportArgumentType]
     optimizer = make_optimizer(schedule.optimizer, groups, schedule.weight_decay)
     losses = _resume(checkpoint, parameters, optimizer, cost)
+    trim()  # what building the models left free between their parts
     with progress.bar(title, schedule.steps, len(losses)) as advance:
         for step in range(len(losses), schedule.steps):
             torch.manual_seed(schedule.seed * 1_000_003 + step)

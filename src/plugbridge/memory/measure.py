@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import torch
 
-from plugbridge.cost import GIVEN_BACK, measure
+from plugbridge.cost import GIVEN_BACK, measure, settle, trim
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import at_depth, kinds_of
 from plugbridge.memory.steps import MakeStep
@@ -68,10 +68,12 @@ def run_here(case: Case, make: MakeStep, threads: int) -> Measurement:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     _warm_up(case, make)
-    before = psutil.Process().memory_info().rss
+    before = settle()
     step = make(case)
     step.begin()
     gc.collect()
+    if step.trained:
+        trim()  # as `train.fit` does
     held = psutil.Process().memory_info().rss - before
     seconds: list[float] = []
     with measure(case.device) as cost:
@@ -89,7 +91,7 @@ def _warm_up(case: Case, make: MakeStep) -> None:
     few = at_depth(case, {kind: min(count, 1) for kind, count in kinds_of(case).items()})
     few = replace(few.shorter(1, 8), weights=None)
     with TemporaryDirectory() as folder:
-        if few.bits is not None:  # the library that quantises, not its stand-in
+        if few.reads_files:  # what quantises, not its stand-in; what reads files
             few = replace(few, weights=str(write_weights(few, Path(folder) / "model")))
         make(few).work()
     for number in dict.fromkeys((torch.double, torch.float32, case.dtype)):

@@ -16,8 +16,12 @@ from plugbridge.memory.weights import write_weights
 
 SIDE = 512
 """Large enough for the matrix library's kernels for large matrices, those that find eigenvectors, too."""
-LARGE = 1024
-"""From here on the buffers of the library that multiplies hardly grow."""
+SHAPES = ((512, 512, 512), (1024, 1024, 1024), (8, 512, 8192), (512, 512, 8192))
+"""Products, (n, m) by (m, k), for each of which MKL has buffers of another kind, up to 5 MiB a thread.
+
+Larger ones of these kinds, square, thin and wide, need no larger buffers: tried with torch 2.13's MKL up to matrices of
+4096 x 4096, and 8 rows by 50257 columns.
+"""
 
 
 def warm_up(dtype: torch.dtype = torch.float32) -> None:
@@ -38,16 +42,18 @@ def warm_up(dtype: torch.dtype = torch.float32) -> None:
 
 
 def multiply(dtype: torch.dtype) -> None:
-    """Multiply matrices of some sizes, for which the matrix library makes buffers that it keeps.
+    """Multiply matrices of some shapes, for which the matrix library makes buffers that it keeps.
 
     The matrices are not in the heap: glibc would keep larger blocks there from then on.
     """
-    nbytes = LARGE * LARGE * dtype.itemsize
-    one, two, product = (torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(LARGE, LARGE) for _ in range(3))
-    side = SIDE
-    while side <= LARGE:
-        torch.matmul(one[:side, :side], two[:side, :side], out=product[:side, :side])
-        side *= 2
+    for n, m, k in SHAPES:
+        one, two, product = (_mapped(rows, columns, dtype) for rows, columns in ((n, m), (m, k), (n, k)))
+        torch.matmul(one, two, out=product)
+
+
+def _mapped(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    space = mmap.mmap(-1, rows * columns * dtype.itemsize)
+    return torch.frombuffer(space, dtype=dtype).view(rows, columns)
 
 
 def _do_steps(dtype: torch.dtype, folder: Path) -> None:

@@ -1,0 +1,50 @@
+"""What a library keeps from its first work on does not count as a stage's memory."""
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+
+from plugbridge.memory.warm import multiply
+from plugbridge.workers import workers
+
+_NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class _Heap(ctypes.Structure):
+    """What glibc's mallinfo2 gives."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _NAMES.split())
+
+
+def _in_use() -> int:
+    asked = ctypes.CDLL(None).mallinfo2
+    asked.restype = _Heap
+    found = asked()
+    return found.uordblks + found.hblkhd
+
+
+def _kept() -> list[int]:
+    """Bytes that stay of a product before the library is warm, and of others after; matrices are not in the heap."""
+    torch.set_num_threads(1)
+    space = torch.frombuffer(mmap.mmap(-1, 2**26), dtype=torch.float32)
+    found: list[int] = []
+    for n, m, k in ((8, 64, 8192), (256, 256, 256), (8, 384, 8192), (512, 384, 6400)):
+        one, two = space[: n * m].view(n, m), space[n * m : n * m + m * k].view(m, k)
+        product = space[-n * k :].view(n, k)
+        before = _in_use()
+        torch.matmul(one, two, out=product)
+        found.append(_in_use() - before)
+        if len(found) == 1:
+            multiply(torch.float32)
+    return found
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another matrix library")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc says what is in use")
+def test_products_find_the_matrix_librarys_buffers_made() -> None:
+    with workers(1) as pool:
+        cold, *warm = pool.submit(_kept).result()
+    assert cold > 2**20
+    assert max(warm) < 2**18

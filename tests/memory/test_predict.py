@@ -84,6 +84,20 @@ def test_shallow_traces_extend_to_the_true_depth(step: str) -> None:
     assert short.trained == whole.trained
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_feedback_step_takes_no_more_the_second_time(recompute: bool) -> None:
+    case = replace(with_top(case_of("gpt2"), "couple, feedback"), recompute=recompute)
+
+    def peak(done_before: bool) -> float:
+        with fake_tensors(), Alive() as alive:
+            step = STEPS["couple, feedback"](case)
+            if done_before:
+                step.work()
+            return count(alive, case, step).peak
+
+    assert peak(True) == pytest.approx(peak(False), rel=0.002)
+
+
 def test_primitives_are_products_in_half_precision_that_differ() -> None:
     case = with_top(case_of("gpt2", layers=6), "couple, feedback")
     assert predict(case, STEPS["couple, feedback"]).primitives == 0

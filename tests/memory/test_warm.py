@@ -25,26 +25,28 @@ def _in_use() -> int:
     return found.uordblks + found.hblkhd
 
 
-def _kept() -> list[int]:
+def _kept(dtype: torch.dtype) -> list[int]:
     """Bytes that stay of a product before the library is warm, and of others after; matrices are not in the heap."""
     torch.set_num_threads(1)
-    space = torch.frombuffer(mmap.mmap(-1, 2**26), dtype=torch.float32)
+    space = torch.frombuffer(mmap.mmap(-1, 2**27), dtype=dtype)
     found: list[int] = []
-    for n, m, k in ((8, 64, 8192), (256, 256, 256), (8, 384, 8192), (512, 384, 6400)):
+    first = (8, 64, 8192) if dtype == torch.float32 else (3072, 256, 256)
+    for n, m, k in (first, (256, 256, 256), (8, 384, 8192), (512, 384, 6400), (1600, 1600, 1600), (8192, 256, 768)):
         one, two = space[: n * m].view(n, m), space[n * m : n * m + m * k].view(m, k)
         product = space[-n * k :].view(n, k)
         before = _in_use()
         torch.matmul(one, two, out=product)
         found.append(_in_use() - before)
         if len(found) == 1:
-            multiply(torch.float32)
+            multiply(dtype)
     return found
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another matrix library")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc says what is in use")
-def test_products_find_the_matrix_librarys_buffers_made() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_find_the_matrix_librarys_buffers_made(dtype: torch.dtype) -> None:
     with workers(1) as pool:
-        cold, *warm = pool.submit(_kept).result()
+        cold, *warm = pool.submit(_kept, dtype).result()
     assert cold > 2**20
     assert max(warm) < 2**18

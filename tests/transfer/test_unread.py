@@ -36,13 +36,29 @@ def test_the_layer_is_itself_again_after_an_error() -> None:
     assert torch.equal(layer(x), true)
 
 
-def test_hooks_that_bring_the_weight_still_run() -> None:
-    layer, x, seen = _layer(Conv1D), torch.ones(1, 6, dtype=torch.float64, requires_grad=True), []
-    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
-    layer.register_forward_hook(lambda *_: seen.append("after"))
+def test_a_weight_that_comes_when_the_layers_function_begins_is_read_then() -> None:
+    """As a streamed model's do."""
+    layer = _layer(Conv1D)
+    true, x = layer.weight.clone(), torch.ones(1, 6, dtype=torch.float64, requires_grad=True)
+    layer.weight.fill_(float("nan"))
+    function = torch.nn.Sequential(layer)
+
+    def bring(_module: torch.nn.Module, _inputs: object) -> None:
+        layer.weight.copy_(true)
+
+    function.register_forward_pre_hook(bring)
     with unread(layer):
-        layer(x)
-    assert seen == ["before", "after"]
+        output = function(x)
+    (found,) = torch.autograd.grad(output.sum(), x)
+    assert torch.allclose(found, true.sum(1).unsqueeze(0), rtol=1e-12)
+
+
+def test_a_layer_with_a_forward_function_of_its_own_keeps_it() -> None:
+    layer, x = _layer(torch.nn.Linear), torch.ones(1, 6, dtype=torch.float64)
+    layer.forward = lambda given: 2 * given
+    with unread(layer):
+        assert torch.equal(layer(x), 2 * x)
+    assert torch.equal(layer(x), 2 * x)
 
 
 def test_a_layer_that_something_wraps_gives_its_value() -> None:

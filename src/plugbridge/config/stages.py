@@ -157,8 +157,8 @@ class CoupleConfig(PartsConfig):
     recompute: bool = Field(
         default=True,
         description="run again for their gradients what holds a module: in feedback the large model's sublayers, in "
-        "standalone the Bridge's blocks (not with prefixes); false keeps what the first run left: less time, more "
-        "memory (a streamed large model always runs them again)",
+        "standalone the Bridge's blocks (not with prefixes); false keeps what the first run left, and in feedback what "
+        "norms are at the Bridge's width: less time, more memory (a streamed large model always runs them again)",
     )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")

@@ -63,8 +63,9 @@ class Context(_Strict):
 class Sublayer(_Strict):
     """One step of the residual stream: ``h + function(norm(h))``.
 
-    `inputs` are the axes of those further arguments of the function whose size depends on the
-    model's; all others are passed on as they are.
+    The function ends in one linear layer, named by the stack's role `attention_output` or `mlp_output`; nothing comes
+    after it that is not linear. `inputs` are the axes of those further arguments of the function whose size depends
+    on the model's; all others are passed on as they are.
     """
 
     norm: str
@@ -82,6 +83,15 @@ class Stack(_Strict):
     final_norm: str
     roles: dict[str, tuple[str, ...]]
     weights: dict[str, str]
+
+    def last_linear(self, sublayer: Sublayer) -> str:
+        """The path inside the block of the linear layer that ends a sublayer's function. Raises ConfigError."""
+        ends = (*self.roles.get("attention_output", ()), *self.roles.get("mlp_output", ()))
+        found = [site for site in ends if site.startswith(f"{sublayer.function}.")]
+        if len(found) != 1:
+            roles = "roles attention_output and mlp_output"
+            raise ConfigError(f"{roles} name {len(found)} layers of '{sublayer.function}', not the one that ends it")
+        return found[0]
 
 
 class Family(_Strict):
@@ -145,6 +155,12 @@ def parse_family(raw: Mapping[str, Any], source: str) -> Family:
     for axis in family.scope:
         if axis not in axes:
             raise ConfigError(f"{source}: scope names axis '{axis}', which no weight has")
+    for name, stack in family.stack.items():
+        for sublayer in stack.sublayers:
+            try:
+                stack.last_linear(sublayer)
+            except ConfigError as error:
+                raise ConfigError(f"{source}: stack.{name}: {error}") from None
     if family.prefix.stack not in family.stack:
         raise ConfigError(f"{source}: prefix.stack '{family.prefix.stack}' is not a stack")
     return family

@@ -73,7 +73,7 @@ def run_here(case: Case, make: MakeStep, threads: int) -> Measurement:
     step.begin()
     gc.collect()
     if step.trained:
-        trim()  # as `train.fit` does
+        trim()  # as before a training's first step
     held = psutil.Process().memory_info().rss - before
     seconds: list[float] = []
     with measure(case.device) as cost:

@@ -16,11 +16,11 @@ from plugbridge.memory.weights import write_weights
 
 SIDE = 512
 """Large enough for the matrix library's kernels for large matrices, those that find eigenvectors, too."""
-SHAPES = ((512, 512, 512), (1024, 1024, 1024), (8, 512, 8192), (512, 512, 8192))
-"""Products, (n, m) by (m, k), for each of which MKL has buffers of another kind, up to 5 MiB a thread.
+SHAPES = ((512, 512, 512), (1024, 1024, 1024), (8, 512, 8192), (512, 512, 8192), (8192, 512, 512))
+"""Products, (n, m) by (m, k), for each of which MKL has buffers of another kind, up to 11 MiB a thread.
 
-Larger ones of these kinds, square, thin and wide, need no larger buffers: tried with torch 2.13's MKL up to matrices of
-4096 x 4096, and 8 rows by 50257 columns.
+Square, thin, wide and tall: larger ones of these kinds need no larger buffers (tried with torch 2.13's MKL in float32
+and float64, up to 32768 rows, 50257 columns and 4096 x 4096).
 """
 
 

@@ -27,8 +27,8 @@ class Coupling:
     layouts, `bridge` the pruned model, `large_model` the large one for modes that run it. `ladder`
     and `cache` are the ladder's own: its gates and projections, and where activations are kept.
     `first` is the first layer of each stack whose module trains; 0 where it is not named. `recompute`
-    says that feedback runs a module's own sublayer again instead of keeping what its first run left, and
-    standalone the Bridge's blocks.
+    says that feedback runs a module's own sublayer again instead of keeping what its first run left, with
+    what norms are at the Bridge's width, and standalone the Bridge's blocks.
     """
 
     method: Method

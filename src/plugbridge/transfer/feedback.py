@@ -4,7 +4,10 @@ The large model runs forward without a graph, modules plugged in. The loss and i
 last hidden state are exact. From there the error g goes down the residual stream; at each sublayer
 F with its norm the Bridge's pruned F~ stands in for F's Jacobian:
 
-    g_in = g + down^T down J_norm(h)^T down^T J_F~(down norm(h))^T down g
+    g_in = g + down^T down J_norm^T down^T J_F~(down norm(h))^T down g
+
+(a LayerNorm's mean excepted, which reaches every channel), J_norm being the norm's Jacobian at its normalised input as
+the Bridge sees it.
 
 Each module takes its gradient from g at its own place, through its own sublayer only. No graph
 crosses a sublayer and no weight of the large model gets a gradient. With an unpruned Bridge (r = 1)
@@ -14,7 +17,7 @@ this is backpropagation.
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,14 +30,14 @@ from plugbridge.families.spec import Layout, Place, Sublayer
 from plugbridge.models import fuse_gelu, last_positions
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
-from plugbridge.transfer.error import NarrowNorm, StreamError, narrow_norm
 from plugbridge.transfer.residual import Width, head_loss
+from plugbridge.transfer.residual_gradient import NarrowNorm, ResidualGradient
 from plugbridge.transfer.unread import unread
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
 CACHE = "past_key_values"
 Norms = Callable[[str], NarrowNorm]
-"""What a norm of the large model is between the Bridge's channels, by the norm's path."""
+"""The norms of the large model between the Bridge's channels, by their paths."""
 
 
 @dataclass
@@ -60,6 +63,11 @@ class Visit:
         """Let go of all that the forward pass left."""
         self.low = self.x = self.inverse = torch.empty(0)
         self.arguments, self.output = {}, None
+
+
+def norm_path(visit: Visit) -> str:
+    """The path of a sublayer's norm."""
+    return f"{visit.path}.{visit.sublayer.norm}"
 
 
 def visits_of(layout: Layout, stack_name: str) -> list[Visit]:
@@ -138,7 +146,7 @@ def record(
 
     with ExitStack() as hooks:
         for visit in visits:
-            norm = model.get_submodule(f"{visit.path}.{visit.sublayer.norm}")
+            norm = model.get_submodule(norm_path(visit))
             hooks.callback(norm.register_forward_pre_hook(on_norm(visit)).remove)
             function = model.get_submodule(f"{visit.path}.{visit.sublayer.function}")
             hooks.callback(function.register_forward_pre_hook(on_function(visit), with_kwargs=True).remove)
@@ -195,7 +203,7 @@ def call(
 ) -> Tensor:
     """One sublayer's function on x, to be differentiated, with a module's tensors in place of the attached ones.
 
-    What it returns has the function's graph but not its value: the last product is spared.
+    What it returns has the function's graph; its value is not to be read. The last product is spared where that can be.
     """
     path = f"{visit.path}.{visit.sublayer.function}"
     function = model.get_submodule(path)
@@ -205,16 +213,9 @@ def call(
         head = f"base_model.model.{path}."
         own = {key: tensor for key, tensor in pack(coupling.method, layout, module).items() if key.startswith(head)}
         replaced = {parameter_name(key).removeprefix(head): tensor for key, tensor in own.items()}
-    with unread(model.get_submodule(_last_linear(layout, visit))):
+    last = layout.family.stack[cast(str, visit.place.stack)].last_linear(visit.sublayer)
+    with unread(model.get_submodule(f"{visit.path}.{last}")):
         return first_of(functional_call(function, replaced, (x,), given))
-
-
-def _last_linear(layout: Layout, visit: Visit) -> str:
-    """The path of the linear layer that ends a sublayer's function."""
-    roles = layout.family.stack[cast(str, visit.place.stack)].roles
-    sites = (*roles["attention_output"], *roles["mlp_output"])
-    (site,) = (site for site in sites if site.startswith(f"{visit.sublayer.function}."))
-    return f"{visit.path}.{site}"
 
 
 def own_arguments(coupling: Coupling, layout: Layout, visit: Visit, module: Module, x: Tensor) -> dict[str, Any]:
@@ -273,11 +274,13 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     needed = [visit for visits in stacks.values() for visit in visits]
 
     def norm_at(path: str) -> NarrowNorm:
-        return narrow_norm(width, large.get_submodule(path), coupling.bridge.dtype)
+        return NarrowNorm(width, large.get_submodule(path), coupling.bridge.dtype, keep=not coupling.recompute)
 
     norms: Norms | None = None
     if through_bridge:
-        norms = norm_at if coupling.recompute else cache(norm_at)
+        norms = norm_at
+        if not coupling.recompute:  # made now: what is kept between steps is there from the first on
+            norms = {path: norm_at(path) for path in map(norm_path, needed)}.__getitem__
 
     def loss(rows: list[Encoded]) -> Tensor:
         wide, small = coupling.at_large_width(), coupling.at_bridge_width()
@@ -323,15 +326,15 @@ def send_back(
     through: Module,
     context: dict[str, Tensor],
     norms: Norms | None,
-) -> StreamError:
+) -> ResidualGradient:
     """Carry the error from the end of a stack to its start, in the Bridge's dtype whatever the large model's.
 
     Adds every module's gradient to `local`'s tensors and, for sublayers that read another stack's output, the error
     there, at the Bridge's width, to `context`. Returns the error where it stopped. Without `norms` it stays as it is.
     """
-    stream = StreamError(width, error)
+    gradient = ResidualGradient(width, error)
     for visit in reversed(visits):
-        _local_gradient(coupling, visit, stream, local)
+        _local_gradient(coupling, visit, gradient, local)
         if norms is None:
             continue
         x = visit.low.to(error.dtype, copy=True).requires_grad_(True)
@@ -343,12 +346,12 @@ def send_back(
             wanted.append(arguments[link.argument])
         with torch.enable_grad():
             output = call(coupling, narrow, coupling.bridge, visit, through, x, arguments)
-            back = torch.autograd.grad(output, wanted, stream.low)
+            back = torch.autograd.grad(output, wanted, gradient.low())
         if link is not None:
             context[link.stack] += back[1]
-        norm = norms(f"{visit.path}.{visit.sublayer.norm}")
-        stream.pass_norm(norm, x.detach(), visit.inverse.to(error.dtype), back[0])
-    return stream
+        norm = norms(norm_path(visit))
+        gradient.add(*norm.backward(x.detach(), visit.inverse.to(error.dtype), back[0]))
+    return gradient
 
 
 def _needed(coupling: Coupling, visits: list[Visit]) -> list[Visit]:
@@ -381,7 +384,7 @@ def _given(coupling: Coupling, local: Module, visit: Visit, x: Tensor) -> dict[s
     return own_arguments(coupling, coupling.large, visit, local, x)
 
 
-def _local_gradient(coupling: Coupling, visit: Visit, error: StreamError, local: Module) -> None:
+def _local_gradient(coupling: Coupling, visit: Visit, error: ResidualGradient, local: Module) -> None:
     """Exact gradient of a sublayer's own module given the error at the sublayer's output."""
     large = cast(PreTrainedModel, coupling.large_model)
     own = _own(coupling, visit, local)

@@ -31,17 +31,6 @@ class Width:
         wide = x.new_zeros(*x.shape[:-1], self.layout.sizes["hidden"])
         return wide.index_copy_(-1, op.index.to(x.device), x)
 
-    def rescaling(self, scale: Tensor) -> Tensor:
-        """What multiplying the large model's channels by a scale, (large hidden), is between the Bridge's.
-
-        With D the down map, D diag(scale) D^T: (Bridge hidden, Bridge hidden), its diagonal where D selects channels.
-        """
-        op = self.plan.op("hidden")
-        if isinstance(op, Project):
-            matrix = op.matrix.to(scale.device, torch.promote_types(scale.dtype, torch.float32))
-            return ((matrix * scale.to(matrix.dtype)) @ matrix.mT).to(scale.dtype)
-        return self.down(scale)
-
     def argument(self, value: Any, pattern: str, place: Place) -> Any:
         """A function's further argument at Bridge width."""
         if not isinstance(value, Tensor):

@@ -28,9 +28,9 @@ def unread(layer: nn.Module) -> Generator[None]:
     """While it lasts, a frozen linear layer gives zeros, whose gradient at its input is that of the true output.
 
     For a layer whose output is only added to: what comes after it must not depend on its value. Layers of other kinds
-    (quantised, or wrapped by a module that reads their output) stay as they are.
+    stay as they are: quantised, wrapped by an adapter that reads their output, with a forward function of their own.
     """
-    if type(layer) not in (nn.Linear, Conv1D):
+    if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):
         yield
         return
     turned = type(layer) is nn.Linear  # which keeps (out, in)

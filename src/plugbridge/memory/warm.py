@@ -16,12 +16,14 @@ from plugbridge.memory.weights import write_weights
 
 SIDE = 512
 """Large enough for the matrix library's kernels for large matrices, those that find eigenvectors, too."""
-SHAPES = ((512, 512, 512), (1024, 1024, 1024), (8, 512, 8192), (512, 512, 8192), (8192, 512, 512))
-"""Products, (n, m) by (m, k), for each of which MKL has buffers of another kind, up to 11 MiB a thread.
+TALL, WIDE = (8192, 512, 512), (512, 384, 6400)
+"""Products, (n, m) by (m, k), for which MKL makes the largest buffers in float64 and in float32: 11 and 5 MiB a thread.
 
-Square, thin, wide and tall: larger ones of these kinds need no larger buffers (tried with torch 2.13's MKL in float32
-and float64, up to 32768 rows, 50257 columns and 4096 x 4096).
+With rows for every thread. After them no other needs more: square, thin, wide and tall ones were tried with torch
+2.13's MKL, up to 32768 rows, 50257 columns and 4096 x 4096.
 """
+THREADS = 4
+"""Threads that are given rows at most: with more the matrices themselves would be large."""
 
 
 def warm_up(dtype: torch.dtype = torch.float32) -> None:
@@ -42,13 +44,14 @@ def warm_up(dtype: torch.dtype = torch.float32) -> None:
 
 
 def multiply(dtype: torch.dtype) -> None:
-    """Multiply matrices of some shapes, for which the matrix library makes buffers that it keeps.
+    """Multiply two matrices, for which the matrix library makes the largest buffers that it keeps.
 
     The matrices are not in the heap: glibc would keep larger blocks there from then on.
     """
-    for n, m, k in SHAPES:
-        one, two, product = (_mapped(rows, columns, dtype) for rows, columns in ((n, m), (m, k), (n, k)))
-        torch.matmul(one, two, out=product)
+    n, m, k = TALL if dtype == torch.double else WIDE
+    n *= min(torch.get_num_threads(), THREADS)
+    one, two, product = (_mapped(rows, columns, dtype) for rows, columns in ((n, m), (m, k), (n, k)))
+    torch.matmul(one, two, out=product)
 
 
 def _mapped(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

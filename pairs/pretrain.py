@@ -47,6 +47,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from plugbridge.models import fuse_gelu
+
 SENTINELS = 16
 IGNORED = -100
 
@@ -406,14 +408,6 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreT
     return T5ForConditionalGeneration(config)
 
 
-def quicken(model: PreTrainedModel) -> None:
-    """Put torch's fused tanh-GELU in place of the same function written out in seven operations."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
-
-
 # ---------------------------------------------------------------- optimiser
 
 
@@ -551,7 +545,7 @@ def pretrain(
     chapters = Chapters((recipe, tokenizer, words, prose, seed), place.workers)
     model = build(recipe, tokenizer, seed).to(place.device)
     model.train()
-    quicken(model)
+    fuse_gelu(model)
     opts = optimisers(model, recipe)
     state: dict[str, Any] = {
         "chapter": 0, "batch": 0, "seen": 0, "step": 0, "seconds": 0.0, "loss": None,

@@ -347,6 +347,28 @@ def test_parts_of_a_batch_are_coupling_s_alone(run_config: Callable[..., Raw]) -
     assert parts["couple (feedback)"] == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "concerned"),
+    [
+        ({"prune": {"reduction": 4}}, {"prune", "repair", "couple (feedback)"}),
+        ({"couple": {"batch_size": 4, "optimizer": "adafactor"}}, {"couple (feedback)"}),
+        ({"couple": {"batch_size": 4, "recompute": False}}, {"couple (feedback)"}),
+        ({"tune": {"micro_batch": 1}}, {"tune (small)"}),
+        ({"method": "adapter"}, None),
+    ],
+)
+def test_stages_that_a_setting_does_not_concern_stay_as_they_are(
+    run_config: Callable[..., Raw], changes: Raw, concerned: set[str] | None
+) -> None:
+    """Or advice would predict them again."""
+    before, after = (
+        {work.row.method: repr(work.row.case) for work in works_of(subjects_of(parse_config(raw, "x"), 8, None))}
+        for raw in (run_config(repair={"steps": 2}, **also) for also in ({}, changes))
+    )
+    differ = {name for name in before if before[name] != after[name]}
+    assert differ == (concerned if concerned is not None else set(before))
+
+
 def test_memory_is_what_python_leaves_of_it(run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch) -> None:
     def predicted(_case: Any, _make: Any) -> Trace:
         return Trace({"": 2**20}, {torch.float32: 1}, {torch.float32: 1}, 1, 1)

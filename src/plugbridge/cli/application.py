@@ -1,5 +1,6 @@
 """The application: its commands in the order of `--help`, and the entry point."""
 
+import gc
 import logging
 import os
 import sys
@@ -70,3 +71,5 @@ def main() -> None:
         app()
     except PlugbridgeError as error:
         _fail(error)
+    finally:
+        gc.freeze()  # the libraries' objects end with the process: to look through them first takes a second

@@ -1,5 +1,6 @@
 """What a command prints with: standard output and error, progress bars, tables."""
 
+import gc
 import json
 import logging
 import sys
@@ -50,8 +51,11 @@ def setup(quiet: bool) -> None:
     """Log what the library says, or only its warnings; keep other libraries quiet."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     quiet_loggers()
-    from plugbridge.models import quiet_transformers  # heavy: after the loggers are quiet
-
+    gc.disable()  # or a quarter of the imports' time goes into looking for garbage where there is none
+    try:
+        from plugbridge.models import quiet_transformers  # heavy: after the loggers are quiet
+    finally:
+        gc.enable()
     quiet_transformers()
 
 

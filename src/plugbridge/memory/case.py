@@ -144,6 +144,13 @@ class Case:
                 setattr(config, per_layer, getattr(config, per_layer)[: max(layers.values())])
         return replace(self, config=config, trained=dict(trained))
 
+    def alone(self) -> "Case":
+        """The same without what concerns only a Bridge and what trains: equal wherever nothing else differs."""
+        return replace(
+            self, trained={}, sizes=None, train_bridge=True, recompute=True, micro_batch=None, optimizer="adamw",
+            target="response", down="select",
+        )  # fmt: skip
+
     def shorter(self, batch: int, length: int) -> "Case":
         """The same with other rows."""
         return replace(self, batch=batch, length=length)

@@ -13,7 +13,7 @@ from plugbridge.memory.packed import BITS
 from plugbridge.memory.rows import Row
 from plugbridge.models import pick_device
 from plugbridge.plan.predictions import Predictions
-from plugbridge.plan.works import Work, peak_of, references_of, streamable, subjects_of, works_of
+from plugbridge.plan.works import Subjects, Work, peak_of, references_of, streamable, subjects_of, works_of
 from plugbridge.prepare import resolve
 from plugbridge.quantised import check_blocks
 from plugbridge.transfer.couple import find_mode
@@ -73,6 +73,8 @@ COUNTS = {
     "polish.batch_size": "polish.batch_size",
 }
 """Rows at a time, of which more are faster, and the key that says how many there are without advice."""
+AHEAD = 2
+"""Changes of a stage that are predicted before it is known whether they are needed."""
 FULL = 0.9
 """How much of the memory more rows at a time may fill: what a run takes is not known exactly."""
 
@@ -99,6 +101,7 @@ class _Search:
         self.tight = dict(tight)
         self.predictions = predictions
         self.chosen: dict[str, Any] = {}
+        self.met: dict[str, tuple[Subjects, list[Work]]] = {}
         if streams_here(config, length, memory):
             self._choose(changed(config, STREAMED), STREAMED, {})
 
@@ -129,7 +132,7 @@ class _Search:
 
     def _all_peaks(self) -> dict[str, int]:
         """The peaks of all our stages as they are now."""
-        works = list(works_of(subjects_of(self.config, self.length, self.memory)))
+        _, works = self._met(self.config)
         traces = self.predictions.all([work.row for work in works])
         return {work.row.method: peak_of(work, found) for work, found in zip(works, traces, strict=True)}
 
@@ -145,34 +148,46 @@ class _Search:
 
     def _peaks(self, names: Collection[str], change: Change) -> tuple[RunConfig, dict[str, int]]:
         """A configuration with a change, and the peaks of those of the named stages that it may help."""
-        tried, works = self._tried(names, change)
+        tried, works = self._tried(self.config, names, change)
         return tried, {work.row.method: peak_of(work, self.predictions.of(work.row)) for work in works}
 
     def _expect(self) -> None:
-        """Predict every stage under the first change of it that is not known: what the search asks for at first."""
-        found: list[Row] = []
-        for change in CHANGES:
-            left = set(self.tight) - {row.method for row in found}
-            rows = (work.row for work in self._tried(left, change)[1])
-            found.extend(row for row in rows if row not in self.predictions)
-        self.predictions.expect(found)
+        """Predict what the search asks for if a stage's first change helps too little, and its second is tried."""
+        reached: dict[str, tuple[RunConfig, int]] = dict.fromkeys(self._over(), (self.config, 0))
+        for _ in range(AHEAD):
+            found: list[Row] = []
+            for name, (config, number) in reached.items():
+                for later in range(number, len(CHANGES)):
+                    tried, works = self._tried(config, [name], CHANGES[later])
+                    if works:
+                        found.extend(work.row for work in works)
+                        reached[name] = tried, later + 1
+                        break
+            self.predictions.expect(found)
 
-    def _tried(self, names: Collection[str], change: Change) -> tuple[RunConfig, list[Work]]:
+    def _tried(self, config: RunConfig, names: Collection[str], change: Change) -> tuple[RunConfig, list[Work]]:
         """A configuration with a change, and those of the named stages that it may help; none if it cannot be."""
-        helped = [name for name in names if _may_help(self.config, name, change)]
+        helped = [name for name in names if _may_help(config, name, change)]
         if not helped:
-            return self.config, []
+            return config, []
         try:
-            tried = changed(self.config, change.settings)
-            subjects = subjects_of(tried, self.length, self.memory)
-            works = [work for work in works_of(subjects) if work.row.method in helped]
+            tried = changed(config, change.settings)
+            subjects, works = self._met(tried)
             if tried.load_in is not None and self.asked.load_in is None:
                 check_blocks("", *subjects.large.on_meta(), tried.load_in, pick_device(tried.device))
         except (ConfigError, ModelError):  # such as a Bridge too small for the model's heads
-            return self.config, []
+            return config, []
         if tried.load_in is not None and subjects.parameters * BITS[tried.load_in] / 8 > self.memory:
-            return self.config, []  # the weights alone do not fit: nothing to trace
-        return tried, works
+            return config, []  # the weights alone do not fit: nothing to trace
+        return tried, [work for work in works if work.row.method in helped]
+
+    def _met(self, config: RunConfig) -> tuple[Subjects, list[Work]]:
+        """A configuration met with its models, and our stages, each found once. Raises ConfigError or ModelError."""
+        key = config.model_dump_json()
+        if key not in self.met:
+            subjects = subjects_of(config, self.length, self.memory)
+            self.met[key] = subjects, list(works_of(subjects))
+        return self.met[key]
 
     def _stuck(self, number: int) -> str | None:
         """The first stage that neither this change nor a later one may help."""
@@ -181,27 +196,47 @@ class _Search:
 
     def _widen(self) -> None:
         """Of rows at a time take as many as fit."""
-        for key in [key for key in COUNTS if self.chosen.get(key) == 1]:
-            change = next(change for change in CHANGES if key in change.settings)
-            names = [name for name in self.tight if name.startswith(change.stages)]
-            for count in self._counts(key, names, change.stages):
-                tried, peaks = self._peaks(names, Change({key: count}, change.stages))
+        single = [
+            change for change in CHANGES for key in change.settings if key in COUNTS and self.chosen.get(key) == 1
+        ]
+        for guess in [_counted(change, count) for change in single for count in (2, _value(self.asked, _key(change)))]:
+            _, works = self._tried(self.config, self._concerned(guess), guess)
+            self.predictions.expect([work.row for work in works])
+        for change in single:
+            for count in self._counts(change):
+                guess = _counted(change, count)
+                tried, peaks = self._peaks(self._concerned(guess), guess)
                 if peaks and all(peak <= FULL * self.memory for peak in peaks.values()):
-                    self._choose(tried, {key: count}, peaks)
+                    self._choose(tried, guess.settings, peaks)
                     break
 
-    def _counts(self, key: str, names: list[str], stages: tuple[str, ...]) -> Iterator[int | None]:
+    def _concerned(self, change: Change) -> list[str]:
+        return [name for name in self.tight if name.startswith(change.stages)]
+
+    def _counts(self, change: Change) -> Iterator[int | None]:
         """Rows at a time worth a trial, if what two take more than one is what each more takes: the most first."""
+        key = _key(change)
         asked: int | None = _value(self.asked, key)
         most = asked or _value(self.asked, COUNTS[key])
         room, count = round(FULL * self.memory), most
-        for name, peak in self._peaks(names, Change({key: 2}, stages))[1].items():
+        for name, peak in self._peaks(self._concerned(change), _counted(change, 2))[1].items():
             each = max(1, peak - self.tight[name])
             count = min(count, 1 + max(0, room - self.tight[name]) // each)
         if count == most:
             yield asked
         power = (min(count, most - 1)).bit_length() - 1
         yield from (2**exponent for exponent in range(power, 0, -1))
+
+
+def _key(change: Change) -> str:
+    """The one key that a change sets."""
+    (key,) = change.settings
+    return key
+
+
+def _counted(change: Change, count: int | None) -> Change:
+    """A change of rows at a time, to another count."""
+    return Change({_key(change): count}, change.stages)
 
 
 def left_out(

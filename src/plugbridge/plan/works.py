@@ -119,7 +119,7 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         config,
         layout,
         replace(
-            base,
+            base.alone(),
             config=small,
             batch=config.tune.batch_size,
             bits=None,
@@ -161,9 +161,10 @@ def _length(config: RunConfig, asked: int | None, small: PreTrainedConfig, large
 def works_of(s: Subjects) -> Iterator[Work]:
     """Our stages in order. Stages that read the full weights do so whatever `load_in` says."""
     config, hidden = s.config, s.hidden
-    full = replace(s.large, bits=None, trained={}, micro_batch=None)  # which is coupling's alone
+    full = replace(s.large.alone(), bits=None)
     coupled = s.large if s.large.bits is None else replace(s.large, streamed=False)
-    large = replace(coupled, trained={}, micro_batch=None)  # all layers are alike where none is left out
+    large = coupled.alone()
+    bridged = replace(large, sizes=s.large.sizes)
     samples, width = config.score.samples, large.dtype.itemsize
     yield Work(Row("tune (small)", "", s.small, STEPS["tuned"]), config.tune.steps, 0, 0, 0, training=config.tune)
     yield _validation("tune", "", s, s.small)
@@ -178,10 +179,11 @@ def works_of(s: Subjects) -> Iterator[Work]:
     yield Work(
         Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes, sweeps=_sweeps(s, samples)
     )
-    yield Work(Row("prune", "", full, STEPS["prune"]), 1, s.bridge * width, 0, 0)
+    pruned = replace(full, sizes=s.large.sizes)
+    yield Work(Row("prune", "", pruned, STEPS["prune"]), 1, s.bridge * width, 0, 0)
     if config.repair is not None:
         steps, asked = config.repair.steps, config.repair
-        case = replace(large, batch=asked.batch_size, micro_batch=None, optimizer=asked.optimizer, target=asked.target)
+        case = replace(bridged, batch=asked.batch_size, optimizer=asked.optimizer, target=asked.target)
         row = Row("repair", "", case, STEPS["repair"])
         yield Work(row, steps, 0, steps, steps * case.batch, training=asked)
     steps = config.couple.steps
@@ -212,12 +214,12 @@ def works_of(s: Subjects) -> Iterator[Work]:
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
         yield Work(Row("polish", "", replace(large, batch=batch), STEPS["polish"]), times, 0, times, rows)
     if not on_card(config):  # which it never uses
-        folded = replace(case, micro_batch=None, streamed=False)
+        folded = replace(large, small=case.small, streamed=False)
         yield Work(Row("plug", "", folded, STEPS["plug"]), 1, 0, 0, 0)
-    yield from _evaluations(s, large)
+    yield from _evaluations(s, large, bridged)
 
 
-def _evaluations(s: Subjects, large: Case) -> Iterator[Work]:
+def _evaluations(s: Subjects, large: Case, bridged: Case) -> Iterator[Work]:
     """What scoring the models takes: all rows where `evaluate.limit` says how many, else a batch of them.
 
     A model that is not scored is left out, and so are the small ones, which take less than their tuning does.
@@ -234,7 +236,7 @@ def _evaluations(s: Subjects, large: Case) -> Iterator[Work]:
     mode = find_mode(s.config.couple.mode)
     if mode.trains_bridge and "bridge_coupled" in names:
         step = STEPS["evaluate, ladder" if mode.runs_large else "evaluate, bridge"]
-        row = replace(row, method=f"evaluate: bridge_coupled{much}", make=step)
+        row = Row(f"evaluate: bridge_coupled{much}", "", replace(bridged, batch=row.case.batch), step)
         yield Work(row, batches, 0, batches * mode.runs_large, rows * mode.runs_large, note=note)
 
 
@@ -289,7 +291,7 @@ def references_of(s: Subjects) -> Iterator[Work]:
 def _validation(name: str, stage: str, s: Subjects, case: Case, step: str = "evaluate", large: bool = False) -> Work:
     """A batch of the rows that a model is scored on when it is trained; how many there are is not known."""
     batch = s.config.evaluate.batch_size
-    case = replace(case, batch=batch, micro_batch=None)
+    case = replace(case.alone(), batch=batch)
     return Work(Row(f"{name}: validation (a batch)", stage, case, STEPS[step]), 1, 0, int(large), batch * large)
 
 

@@ -18,8 +18,9 @@ from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rates import Rates
 from plugbridge.memory.steps import STEPS
 from plugbridge.plan import make
-from plugbridge.plan.advice import CHANGES, Advice, Change, advise, changed
+from plugbridge.plan.advice import CHANGES, Advice, Change, Faster, advise, changed, faster
 from plugbridge.plan.make import make_plan
+from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import Work, peak_of, references_of, rivals_of, subjects_of, works_of
 from plugbridge.prepare import prepare
 
@@ -222,6 +223,23 @@ def test_advice_is_what_the_command_line_takes(
     assert said == {key for change in CHANGES for key in change.settings} - {"prune.budget"}  # too small a Bridge here
 
 
+def test_time_is_saved_where_memory_is_left(run_config: Callable[..., Raw]) -> None:
+    def found(memory: int, advice: Advice | None = None, resident: str = "all", **couple: Any) -> Faster | None:
+        config = parse_config(run_config(couple={"steps": 4, "batch_size": 4, **couple}, resident=resident), "x")
+        return faster(config, advice, 8, memory, {torch.float32: Rates(1e9, 1e9)}, Predictions())
+
+    quick = found(2**40)
+    assert quick is not None
+    assert quick.settings == ("couple.recompute=false",)
+    assert 0.3 < quick.share < 0.95
+    assert found(quick.peak_bytes) is None  # not all of the memory is given away
+    assert found(round(1.2 * quick.peak_bytes)) == quick
+    assert found(2**40, recompute=False) is None
+    assert found(2**40, mode="ladder") is None
+    assert found(2**40, resident="none") is None
+    assert found(2**40, Advice(("resident=none",))) is None
+
+
 def test_a_reference_is_left_out_only_if_it_does_not_fit_as_advised(
     run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -420,6 +438,15 @@ def test_a_streamed_model_is_the_first_advice(run_config: Callable[..., Raw], on
     quantised = changed(config, {"large.load_in": "4bit"})
     assert changed(quantised, {"resident": "none"}).load_in == "4bit"
     assert advise(quantised, 8, peak - 1, {"prune": peak}) == Advice(("dtype=bfloat16",))
+
+
+def test_fewer_rows_at_a_time_come_before_streaming(run_config: Callable[..., Raw], only: Callable[..., None]) -> None:
+    only("evaluate (a batch)")
+    config = parse_config(run_config(resident="all", evaluate={"batch_size": 64}), "x")
+    (evaluate,) = (w for w in works_of(subjects_of(config, 8, None)) if w.row.method == "evaluate (a batch)")
+    whole, half = (predict(replace(evaluate.row.case, batch=n), evaluate.row.make).peak for n in (64, 32))
+    found = advise(config, 8, round(half / 0.9) + 1, {"evaluate (a batch)": whole})
+    assert found == Advice(("evaluate.batch_size=32",))
 
 
 def test_a_limit_says_how_many_rows_are_scored(run_config: Callable[..., Raw]) -> None:

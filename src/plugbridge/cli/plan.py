@@ -114,6 +114,12 @@ def _print_what_fits(found: "Plan", memory: int, command: str, sets: list[str]) 
     if settings:
         words = (f"--set {shlex.quote(setting)}" for setting in (*sets, *settings))
         out.print(f"the run fits with\n  {command} {' '.join(words)}")
+    if found.faster is not None:
+        quick = " ".join(f"--set {setting}" for setting in found.faster.settings)
+        out.print(
+            f"there is room to couple in {found.faster.share:.2f} of the time: add {quick} "
+            f"({found.faster.peak_bytes / 2**20:,.0f} MiB)"
+        )
 
 
 def _table(found: "Plan") -> Table:

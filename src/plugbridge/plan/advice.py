@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 import yaml
 
 from plugbridge.config import RunConfig
 from plugbridge.errors import ConfigError, ModelError
 from plugbridge.memory.packed import BITS
+from plugbridge.memory.rates import Rates, seconds_of
 from plugbridge.memory.rows import Row
 from plugbridge.models import pick_device
 from plugbridge.plan.predictions import Predictions
@@ -31,6 +33,15 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Faster:
+    """`settings` with which coupling takes a `share` of the time and fits, too: its peak is then `peak_bytes`."""
+
+    settings: tuple[str, ...]
+    peak_bytes: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Change:
     """Settings that save memory, and how the names of the stages begin that they concern."""
 
@@ -42,21 +53,24 @@ MICRO_BATCH = {name: f"{name}.micro_batch" for name in ("tune", "couple")}
 ADAFACTOR: Settings = {"couple.optimizer": "adafactor"}
 CACHE: Settings = {"couple.cache": "disk"}
 STREAMED: Settings = {"resident": "none"}
+KEPT: Settings = {"couple.recompute": False}
+GAIN = 0.95
+"""The largest share of the time that is worth the memory."""
 FREEZE: Settings = {"couple.bridge": "freeze"}
 REDUCTIONS = (8, 16, 32)
 BUDGETS = (1 / 32, 1 / 64, 1 / 128, 1 / 256)
 """Shares of the large model's parameters that a Bridge may have; those too small for a model are left out."""
 LARGE = ("score", "prune", "repair", "couple", "polish", "evaluate")
 CHANGES: tuple[Change, ...] = (
+    Change({"evaluate.batch_size": 1}, ("evaluate", "tune: validation")),
+    Change({"polish.batch_size": 1}, ("polish",)),
+    Change({MICRO_BATCH["tune"]: 1}, ("tune (",)),
+    Change({MICRO_BATCH["couple"]: 1}, ("couple",)),
     Change(STREAMED, LARGE),
     Change({"score.keep": "disk"}, ("score",)),
     Change(CACHE, ("couple (",)),
-    Change({MICRO_BATCH["tune"]: 1}, ("tune (",)),
     Change({"couple.recompute": True}, ("couple",)),
-    Change({MICRO_BATCH["couple"]: 1}, ("couple",)),
     Change(ADAFACTOR, ("couple",)),
-    Change({"evaluate.batch_size": 1}, ("evaluate", "tune: validation")),
-    Change({"polish.batch_size": 1}, ("polish",)),
     Change({"score.importance": "activation", "prune.channels": "auto"}, ("score",)),
     Change({"score.importance": "magnitude", "prune.channels": "auto"}, ("score",)),
     Change({"dtype": "bfloat16"}, ("tune", *LARGE)),
@@ -65,7 +79,7 @@ CHANGES: tuple[Change, ...] = (
     *(Change({"prune.reduction": r}, ("prune", "repair", "couple")) for r in REDUCTIONS),
     *(Change({"prune.budget": share}, ("prune", "repair", "couple")) for share in BUDGETS),
 )
-"""Those first that change no result or little."""
+"""Those first that change no result or little, and of them those that take the least time."""
 COUNTS = {
     MICRO_BATCH["tune"]: "tune.batch_size",
     MICRO_BATCH["couple"]: "couple.batch_size",
@@ -243,9 +257,7 @@ def left_out(
     config: RunConfig, advice: Advice | None, length: int, memory: int, predictions: Predictions
 ) -> tuple[str, ...]:
     """Settings that leave out the references that do not fit, with what is advised, and that do not score them."""
-    settings = dict(setting.split("=", 1) for setting in (advice.settings if advice is not None else ()))
-    advised = changed(config, {key: yaml.safe_load(value) for key, value in settings.items()})
-    works = list(references_of(subjects_of(advised, length, memory)))
+    works = list(references_of(subjects_of(_advised(config, advice), length, memory)))
     traces = predictions.all([work.row for work in works])
     over = [w.row.method.partition(":")[0] for w, t in zip(works, traces, strict=True) if peak_of(w, t) > memory]
     names = list(dict.fromkeys(over))
@@ -256,6 +268,36 @@ def left_out(
         stay = [name for name in models if name not in gone]
         found.append(f"evaluate.models=[{', '.join(stay)}]" if stay else "evaluate.models=null")
     return tuple(found)
+
+
+def faster(
+    config: RunConfig, advice: Advice | None, length: int, memory: int, rates: Mapping[torch.dtype, Rates],
+    predictions: Predictions,
+) -> Faster | None:  # fmt: skip
+    """What coupling gains from memory that is left, with what is advised; None where that is not enough or nothing."""
+    if not config.couple.recompute:
+        return None
+    now = _advised(config, advice)
+    both = [_coupling(one, length, memory) for one in (now, changed(now, KEPT))]
+    if both[0].row.case.streamed and find_mode(now.couple.mode).runs_large:
+        return None  # its blocks are gone when their gradients come
+    traces = predictions.all([work.row for work in both])
+    before, after = (seconds_of(trace, rates) for trace in traces)
+    peak = peak_of(both[1], traces[1])
+    if peak > FULL * memory or after >= GAIN * before:
+        return None
+    return Faster(tuple(written(*setting) for setting in KEPT.items()), peak, after / before)
+
+
+def _coupling(config: RunConfig, length: int, memory: int) -> Work:
+    works = works_of(subjects_of(config, length, memory))
+    return next(work for work in works if work.row.method.startswith("couple ("))
+
+
+def _advised(config: RunConfig, advice: Advice | None) -> RunConfig:
+    """A configuration with the settings of an advice."""
+    settings = dict(setting.split("=", 1) for setting in (advice.settings if advice is not None else ()))
+    return changed(config, {key: yaml.safe_load(value) for key, value in settings.items()})
 
 
 def streams_here(config: RunConfig, length: int, memory: int) -> bool:

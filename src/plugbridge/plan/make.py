@@ -13,7 +13,7 @@ from plugbridge.memory.predict import Trace
 from plugbridge.memory.rates import Rates, primitive_bytes, rates_for, seconds_of
 from plugbridge.memory.warm import warm_up
 from plugbridge.models import pick_dtype
-from plugbridge.plan.advice import Advice, advise, left_out, streams_here
+from plugbridge.plan.advice import Advice, Faster, advise, faster, left_out, streams_here
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
 from plugbridge.stages.room import WIDE, trained_bytes
@@ -48,7 +48,8 @@ class Plan:
 
     `rates` by precision are those of `device`, where the run would go on here, with so many `threads` on a processor.
     `baseline` is what a process with all libraries takes before any model (0 on a card): stages have what it leaves of
-    `memory`. `left_out` are settings that leave out references which do not fit, even with what is advised.
+    `memory`. `left_out` are settings that leave out references which do not fit, even with what is advised; `faster`
+    what saves time with the memory that is left.
     """
 
     stages: list[PlannedStage]
@@ -61,6 +62,7 @@ class Plan:
     baseline: int
     advice: Advice | None
     left_out: tuple[str, ...] = ()
+    faster: Faster | None = None
 
     @property
     def peak(self) -> PlannedStage:
@@ -118,7 +120,9 @@ def make_plan(
     advice = advise(config, length, room, tight, predictions) if room and wanted else None
     by_name = {str(number).removeprefix("torch."): rate for number, rate in rates.items()}
     out = left_out(config, advice, length, room, predictions) if room else ()
-    return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out)
+    fits = bool(room) and (advice is None or advice.stuck is None)
+    quick = faster(config, advice, length, room, rates, predictions) if room and fits else None
+    return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out, quick)
 
 
 def _baseline(dtype: torch.dtype) -> int:

@@ -6,7 +6,8 @@ With several rounds all steps take turns, and ratios are medians over the rounds
 random weights, LoRA is r = 8 on the attention inputs, rows are full length. Feedback's modules sit in the top three
 quarters of the layers, its default, or in all; `kept` has `couple.recompute: false`. The Bridge is a quarter as wide;
 its residual stream is a projection, as by default (`prune.channels: gradient_pca`; here on random directions), or
-`selected channels` of the large model's (`prune.channels: select`).
+`selected channels` of the large model's (`prune.channels: select`). LoRA steps are as transformers and peft do them;
+feedback computes GPT-2's GELU in one kernel, not eight, which would save a LoRA step time, too.
 
     python benchmarks/step_memory.py --table docs/results/step_memory.md
 

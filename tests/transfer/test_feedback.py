@@ -134,7 +134,7 @@ def test_kept_graphs_give_the_gradients_of_sublayers_run_again(family: str, meth
         assert torch.allclose(kept[name], gradient, rtol=1e-9, atol=1e-12), name
 
 
-def test_the_bridges_gelu_is_one_kernel_of_the_same_value() -> None:
+def test_gelu_in_one_kernel_has_the_same_value() -> None:
     bridge = _double(coupling_of("gpt2", "lora"), "gpt2").bridge
     ids = torch.arange(8).view(1, 8)
     before = bridge(ids).logits

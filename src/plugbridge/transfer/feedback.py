@@ -266,8 +266,8 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
     attach(coupling.bridge, coupling.method, narrow, coupling.settings)
     for model in (large, coupling.bridge):
+        fuse_gelu(model)
         model.requires_grad_(False)
-    fuse_gelu(coupling.bridge)
     coupling.bridge.eval()
     wrapped.eval()
     stacks = {name: _needed(coupling, visits_of(layout, name)) for name in layout.family.stack}

@@ -238,6 +238,7 @@ def test_time_is_saved_where_memory_is_left(run_config: Callable[..., Raw]) -> N
     assert found(2**40, mode="ladder") is None
     assert found(2**40, resident="none") is None
     assert found(2**40, Advice(("resident=none",))) is None
+    assert found(2**40, Advice((), "score")) is None
 
 
 def test_a_reference_is_left_out_only_if_it_does_not_fit_as_advised(
@@ -429,7 +430,7 @@ def test_stages_follow_resident_and_the_memory_given(run_config: Callable[..., R
         assert not any(work.row.case.streamed for work in rivals_of(subjects))
 
 
-def test_a_streamed_model_is_the_first_advice(run_config: Callable[..., Raw], only: Callable[..., None]) -> None:
+def test_a_model_that_is_pruned_is_streamed_first(run_config: Callable[..., Raw], only: Callable[..., None]) -> None:
     only("prune")
     config = parse_config(run_config(resident="all"), "x")
     (prune,) = (work for work in works_of(subjects_of(config, 8, None)) if work.row.method == "prune")

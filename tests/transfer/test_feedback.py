@@ -143,6 +143,15 @@ def test_gelu_in_one_kernel_has_the_same_value() -> None:
     assert torch.allclose(bridge(ids).logits, before, rtol=1e-12)
 
 
+def test_feedback_computes_gelu_in_one_kernel() -> None:
+    coupling = _double(coupling_of("gpt2", "lora"), "gpt2")
+    MODES["feedback"].start(coupling)
+    assert coupling.large_model is not None
+    for model in (coupling.large_model, coupling.bridge):
+        acts = {type(module) for name, module in model.named_modules() if name.endswith("mlp.act")}
+        assert acts == {torch.nn.GELU}
+
+
 def _projected(coupling: Coupling, family: str) -> Coupling:
     """The same with a Bridge on a projection of the residual stream, the default."""
     large = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()

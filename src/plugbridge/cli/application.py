@@ -72,4 +72,4 @@ def main() -> None:
     except PlugbridgeError as error:
         _fail(error)
     finally:
-        gc.freeze()  # the libraries' objects end with the process: to look through them first takes a second
+        gc.freeze()  # the libraries' objects end with the process: looking through them first takes long

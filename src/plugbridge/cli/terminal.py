@@ -51,7 +51,7 @@ def setup(quiet: bool) -> None:
     """Log what the library says, or only its warnings; keep other libraries quiet."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     quiet_loggers()
-    gc.disable()  # or a quarter of the imports' time goes into looking for garbage where there is none
+    gc.disable()  # or much of the imports' time goes into looking for garbage where there is none
     try:
         from plugbridge.models import quiet_transformers  # heavy: after the loggers are quiet
     finally:

@@ -120,8 +120,7 @@ def make_plan(
     advice = advise(config, length, room, tight, predictions) if room and wanted else None
     by_name = {str(number).removeprefix("torch."): rate for number, rate in rates.items()}
     out = left_out(config, advice, length, room, predictions) if room else ()
-    fits = bool(room) and (advice is None or advice.stuck is None)
-    quick = faster(config, advice, length, room, rates, predictions) if room and fits else None
+    quick = faster(config, advice, length, room, rates, predictions) if room else None
     return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out, quick)
 
 

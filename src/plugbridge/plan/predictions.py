@@ -22,9 +22,6 @@ class Predictions:
         self._begun: dict[Hashable, Future[Trace]] = {}
         self._lock = Lock()
 
-    def __contains__(self, row: Row) -> bool:
-        return _key(row) in self._known
-
     def expect(self, rows: Sequence[Row]) -> None:
         """These will be asked for."""
         with self._lock:

@@ -306,7 +306,7 @@ def _reference(name: str, step: str, case: Case, settings: PartsConfig, large: b
 
 
 def _resident(s: Subjects) -> Case:
-    return replace(s.large, bits=None, trained={}, streamed=False, micro_batch=None, optimizer="adamw")
+    return replace(s.large.alone(), bits=None, streamed=False)
 
 
 def rivals_of(s: Subjects) -> Iterator[Work]:

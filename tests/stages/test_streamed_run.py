@@ -70,8 +70,10 @@ def test_a_streamed_run_is_the_resident_run(
     wanted, found = _tensors(tmp_path / "all"), _tensors(tmp_path / "none")
     assert wanted.keys() == found.keys() != set()
     for name, tensor in wanted.items():
+        # AdamW's first steps have the rate's size however small a gradient is: rounding, which depends on the processor
+        # where matrices begin at odd addresses, counts for more there; a weight that was missed would change all of it
         scale = float(tensor.float().abs().max())
-        assert float((found[name].float() - tensor.float()).abs().max()) <= 2e-4 * scale, name
+        assert float((found[name].float() - tensor.float()).abs().max()) <= 2e-3 * scale, name
     again = start({**raw, "resident": "none"}, tmp_path / "all")
     assert set(again.values()) == {"skipped"}
 

@@ -108,6 +108,9 @@ MISTAKES: dict[str, tuple[Callable[[Raw], Any], str]] = {
     "empty": (lambda _: "", "Input should be a valid dictionary or instance of Grid"),
     "a list": (lambda _: "- pairs", "Input should be a valid dictionary or instance of Grid"),
     "not YAML": (lambda _: "pairs: [", "is not YAML"),
+    "a key twice": (lambda _: "seeds: [0]\nseeds: [1]", "line 2: key 'seeds' stands twice"),
+    "a tag": (lambda _: "pairs: !!map {}", "line 1: tag"),
+    "a number that is a text": (put("seeds", to=["1"]), "seeds.0: Input should be a valid integer"),
 }
 
 
@@ -148,6 +151,16 @@ def test_a_mistaken_setting_is_one_line(tmp_path: Path, change: Callable[[Raw], 
         _groups(tmp_path, raw)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_have_the_types_of_their_keys(tmp_path: Path) -> None:
+    """They wait, as written, for the configuration that they are for."""
+    raw = _raw()
+    raw["base"]["couple.learning_rate"] = "RATE"
+    raw["base"]["couple.cache"] = "CACHE"
+    path = _write(tmp_path, yaml.safe_dump(raw).replace("RATE", "1e-3").replace("CACHE", "off"))
+    config = groups_of(load_grid(path), tmp_path, False)[0].variants[0][1]
+    assert (config.couple.learning_rate, config.couple.cache, config.couple.steps) == (0.001, "off", 20)
 
 
 # groups

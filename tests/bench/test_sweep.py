@@ -54,6 +54,9 @@ def test_mistakes_are_said_before_anything_runs(call: Call, config: Callable[...
     assert "expected key=value,value" in mistake(call("sweep", path, "--vary", "couple.steps"))
     assert "chosen on validation rows only" in mistake(call("sweep", path, "--vary", "evaluate.split=test"))
     assert "couple.nosuch" in mistake(call("sweep", path, "--vary", "couple.nosuch=1,2"))
+    assert "keep one of the two" in mistake(
+        call("sweep", path, "--vary", "couple.steps=1,2", "--set", "couple.steps=3")
+    )
     assert "--by nobody" in mistake(call("sweep", path, "--vary", "couple.steps=1,2", "--by", "nobody"))
     assert not (tmp_path / "runs").exists()
 
@@ -89,4 +92,45 @@ def test_a_page_has_the_best_in_bold_and_what_failed() -> None:
     assert best_of([failed], "large_plugged") is None
     with pytest.raises(ConfigError, match="the runs have large_plugged"):
         best_of([good], "small_tuned")
-    assert list(combinations(["a.b=1, 2"]).values()) == [("a.b=1",), ("a.b=2",)]
+
+
+@pytest.mark.parametrize(
+    ("written", "values"),
+    [
+        ("a.b=1, 2", ["1", " 2"]),
+        ("task.words.c= music, song", [" music", " song"]),
+        ("evaluate.models=[a],[a, b]", ["[a]", "[a, b]"]),
+        ("task.prompt='a, {b}: ','{b}, a'", ["'a, {b}: '", "'{b}, a'"]),
+        ("task.prompt=what's {a}?,it's :) {a}", ["what's {a}?", "it's :) {a}"]),
+        ('polish={rows: 1},null', ["{rows: 1}", "null"]),
+    ],
+)  # fmt: skip
+def test_values_are_as_written_and_a_comma_in_brackets_or_quotes_is_theirs(written: str, values: list[str]) -> None:
+    key = written.partition("=")[0]
+    assert list(combinations([written]).values()) == [(f"{key}={value}",) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("varied", "message"),
+    [
+        (["a.b=1,,2"], "a value between commas is empty"),
+        (["a.b=1,2,"], "a value between commas is empty"),
+        (["a.b=1,2,1"], "'1' stands twice"),
+        (["a.b=[1,2"], "a bracket is not closed"),
+        (["a.b='1,2"], "a quote is not closed"),
+        (["a.b=1,2", "a.b=3"], "a.b is varied twice"),
+        ([f"a.{key}=" + ",".join(map(str, range(20))) for key in "bcd"], "8,000 combinations; 1,000 are run at most"),
+    ],
+)
+def test_what_cannot_be_varied_is_one_line(varied: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        combinations(varied)
+
+
+def test_two_combinations_never_share_a_folder_and_any_name_fits() -> None:
+    found = combinations(["task.words.c= a b,a-b,a b", "task.label=" + "x" * 5000 + ",y"])
+    assert len(found) == 6
+    assert all(len(name) < 200 for name in found)
+    assert list(combinations(["couple.steps=1,2", "couple.layers=0.5"])) == [
+        "couple.steps=1_couple.layers=0.5", "couple.steps=2_couple.layers=0.5",
+    ]  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from plugbridge.config import parse_config
@@ -169,13 +168,6 @@ def test_rows_that_a_start_is_fitted_on_count(couple: Couple) -> None:
     raw, root = couple(plug="ridge", align_samples=3, steps=1)
     start(raw, root, only="couple")
     assert facts_of(root, "couple")["large_rows"] == 3
-
-
-def test_a_cache_may_be_off_without_quotes(run_config: Callable[..., Raw]) -> None:
-    """Which YAML reads as false."""
-    for written in ("off", "'off'"):
-        raw = run_config(couple=yaml.safe_load(f"{{mode: ladder, cache: {written}}}"))
-        assert parse_config(raw, "test").couple.cache == "off"
 
 
 def test_a_cache_changes_the_large_models_work_and_no_loss(couple: Couple, monkeypatch: pytest.MonkeyPatch) -> None:

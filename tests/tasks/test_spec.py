@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from conftest import data_directory, toy_rows, write_jsonl
 from plugbridge.config import TaskConfig
+from plugbridge.config.document import parse_yaml
 from plugbridge.errors import ConfigError, DataError
 from plugbridge.tasks.form import fill, template_fields
 from plugbridge.tasks.metrics import METRICS
@@ -357,7 +357,7 @@ def test_bad_own_rows_are_refused_by_file_and_line(
 
 def test_labels_may_be_numbers(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "all.jsonl", [{"word": f"w{i}", "label": i % 2} for i in range(20)])
-    raw = yaml.safe_load(f"{{file: {path}, prompt: '{{word}}', words: {{0: ' no', 1: ' yes'}}}}")
+    raw = parse_yaml(f"{{file: {path}, prompt: '{{word}}', words: {{0: ' no', 1: ' yes'}}}}", "c.yaml")
     config = TaskConfig.model_validate(raw)
     rows, _ = own_rows(config, own_task(config), "causal", 0)
     assert all(row.answer == row.fields["label"] for row in rows["train"])

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from plugbridge.config import RunConfig, apply_override, parse_config, read_yaml, resolve_paths
+from plugbridge.config import RunConfig, apply_override, parse_config, read_yaml, resolve_paths, set_value
+from plugbridge.config.strict import StrictConfig
 from plugbridge.errors import ConfigError, first_problem
 
 OWN = ("small", "large", "task", "seed", "method.name")
@@ -17,25 +17,21 @@ Settings = dict[str, Any]
 """Configuration keys with dots, such as ``couple.steps``, and their values."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Pair(_Strict):
+class Pair(StrictConfig):
     """A small and a large model of one family; paths are relative to the grid's file."""
 
     small: str
     large: str
 
 
-class Variant(_Strict):
+class Variant(StrictConfig):
     """One way to couple. A control is compared with, not proposed."""
 
     control: bool = False
     set: Settings = Field(default_factory=dict[str, Any])
 
 
-class Block(_Strict):
+class Block(StrictConfig):
     """All combinations of some pairs, methods, tasks and variants; the first variant of a block is run whole."""
 
     pairs: list[str]
@@ -45,7 +41,7 @@ class Block(_Strict):
     set: Settings = Field(default_factory=dict[str, Any])
 
 
-class Grid(_Strict):
+class Grid(StrictConfig):
     """A whole grid. `base` holds for every run, `methods` for the runs of one method.
 
     Every variant is compared with those of `compare`, answer by answer.
@@ -155,5 +151,5 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as a tree."""
     raw: Any = {}
     for key, value in settings.items():
-        raw = apply_override(raw, f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
+        raw = set_value(raw, key, value)
     return raw

@@ -1,7 +1,9 @@
 """`plugbridge sweep`: runs that differ in a few settings, compared on validation rows."""
 
+import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +12,13 @@ from typing import Any
 
 from plugbridge.config import RunConfig, load_config
 from plugbridge.errors import ConfigError
+from plugbridge.parsing import shown
 from plugbridge.report import TITLES, read_report
 
 JUDGED = "evaluate.split=validation"
+MOST = 1000
+"""Runs of a sweep."""
+_NAME = 120  # characters of a run's folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,11 @@ def sweep_configs(config: Path, sets: Sequence[str], varied: Sequence[str], mode
 
     `varied` holds ``key=value,value``; all runs are judged on validation rows, whatever the file says.
     """
-    found = {name: load_config(config, (*sets, *chosen, JUDGED)) for name, chosen in combinations(varied).items()}
+    chosen = combinations(varied)
+    for text in sets:
+        if any(text.partition("=")[0].strip() == each.partition("=")[0] for each in next(iter(chosen.values()))):
+            raise ConfigError(f"--set {shown(text)}: --vary has values for this key, too; keep one of the two")
+    found = {name: load_config(config, (*sets, *each, JUDGED)) for name, each in chosen.items()}
     asked = [*TITLES] if (models := next(iter(found.values())).evaluate.models) is None else models
     if model not in asked:
         raise ConfigError(f"--by {model}: the runs will have {', '.join(asked)}")
@@ -41,15 +51,63 @@ def sweep_configs(config: Path, sets: Sequence[str], varied: Sequence[str], mode
 def combinations(varied: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Every combination as overrides, by a name that can be a folder's. Raises ConfigError."""
     choices: list[list[str]] = []
+    keys: list[str] = []
     for text in varied:
-        key, equals, values = text.partition("=")
-        found = [value.strip() for value in values.split(",") if value.strip()]
-        if not equals or not key.strip() or not found:
-            raise ConfigError(f"--vary {text!r}: expected key=value,value, such as couple.learning_rate=0.001,0.003")
-        if key.strip() == "evaluate.split":
+        key, equals, written = text.partition("=")
+        key, values = key.strip(), split_values(written, f"--vary {shown(text)}") if equals else []
+        if not key or not values:
+            raise ConfigError(
+                f"--vary {shown(text)}: expected key=value,value, such as couple.learning_rate=0.001,0.003"
+            )
+        if key == "evaluate.split":
             raise ConfigError("--vary evaluate.split: settings are chosen on validation rows only")
-        choices.append([f"{key.strip()}={value}" for value in found])
-    return {re.sub(r"[^\w.=+-]+", "-", "_".join(chosen)): chosen for chosen in itertools.product(*choices)}
+        if key in keys:
+            raise ConfigError(f"--vary {shown(text)}: {key} is varied twice; give all its values at once")
+        keys.append(key)
+        choices.append([f"{key}={value}" for value in values])
+    count = math.prod(map(len, choices))
+    if count > MOST:
+        raise ConfigError(f"--vary: {count:,} combinations; {MOST:,} are run at most")
+    return {_folder(chosen, choices): chosen for chosen in itertools.product(*choices)}
+
+
+def split_values(text: str, source: str) -> list[str]:
+    """Values between commas, each as it is written; a comma inside of quotes or brackets is the value's own.
+
+    Raises ConfigError for a value that is empty or stands twice, and for what is not closed.
+    """
+    values, begin, quote, open_brackets = [""], True, "", 0
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and (begin or open_brackets):
+            quote = letter
+        elif letter in "[{":
+            open_brackets += 1
+        elif letter in "]}":
+            open_brackets = max(0, open_brackets - 1)
+        elif letter == "," and not open_brackets:
+            values.append("")
+            begin = True
+            continue
+        begin = begin and letter.isspace()
+        values[-1] += letter
+    if quote or open_brackets:
+        raise ConfigError(f"{source}: a {'quote' if quote else 'bracket'} is not closed")
+    for number, value in enumerate(values):
+        if not value.strip():
+            raise ConfigError(f"{source}: a value between commas is empty; leave it out, or write '' for an empty text")
+        if value in values[:number]:
+            raise ConfigError(f"{source}: {shown(value)} stands twice")
+    return values
+
+
+def _folder(chosen: Sequence[str], choices: Sequence[Sequence[str]]) -> str:
+    """A run's name: its settings in letters that any file system takes, and a digest where they would not tell all."""
+    plain = [[re.sub(r"[^\w.=+-]+", "-", text, flags=re.ASCII) for text in texts] for texts in choices]
+    name = "_".join(texts[list(given).index(text)] for texts, given, text in zip(plain, choices, chosen, strict=True))
+    told = len(name) <= _NAME and all(len(set(texts)) == len(texts) for texts in plain)
+    return name if told else f"{name[:_NAME]}-{hashlib.sha256(repr(tuple(chosen)).encode()).hexdigest()[:8]}"
 
 
 def tried(names: Mapping[str, tuple[str, ...]], root: Path, reasons: Mapping[str, str]) -> list[Tried]:

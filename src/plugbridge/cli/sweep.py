@@ -54,7 +54,8 @@ def sweep(
         if run.failed:
             out.print(f"failed: {' '.join(run.sets)}: {run.failed}")
     if best is not None:
-        out.print(f"best for {by} on {best.rows:,} validation rows: {' '.join(f'--set {text}' for text in best.sets)}")
+        chosen = " ".join(f"--set {shlex.quote(text)}" for text in best.sets)
+        out.print(f"best for {by} on {best.rows:,} validation rows: {chosen}")
     out.print(f"{root / 'sweep.md'} has every model, sweep.json beside it")
 
 

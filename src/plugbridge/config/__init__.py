@@ -3,9 +3,18 @@
 Field descriptions are the text of ``plugbridge explain`` and of docs/configuration.md.
 """
 
+from plugbridge.config.document import plain_value
 from plugbridge.config.fields import fields_help, fields_markdown
 from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, LoadIn, TaskConfig
-from plugbridge.config.load import apply_override, first_fault, load_config, parse_config, read_yaml, resolve_paths
+from plugbridge.config.load import (
+    apply_override,
+    first_fault,
+    load_config,
+    parse_config,
+    read_yaml,
+    resolve_paths,
+    set_value,
+)
 from plugbridge.config.schema import RunConfig
 from plugbridge.config.stages import (
     BaselinesConfig,
@@ -47,6 +56,8 @@ __all__ = [
     "first_fault",
     "load_config",
     "parse_config",
+    "plain_value",
     "read_yaml",
     "resolve_paths",
+    "set_value",
 ]

@@ -2,15 +2,20 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from plugbridge.config.document import LONGEST, Plain, parse_yaml
 from plugbridge.config.fields import tables_of
 from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, TaskConfig
 from plugbridge.config.schema import RunConfig
+from plugbridge.config.strict import members, takes_null, takes_text
 from plugbridge.errors import ConfigError
+from plugbridge.parsing import one_line, read_text, require_characters, shown
+
+TEXT = "constrained-str"
+"""Pydantic's name of the branch that takes a name."""
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
@@ -25,10 +30,10 @@ def first_fault(error: ValidationError, source: str) -> str:
     """The first problem of a configuration in one line: where, what, and what to write instead."""
     problems = error.errors()
     # `task` and `large` may be a string or a table: for a table the string branch's complaint says nothing
-    first = next((p for p in problems if p["loc"][-1] != "str"), problems[0])
+    first = next((p for p in problems if (p["loc"][-1:] == (TEXT,)) == isinstance(p["input"], str)), problems[0])
     # pydantic names the branch of a union too: `TaskConfig`, or the validator behind it
-    location = tuple(part for part in first["loc"] if not any(name in str(part) for name in BRANCHES))
-    where = ".".join(str(part) for part in location)
+    location = tuple(part for part in first["loc"] if not any(name in str(part) for name in (*BRANCHES, TEXT)))
+    where = one_line(".".join(str(part) for part in location), 200)
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
@@ -38,14 +43,15 @@ def first_fault(error: ValidationError, source: str) -> str:
     if first["type"] == "missing":
         return f"{source}: '{where}' is required and not given"
     return f"{source}: {where or 'config'}: {message}" + (
-        f" (found {first['input']!r})" if not isinstance(first["input"], dict) else ""
+        f" (found {shown(first['input'])})" if not isinstance(first["input"], dict) else ""
     )
 
 
 def parse_config(raw: Any, source: str) -> RunConfig:
     """Check a configuration. Raises ConfigError with one line."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: expected keys and values, found {type(raw).__name__}")
+        found = "nothing" if raw is None else f"a {'text' if isinstance(raw, str) else type(raw).__name__}"
+        raise ConfigError(f"{source}: expected keys and values, found {found}")
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -53,13 +59,8 @@ def parse_config(raw: Any, source: str) -> RunConfig:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """A YAML file's content. Raises ConfigError."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    """A YAML file's content, as `parse_yaml` has it. Raises ConfigError."""
+    return parse_yaml(read_text(path, ConfigError, what, most=4 * LONGEST), str(path))
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -75,14 +76,30 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def apply_override(raw: Any, override: str) -> Any:
-    """Set one value: ``couple.steps=500``. Raises ConfigError for a malformed override."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r}: expected key=value, such as couple.steps=500")
+    """Set one value: ``couple.steps=500``. Raises ConfigError for a malformed override.
+
+    A text is what stands behind the equals sign, letter by letter and blank by blank, or what is in its quotes; the
+    value of any other key is YAML.
+    """
+    key, equals, text = override.partition("=")
+    source = f"--set {shown(override)}"
+    path, kinds = _place(key.strip())
+    if not equals or not all(path):
+        raise ConfigError(f"{source}: expected key=value, such as couple.steps=500")
+    require_characters(override, "--set", ConfigError)
+    return _set(raw, path, _overriding(text, kinds, source))
+
+
+def set_value(raw: Any, key: str, value: Any) -> Any:
+    """Set the value of one dotted key; what `raw` was stays as it is."""
+    return _set(raw, _place(key)[0], value)
+
+
+def _set(raw: Any, path: list[str], value: Any) -> Any:
     target: dict[str, Any] = dict(cast(dict[str, Any], raw)) if isinstance(raw, dict) else {}
     root = target
-    *path, last = key.strip().split(".")
-    for part in path:
+    *heads, last = path
+    for part in heads:
         inner: Any = target.get(part)
         if isinstance(inner, dict):
             inner = dict(cast(dict[str, Any], inner))  # another place of the file may hold it too, by a YAML alias
@@ -90,33 +107,75 @@ def apply_override(raw: Any, override: str) -> Any:
             inner = {SHORTHAND[part]: inner} if part in SHORTHAND and isinstance(inner, str) else {}
         target[part] = inner
         target = inner
-    try:
-        target[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML") from error
+    target[last] = value
     return root
 
 
-def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
-    """Make relative paths absolute that exist beside the config file; hub ids stay as they are."""
+def _place(key: str) -> tuple[list[str], list[Any]]:
+    """A dotted key's parts, and of which types its value may be: none for a key that the schema does not have."""
+    parts = key.split(".")
+    kinds: list[Any] = [RunConfig]
+    for number, part in enumerate(parts):
+        mapping = next((kind for kind in kinds if get_origin(kind) is dict), None)
+        if mapping is not None:  # the rest is one key of the user's own, which may have dots
+            return [*parts[:number], ".".join(parts[number:])], members(get_args(mapping)[1])
+        tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        field = next((table.model_fields[part] for table in tables if part in table.model_fields), None)
+        if field is None:
+            return parts, []
+        kinds = members(field.annotation)
+    return parts, kinds
 
-    def model(source: str) -> str:
-        path = (folder / Path(source).expanduser()).resolve()
+
+def _overriding(text: str, kinds: list[Any], source: str) -> Any:
+    """The value that is written behind ``key=``."""
+    stripped = text.strip()
+    if str not in kinds:
+        value = parse_yaml(text, source)
+        return str(value) if isinstance(value, Plain) and takes_text(kinds) and not value.is_null else value
+    if takes_null(kinds) and Plain(stripped).is_null:
+        return None
+    if stripped.startswith("{") and any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
+        return parse_yaml(text, source)
+    if stripped[:1] in ("'", '"'):
+        try:
+            quoted = parse_yaml(text, source)
+        except ConfigError:
+            return text  # a text that only begins with a quote
+        if isinstance(quoted, str):
+            return quoted
+    return text
+
+
+def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """Make relative paths absolute that exist beside the config file; hub ids stay as they are. Raises ConfigError."""
+
+    def absolute(key: str, source: str) -> Path:
+        try:
+            path = (folder / Path(source).expanduser()).resolve()
+            path.exists()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, `~` of no user, links in a circle
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"{key}: {shown(source)} can be no path: {one_line(why)}") from error
+        return path
+
+    def model(key: str, source: str) -> str:
+        path = absolute(key, source)
         return str(path) if path.exists() or source.startswith((".", "~", "/")) else source
 
-    def file(source: str | None) -> str | None:
-        return None if source is None else str((folder / Path(source).expanduser()).resolve())
+    def file(key: str, source: str | None) -> str | None:
+        return None if source is None else str(absolute(key, source))
 
     task = config.task
     if isinstance(task, TaskConfig):
-        changes = {name: file(getattr(task, name)) for name in ("file", "train", "validation", "test")}
-        task = task.model_copy(update=changes)
-    path = model(config.large_path)
+        names = ("file", "train", "validation", "test")
+        task = task.model_copy(update={name: file(f"task.{name}", getattr(task, name)) for name in names})
+    path = model("large", config.large_path)
     return config.model_copy(
         update={
-            "small": model(config.small),
+            "small": model("small", config.small),
             "large": config.large.model_copy(update={"path": path}) if isinstance(config.large, LargeConfig) else path,
             "task": task,
-            "data": config.data if config.data == "hub" else file(config.data),
+            "data": config.data if config.data == "hub" else file("data", config.data),
         }
     )

@@ -16,21 +16,22 @@ from plugbridge.config.stages import (
     RepairConfig,
     ScoreConfig,
 )
-from plugbridge.config.strict import StrictConfig
+from plugbridge.config.strict import Name, StrictConfig
 
 
 class RunConfig(StrictConfig):
     """A whole run. `small`, `large` and `task` are required."""
 
-    small: str = Field(description="Hugging Face id or local directory of the model that is tuned")
-    large: str | LargeConfig = Field(description="Hugging Face id or local directory of the model that is only run")
-    task: str | TaskConfig = Field(description="a task's name (see `plugbridge tasks`), or your own rows")
-    data: str | None = Field(
+    small: Name = Field(description="Hugging Face id or local directory of the model that is tuned")
+    large: Name | LargeConfig = Field(description="Hugging Face id or local directory of the model that is only run")
+    task: Name | TaskConfig = Field(description="a task's name (see `plugbridge tasks`), or your own rows")
+    data: Name | None = Field(
         default=None, description="directory of task files, or `hub`; --data and PLUGBRIDGE_DATA override"
     )
     max_length: int | None = Field(
         default=None,
         ge=8,
+        le=10_000_000,
         description="tokens of a row at most, an autoregressive model's longest answer included; "
         "the task's passage is cut to fit, never its question. By default what its positions hold (T5: no limit)",
     )
@@ -48,7 +49,7 @@ class RunConfig(StrictConfig):
         default=None, description="also tune the large model itself, with gradients, as the ceiling"
     )
     baselines: BaselinesConfig = Field(default_factory=BaselinesConfig)
-    seed: int = Field(default=0, ge=0, description="one seed for data order, initialisation and dropout")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="one seed for data order, initialisation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to run")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of the models' weights")
     resident: Literal["auto", "all", "none"] = Field(

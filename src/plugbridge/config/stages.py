@@ -1,10 +1,10 @@
 """The settings of the method and of every stage: one table each."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from plugbridge.config.strict import StrictConfig
+from plugbridge.config.strict import BATCH, ROWS, STEPS, WIDTH, Name, StrictConfig
 
 OptimizerName = Literal["adamw", "adafactor"]
 
@@ -12,9 +12,9 @@ OptimizerName = Literal["adamw", "adafactor"]
 class MethodConfig(StrictConfig):
     """The parameter-efficient method."""
 
-    name: str = Field(default="lora", description="a method's name, see `plugbridge methods`")
+    name: Name = Field(default="lora", description="a method's name, see `plugbridge methods`")
     rank: int | None = Field(
-        default=None, ge=1, description="LoRA rank, adapter bottleneck or prefix tokens; the method's default"
+        default=None, ge=1, le=WIDTH, description="LoRA rank, adapter bottleneck or prefix tokens; the method's default"
     )
     alpha: float | None = Field(default=None, gt=0, description="LoRA's alpha; 2 x rank by default")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout inside the module")
@@ -23,8 +23,8 @@ class MethodConfig(StrictConfig):
 class TrainConfig(StrictConfig):
     """One training loop: linear warmup, cosine decay."""
 
-    steps: int = Field(default=300, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=32, ge=1, description="rows a step")
+    steps: int = Field(default=300, ge=1, le=STEPS, description="optimizer steps")
+    batch_size: int = Field(default=32, ge=1, le=BATCH, description="rows a step")
     learning_rate: float | None = Field(
         default=None, gt=0, description="peak learning rate of the module; the method's default"
     )
@@ -36,7 +36,7 @@ class TrainConfig(StrictConfig):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(default=1.0, gt=0, description="largest norm of all gradients together")
-    checkpoint_every: int = Field(default=50, ge=1, description="steps between resumable checkpoints")
+    checkpoint_every: int = Field(default=50, ge=1, le=STEPS, description="steps between resumable checkpoints")
 
 
 class PartsConfig(TrainConfig):
@@ -45,6 +45,7 @@ class PartsConfig(TrainConfig):
     micro_batch: int | None = Field(
         default=None,
         ge=1,
+        le=BATCH,
         description="rows that go through the models at a time; all of a step's rows by default. Fewer need less "
         "memory and give the same gradient",
     )
@@ -58,7 +59,7 @@ class ScoreConfig(StrictConfig):
         description="fisher needs the large model's gradients (the paper); activation and magnitude "
         "run it forward only",
     )
-    samples: int = Field(default=256, ge=1, description="training rows to score on")
+    samples: int = Field(default=256, ge=1, le=ROWS, description="training rows to score on")
     keep: Literal["memory", "disk"] = Field(
         default="disk",
         description="where scoring a streamed large model keeps its rows' states: `disk`, all rows at once, so that "
@@ -72,11 +73,12 @@ class PruneConfig(StrictConfig):
     """How small the Bridge is: a reduction of every axis, or a budget of parameters."""
 
     reduction: float | None = Field(
-        default=None, ge=1, description="divide hidden size, heads and MLP width by this (the paper's r)"
+        default=None, ge=1, le=WIDTH, description="divide hidden size, heads and MLP width by this (the paper's r)"
     )
     budget: float | None = Field(
         default=None,
         gt=0,
+        le=10**13,
         description="share of the large model's parameters (below 1), or their number; counted is what the "
         "mode uses: in feedback, ladder_delta and identity not the Bridge's embeddings and head, which are dropped",
     )
@@ -102,7 +104,7 @@ class PruneConfig(StrictConfig):
 class RepairConfig(TrainConfig):
     """Fitting the Bridge to the large model before coupling, from its forward passes over the training prompts."""
 
-    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    steps: int = Field(default=200, ge=1, le=STEPS, description="optimizer steps")
     learning_rate: float | None = Field(
         default=None, gt=0, description="peak learning rate of the Bridge's weights; 0.001 by default"
     )
@@ -116,14 +118,14 @@ class RepairConfig(TrainConfig):
 class CoupleConfig(PartsConfig):
     """How module, plug and Bridge train together."""
 
-    steps: int = Field(default=300, ge=0, description="optimizer steps; 0 plugs the module in as it starts")
+    steps: int = Field(default=300, ge=0, le=STEPS, description="optimizer steps; 0 plugs the module in as it starts")
     optimizer: OptimizerName | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         description="as `tune.optimizer`; by default adafactor where standalone's Bridge trains, which takes half the "
         "memory and transfers no worse (docs/results/optimizers.md), else adamw",
     )
 
-    mode: str = Field(
+    mode: Name = Field(
         default="feedback",
         description="what the Bridge is for: `feedback`, it carries back the error of the large model's own forward "
         "pass; `standalone`, it reads tokens by itself (the paper); `ladder` and `ladder_delta`, it reads the large "
@@ -140,7 +142,7 @@ class CoupleConfig(PartsConfig):
         description="which small layer each large layer copies: evenly, or the one whose states are most alike",
     )
     align_samples: int = Field(
-        default=256, ge=2, description="training rows whose states plug and layer map are fitted to"
+        default=256, ge=2, le=ROWS, description="training rows whose states plug and layer map are fitted to"
     )
     plug_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of plug and down")
     down: Literal["select", "learned"] = Field(default="select", description="from large width to the Bridge's")
@@ -163,25 +165,19 @@ class CoupleConfig(PartsConfig):
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
 
-    @field_validator("cache", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        """YAML reads a bare `off` as false."""
-        return "off" if value is False else value
-
 
 class PolishConfig(StrictConfig):
     """Tuning a factor for every place of the plugged module, by forward passes of the large model."""
 
-    evaluations: int = Field(default=100, ge=2, description="losses to measure")
-    rows: int = Field(default=256, ge=1, description="training rows to measure a loss on")
-    batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
+    evaluations: int = Field(default=100, ge=2, le=STEPS, description="losses to measure")
+    rows: int = Field(default=256, ge=1, le=ROWS, description="training rows to measure a loss on")
+    batch_size: int = Field(default=64, ge=1, le=BATCH, description="rows a forward pass")
 
 
 class LadderConfig(PartsConfig):
     """Ladder Side-Tuning: a side network pruned from the model, kept at inference."""
 
-    reduction: float = Field(default=8, ge=1, description="divide hidden size, heads and MLP width by this")
+    reduction: float = Field(default=8, ge=1, le=WIDTH, description="divide hidden size, heads and MLP width by this")
 
 
 class BaselinesConfig(StrictConfig):
@@ -209,9 +205,9 @@ ScoredModel = Literal[
 class EvaluateConfig(StrictConfig):
     """Scoring on the test split."""
 
-    batch_size: int = Field(default=64, ge=1, description="rows a forward pass")
+    batch_size: int = Field(default=64, ge=1, le=BATCH, description="rows a forward pass")
     split: Literal["test", "validation"] = Field(default="test", description="validation while you choose settings")
-    limit: int | None = Field(default=None, ge=1, description="score only the first rows")
+    limit: int | None = Field(default=None, ge=1, le=ROWS, description="score only the first rows")
     models: list[ScoredModel] | None = Field(
         default=None, min_length=1, description="score only these models, such as large_plugged"
     )

@@ -6,9 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import yaml
 
-from plugbridge.config import RunConfig
+from plugbridge.config import RunConfig, plain_value
 from plugbridge.errors import ConfigError, ModelError
 from plugbridge.memory.packed import BITS
 from plugbridge.memory.rates import Rates, seconds_of
@@ -297,7 +296,7 @@ def _coupling(config: RunConfig, length: int, memory: int) -> Work:
 def _advised(config: RunConfig, advice: Advice | None) -> RunConfig:
     """A configuration with the settings of an advice."""
     settings = dict(setting.split("=", 1) for setting in (advice.settings if advice is not None else ()))
-    return changed(config, {key: yaml.safe_load(value) for key, value in settings.items()})
+    return changed(config, {key: plain_value(value) for key, value in settings.items()})
 
 
 def streams_here(config: RunConfig, length: int, memory: int) -> bool:

@@ -97,7 +97,6 @@ def baseline_memory() -> int:
     until this is called again.
     """
     gc.unfreeze()
-    gc.collect()
     resident = settle()
     gc.freeze()
     return resident

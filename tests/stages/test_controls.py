@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_couple
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -17,7 +16,6 @@ from plugbridge.run import facts_of
 from test_cli import ROWS, Call, mistake
 
 call = test_cli.call  # fixtures
-quick_collection = test_couple.quick_collection
 Raw = dict[str, Any]
 WITH_BRIDGE = [*ROWS[:-1], "bridge_coupled", ROWS[-1]]
 

@@ -1,8 +1,7 @@
 """Every way to couple runs from end to end, leaves what it says it leaves, and survives a kill."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ PLAIN = {
     "mode": "standalone", "plug": "random", "layer_map": "uniform", "layers": 1.0,
 }  # fmt: skip
 PARTS = ("module", "plug", "ladder")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Every stage collects garbage first, which takes long where a whole test session's objects are about."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

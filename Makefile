@@ -29,7 +29,7 @@ lint: $(READY)
 	@$(BIN)/lint-imports --no-cache
 
 test: $(READY) lint  ## every check and every test
-	@$(BIN)/python -m pytest -n 2 -q
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # the texts: see pairs/README.md; every run resumes where it was, the result lies in runs/pairs beside the shipped pairs/
 pair: $(READY)  ## pretrain the embedded models anew: make pair DATA=DIR (hours)

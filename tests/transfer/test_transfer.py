@@ -1,6 +1,8 @@
 """Plug, down and fold: identities change nothing, folding equals composing, gradients reach every part."""
 
+import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,7 @@ SETTINGS = MethodSettings(rank=2, alpha=4.0)
 GRID = [(family, method) for family in FAMILIES for method in METHODS]
 
 
+@cache
 def _tuned(family: str, method: str, **shape):
     """A small model's layout and a random module on it, in float64."""
     model = make_model(family, **shape)
@@ -48,6 +51,26 @@ def _tuned(family: str, method: str, **shape):
 def coupling_of(
     family: str, method: str, down: str = "select", reduction: float = 2, large_model: PreTrainedModel | None = None
 ) -> Coupling:
+    if large_model is not None:
+        return _coupled(family, method, down, reduction, large_model)
+    made, state = _coupled_once(family, method, down, reduction)
+    torch.set_rng_state(state)
+    copies = {
+        part: {key: tensor.detach().clone() for key, tensor in getattr(made, part).items()}
+        for part in ("module", "plug", "down")
+    }
+    coupling = replace(made, **copies, bridge=copy.deepcopy(made.bridge), ladder={}, first={})
+    require_gradients(coupling)
+    return coupling
+
+
+@cache
+def _coupled_once(family: str, method: str, down: str, reduction: float) -> tuple[Coupling, torch.Tensor]:
+    """A coupling that is only copied, and the generator's state after it."""
+    return _coupled(family, method, down, reduction, None), torch.get_rng_state()
+
+
+def _coupled(family: str, method: str, down: str, reduction: float, large_model: PreTrainedModel | None) -> Coupling:
     small, module = _tuned(family, method, hidden=8, layers=1, heads=2)
     if large_model is None:
         large_model = make_model(family, hidden=16, layers=2, heads=4, seed=3)

@@ -441,7 +441,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
         "validation.jsonl:2: label 'prime' has no label word; known labels: even, odd",
     ),
     "not UTF-8": (rows("train", b"\xff\xfe"), "train.jsonl:1: not UTF-8 text (byte 0 of the file)"),
-    "no file": (put("task.train", "/no/such.jsonl"), "task file /no/such.jsonl does not exist"),
+    "no file": (put("task.train", "/no/such.jsonl"), "cannot read task file /no/such.jsonl: No such file or directory"),
     "empty file": (rows("test", ""), "split 'test' is empty"),
     "blank file": (rows("train", "\n \n"), "split 'train' is empty"),
     "file too short to split": (one_file(3), "split 'validation' is empty"),

@@ -74,9 +74,7 @@ def parse_json(text: str | bytes, where: str, kind: type[PlugbridgeError]) -> An
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(
-            decoded, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_object
-        )  # `parse_int` refuses more than 4,300 digits by itself
+        value = _STRICT.decode(decoded)
     except RecursionError as error:
         raise kind(f"{where}: not usable JSON: more than {DEEPEST} levels of brackets") from error
     except json.JSONDecodeError as error:
@@ -120,9 +118,14 @@ def _finite(text: str) -> float:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice in an object")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {shown(twice)} stands twice in an object")
     return found
+
+
+# Python's own limit is on the digits of whole numbers: more than 4,300 are a ValueError
+_STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_object)
 
 
 def _parts(value: Any) -> list[Any]:

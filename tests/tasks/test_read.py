@@ -1,6 +1,8 @@
 """Every file format: what its reader yields, and what it refuses by file and line."""
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +194,46 @@ def test_bad_lines_are_refused_by_number(tmp_path: Path, form: Format, content: 
 def test_no_file(tmp_path: Path, form: Format) -> None:
     with pytest.raises(DataError, match=r"^cannot read .*/gone: No such file or directory$"):
         list(read_rows(tmp_path / "gone", form))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": NaN}', "rows:2: not JSON (NaN is no number of JSON)"),
+        ('{"text": [-Infinity]}', "rows:2: not JSON (-Infinity is no number of JSON)"),
+        ('{"text": 1e999}', "rows:2: not JSON (1e999 is too large a number)"),
+        ('{"text": ' + "9" * 5000 + "}", "rows:2: not JSON (Exceeds the limit"),
+        ('{"label": "a", "label": "b"}', "rows:2: not JSON (key 'label' stands twice in an object)"),
+        ('{"a": [{"b": 1, "b": 1}]}', "key 'b' stands twice"),
+        (r'{"text": "a\ud800b"}', "rows:2: not JSON (a text holds half of a surrogate pair"),
+        (r'{"a": [{"\udfff": 1}]}', "half of a surrogate pair"),
+        ("[" * 100_000, "rows:2: not usable JSON: more than 64 levels of brackets"),
+        ('{"a": ' + "[" * 64 + "]" * 64 + "}", "more than 64 levels of brackets"),
+        ("\ufeff{}", "rows:2: not JSON (Expecting value, column 1)"),
+        ("{'a': 1}", "rows:2: not JSON (Expecting property name enclosed in double quotes, column 2)"),
+        ('{"a": "b\x01"}', "rows:2: not JSON (Invalid control character"),
+        ("null", "rows:2: expected a JSON object, found NoneType"),
+    ],
+)
+def test_a_line_that_is_no_json_of_the_standard_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, Jsonl(), '{"text": "good"}\n' + line)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """A file's mark of its encoding, characters beyond U+FFFF in two escapes, NUL, brackets side by side."""
+    many = ", ".join(["[[1]]"] * 100)
+    lines = "\ufeff" + r'{"a": "\ud83d\ude00", "b": "c\u0000d", "e": 1.5e3}' + f'\n{{"many": [{many}]}}'
+    (_, first), (_, second) = read(tmp_path, Jsonl(), lines)
+    assert first == {"a": "😀", "b": "c\0d", "e": 1500.0}
+    assert second == {"many": [[[1]]] * 100}
+
+
+@pytest.mark.parametrize(("make", "what"), [(Path.mkdir, "a directory"), (os.mkfifo, "a pipe")])
+def test_what_is_no_file_is_said_and_not_waited_for(tmp_path: Path, make: Callable[[Path], None], what: str) -> None:
+    make(tmp_path / "rows")
+    for form in (Jsonl(), TSV, CSV):
+        with pytest.raises(DataError, match=f"cannot read .*rows: it is {what}, not a file"):
+            list(read_rows(tmp_path / "rows", form))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, save_model
 from plugbridge.errors import ModelError
 from plugbridge.models import find_checkpoint, load_model
-from plugbridge.tensors.checkpoint import Checkpoint, open_checkpoint
+from plugbridge.tensors.checkpoint import Checkpoint, open_checkpoint, read_index
 
 TENSORS = {
     "a.float": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
@@ -137,7 +137,24 @@ def test_a_missing_shard_and_a_lying_index_are_named(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        "{",
+        "[" * 100_000,
+        "[Infinity]",
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {"a": "/b.safetensors"}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": "b\\u0000"}}',
+        '{"weight_map": {"a": "b", "a": "c"}}',
+    ],
+)
 def test_what_is_no_index_is_said(tmp_path: Path, text: str) -> None:
     make_model("gpt2").save_pretrained(tmp_path, max_shard_size="6KB")
     index = tmp_path / "model.safetensors.index.json"
@@ -153,6 +170,12 @@ def test_what_is_no_index_is_said(tmp_path: Path, text: str) -> None:
         {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4, 8]},
         {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [1]},
+        {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]},
+        {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]},
         [],
     ],
 )
@@ -162,6 +185,40 @@ def test_a_header_of_other_things_is_corrupt(tmp_path: Path, entry: Any) -> None
     shard.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(ModelError, match="its header is no safetensors header"):
         open_checkpoint([shard])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {}}',
+        "[" * 100_000,
+        "[" * 70 + "]" * 70,
+        "[1]",
+        '{"\\ud800": 1}',
+        "\xff",
+    ],
+)
+def test_a_header_that_is_not_plain_json_is_corrupt_in_one_line(tmp_path: Path, text: str) -> None:
+    header = text.encode("latin-1")
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ModelError, match=r"^.*model.safetensors is corrupt: its header is no safetensors header.*$"):
+        open_checkpoint([shard])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "gone"])
+def test_what_is_no_file_is_said(tmp_path: Path, kind: str) -> None:
+    """A pipe is not waited for."""
+    index = tmp_path / "model.safetensors.index.json"
+    if kind == "pipe":
+        os.mkfifo(index)
+    elif kind == "folder":
+        index.mkdir()
+    what = {"pipe": "it is a pipe, not a file", "folder": "it is a directory, not a file", "gone": "No such file"}
+    with pytest.raises(ModelError, match=what[kind]):
+        read_index(index)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:

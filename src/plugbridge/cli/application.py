@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -17,6 +18,7 @@ from plugbridge.cli.report import report, submit
 from plugbridge.cli.reproduce import reproduce
 from plugbridge.cli.run import run
 from plugbridge.cli.stages import STAGES, stage_command
+from plugbridge.cli.streams import GONE, OutputError, drop_output, standard_streams
 from plugbridge.cli.sweep import sweep
 from plugbridge.cli.terminal import err, out
 from plugbridge.errors import PlugbridgeError
@@ -54,8 +56,18 @@ def options(
 
 
 def _fail(error: PlugbridgeError) -> NoReturn:
-    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split())))
+    with suppress(OSError):  # where standard error is full, too
+        err.print(Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split())))
     sys.exit(2)
+
+
+def _run() -> None:
+    try:
+        app()
+    except OutputError:
+        raise
+    except PlugbridgeError as error:
+        _fail(error)
 
 
 def main() -> None:
@@ -68,8 +80,12 @@ def main() -> None:
     # peft imports bitsandbytes wherever it is installed, which then logs of kernels and casts nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
-    except PlugbridgeError as error:
+        with standard_streams():
+            _run()
+    except OutputError as error:
+        drop_output()
+        if error.gone:
+            sys.exit(GONE)
         _fail(error)
     finally:
         gc.freeze()  # the libraries' objects end with the process: looking through them first takes long

@@ -51,9 +51,7 @@ def own_rows(config: Any, task: Task, kind: str, seed: int) -> tuple[dict[Split,
     form = task.form(kind)
 
     def rows(path: Path) -> list[Row]:
-        if not path.is_file():
-            raise DataError(f"task file {path} does not exist")
-        return [make_row(task, form, where, raw) for where, raw in read_jsonl(path)]
+        return [make_row(task, form, where, raw) for where, raw in read_jsonl(path, "task file")]
 
     if config.file is not None:
         path = Path(config.file)

@@ -5,7 +5,6 @@ Reading is strict: the first bad line is refused by file and line number.
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from plugbridge.errors import DataError
+from plugbridge.parsing import parse_json, read_bytes
 
 Encoding = Literal["utf-8", "utf-8-sig", "latin-1", "cp1252"]
 
@@ -23,7 +23,7 @@ class _Format(BaseModel):
 
 
 class Jsonl(_Format):
-    """One JSON object a line, in UTF-8; blank lines are passed over."""
+    """One JSON object a line, in UTF-8, without NaN and without a key twice; blank lines are passed over."""
 
     name: Literal["jsonl"] = "jsonl"
 
@@ -99,15 +99,15 @@ def read_rows(path: Path, form: Format) -> Iterator[tuple[str, dict[str, Any]]]:
             return read_parallel_lines(path, form)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of every non-empty line. Raises DataError on the first bad line."""
-    for where, line in _lines(path, "utf-8"):
+def read_jsonl(path: Path, what: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) of every non-empty line of a file, which is `what` to its reader.
+
+    Raises DataError on the first bad line.
+    """
+    for where, line in _lines(path, "utf-8", what):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); expected one object a line") from error
+        value = parse_json(line, where, DataError)
         if not isinstance(value, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
         yield where, cast(dict[str, Any], value)
@@ -187,24 +187,21 @@ def _records(path: Path, form: Csv) -> Iterator[tuple[str, list[str]]]:
         yield where, values
 
 
-def _lines(path: Path, encoding: Encoding) -> Iterator[tuple[str, str]]:
+def _lines(path: Path, encoding: Encoding, what: str = "") -> Iterator[tuple[str, str]]:
     """(file:line, line). Only line feeds end a line: `str.splitlines` would cut texts at U+0085 and U+2028."""
-    lines = _text(path, encoding).split("\n")
+    lines = _text(path, encoding, what).split("\n")
     if not lines[-1]:
         lines.pop()
     for number, line in enumerate(lines, start=1):
         yield f"{path}:{number}", line
 
 
-def _text(path: Path, encoding: Encoding) -> str:
+def _text(path: Path, encoding: Encoding, what: str = "") -> str:
     """A whole file without its byte order mark, and with every line end made a line feed.
 
     Raises DataError naming the line of a bad byte.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    raw = read_bytes(path, DataError, what)
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:

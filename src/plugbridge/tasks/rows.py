@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from plugbridge.errors import DataError
+from plugbridge.parsing import shown
 from plugbridge.tasks.form import PromptForm, field_of, fill, prompt_of, template_of, text_field, text_of
 from plugbridge.tasks.read import parts_of, read_rows
 from plugbridge.tasks.spec import SPLITS, Split, Task
@@ -210,8 +211,8 @@ def _number_of_word(words: Mapping[str, str], label: str, where: str) -> int:
 
 
 def _number_of_option(label: str, count: int, where: str) -> int:
-    if not label.isdecimal() or int(label) >= count:
-        raise DataError(f"{where}: label '{label}' is not the number of an option (0 to {count - 1})")
+    if not label.isdecimal() or len(label) > 9 or int(label) >= count:
+        raise DataError(f"{where}: label {shown(label)} is not the number of an option (0 to {count - 1})")
     return int(label)
 
 

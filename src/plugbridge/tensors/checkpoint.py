@@ -5,7 +5,6 @@ range, and the bytes. Tensors are read into memory of their own instead of being
 shrinks kills the process, and pages that are only mapped are not read ahead.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from plugbridge.errors import ModelError
+from plugbridge.parsing import parse_json, read_text, shown
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -24,6 +24,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 AGAIN = "download or copy the checkpoint again"
+_HEADER = 100_000_000  # bytes of a header, by the format; an index has no more to say
+_DIMENSIONS = 64  # of a tensor, as torch has it
 CHANGED = "has changed while the run was going on; leave the model's files alone and run again"
 
 
@@ -128,11 +130,15 @@ def open_checkpoint(shards: Iterable[Path]) -> Checkpoint:
 
 def read_index(path: Path) -> dict[str, str]:
     """Shard file name by tensor name, from a ``*.safetensors.index.json``. Raises ModelError."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
-        return {str(name): str(Path(shard)) for name, shard in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is no index of a sharded checkpoint; {AGAIN}") from error
+    where = f"{path} is no index of a sharded checkpoint"
+    raw = parse_json(read_text(path, ModelError, most=_HEADER), where, ModelError)
+    names: Any = cast(dict[str, Any], raw).get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{where}: it has no weight_map with a tensor; {AGAIN}")
+    for name, shard in cast(dict[str, Any], names).items():
+        if not isinstance(shard, str) or not shard or "\0" in shard or Path(shard).name != shard or len(shard) > 255:
+            raise ModelError(f"{where}: {shown(name)} is in {shown(shard)}, which is no file's name; {AGAIN}")
+    return cast(dict[str, str], names)
 
 
 def _stamp(path: Path) -> Stamp:
@@ -163,24 +169,45 @@ def _fill(file: BinaryIO, memory: mmap, count: int) -> int:
 def _read_header(shard: Path, size: int) -> dict[str, Entry]:
     with shard.open("rb") as file:
         first = int.from_bytes(file.read(8), "little")
+        if first > _HEADER and size - 8 > _HEADER:
+            raise ModelError(f"{shard} is corrupt: its header is said to have {first:,} bytes; {AGAIN}")
         if size < 8 or first > size - 8:
             raise ModelError(f"{shard} is truncated: it has {size} bytes and no whole header; {AGAIN}")
         text = file.read(first)
-    try:
-        raw = json.loads(text)
-        raw.pop("__metadata__", None)
-        places = {
-            name: (str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
-            for name, e in raw.items()
-        }
-        entries = {
-            name: Entry(shard, dtype, shape, 8 + first + start, 8 + first + stop)
-            for name, (dtype, shape, start, stop) in places.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{shard} is corrupt: its header is no safetensors header; {AGAIN}") from error
+    raw = parse_json(text, f"{shard} is corrupt: its header is no safetensors header", ModelError)
+    if not isinstance(raw, dict):
+        raise ModelError(f"{shard} is corrupt: its header is no safetensors header; {AGAIN}")
+    entries: dict[str, Entry] = {}
+    for name, entry in cast(dict[str, Any], raw).items():
+        if name != "__metadata__":
+            place = _place(entry)
+            if place is None:
+                raise ModelError(
+                    f"{shard} is corrupt: its header is no safetensors header, it has {shown(entry)} for tensor "
+                    f"{shown(name)}; {AGAIN}"
+                )
+            dtype, shape, start, stop = place
+            entries[name] = Entry(shard, dtype, shape, 8 + first + start, 8 + first + stop)
     _check_ranges(shard, entries, 8 + first, size)
     return entries
+
+
+def _place(entry: Any) -> tuple[str, tuple[int, ...], int, int] | None:
+    """Dtype, shape and byte range that a header gives for a tensor; None for what says none."""
+    if not isinstance(entry, dict):
+        return None
+    found = cast(dict[str, Any], entry)
+    dtype, shape, span = found.get("dtype"), _counts(found.get("shape")), _counts(found.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or span is None or len(span) != 2:
+        return None
+    return dtype, shape, span[0], span[1]
+
+
+def _counts(value: Any) -> tuple[int, ...] | None:
+    """Whole numbers that sizes and places can be; None for anything else."""
+    if not isinstance(value, list) or len(numbers := cast(list[Any], value)) > _DIMENSIONS:
+        return None
+    return tuple(numbers) if all(type(number) is int and 0 <= number < 2**63 for number in numbers) else None
 
 
 def _check_ranges(shard: Path, entries: Mapping[str, Entry], begin: int, size: int) -> None:

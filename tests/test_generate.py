@@ -1,14 +1,16 @@
 """Greedy texts against a plain loop, one unpadded forward pass a token, whatever the batch."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import FAMILIES, VOCAB, make_model, make_tokenizer, randomise
+from conftest import FAMILIES, VOCAB, make_model, make_tokenizer, randomise, save_model
 from plugbridge.errors import NotFinite
 from plugbridge.generate import generate_texts
-from plugbridge.models import layout_for
+from plugbridge.models import layout_for, load_model
 from plugbridge.progress import Silent
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tuners.module import attach
@@ -117,3 +119,49 @@ def test_logits_that_are_not_finite_write_nothing(family: str, plain: bool, valu
     with pytest.raises(NotFinite, match=f"^evaluate it: a likeliest token's logit is {value}$"):
         generate_texts(Plain(model) if plain else model, encoder, rows, 6, 100, Silent(), "evaluate it")
     assert calls == 3
+
+
+HOSTILE: dict[str, Any] = {
+    "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "encoder_repetition_penalty": 9.0, "min_length": 20,
+    "min_new_tokens": 5, "max_length": 2, "do_sample": True, "temperature": 0.1, "top_k": 1, "num_beams": 3,
+    "num_return_sequences": 2, "forced_bos_token_id": 4, "forced_eos_token_id": 4, "suppress_tokens": [5, 6, 7, 8, 9],
+    "begin_suppress_tokens": [10, 11, 12, 13, 14], "bad_words_ids": [[15], [16]], "sequence_bias": [[[17], -50.0]],
+    "stop_strings": ["w"], "return_dict_in_generate": True, "output_scores": True, "eos_token_id": [3, 4, 5],
+    "decoder_start_token_id": 7, "cache_implementation": "static", "guidance_scale": 3.0, "use_cache": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "hostile"),
+    [(family, method, HOSTILE) for family in FAMILIES for method in (None, "lora", "prefix")]
+    + [
+        ("gpt2", None, {key: HOSTILE[key]}) for key in ("repetition_penalty", "stop_strings", "return_dict_in_generate")
+    ],
+)
+def test_the_checkpoints_own_settings_of_writing_change_no_text(
+    family: str, method: str | None, hostile: dict[str, Any]
+) -> None:
+    kind, model = KIND[family], make_model(family)
+    rows, encoder = rows_of(kind), Encoder(make_tokenizer(), kind, None)
+    expected = [naive(model, kind, row.prompt, 6) for row in rows]
+    for key, value in hostile.items():
+        setattr(model.generation_config, key, value)
+    before = model.generation_config.to_dict()
+    writer = model if method is None else attach(model, METHODS[method], layout_for(model), MethodSettings(2, 4.0))[0]
+    found = generate_texts(writer.eval(), encoder, rows, 6, 3, Silent(), "")
+    if method != "prefix":  # which is no no-op at its start
+        assert found == expected
+    assert generate_texts(Plain(writer), encoder, rows, 6, 3, Silent(), "") == found
+    assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", [json.dumps(HOSTILE), "[]", "{", '{"temperature": "warm"}'])
+def test_a_checkpoints_own_settings_of_writing_are_not_read(family: str, text: str, tmp_path: Path) -> None:
+    folder = save_model(family, tmp_path / "model")
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    model, kind = load_model(str(folder)), KIND[family]
+    rows, encoder = rows_of(kind), Encoder(make_tokenizer(), kind, None)
+    expected = [naive(model, kind, row.prompt, 6) for row in rows]
+    assert generate_texts(model, encoder, rows, 6, 3, Silent(), "") == expected
+    model.save_pretrained(tmp_path / "saved")  # settings that contradict each other could not be saved

@@ -1,11 +1,12 @@
 """The one writer: greedy continuation of every prompt, by transformers' own `generate` where a network has it."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from plugbridge.errors import NotFinite
 from plugbridge.models import last_positions
@@ -25,8 +26,9 @@ def generate_texts(
 ) -> list[str]:
     """What a model writes after every prompt, in the rows' order, without special tokens.
 
-    It ends before the tokenizer's end mark, or after `max_new_tokens`. Rows are batched by length and padded on the
-    left for causal models; the batching changes no text beyond rounding. Raises NotFinite.
+    It is the likeliest token again and again, whatever the checkpoint's `generation_config.json` says of penalties,
+    suppressed tokens or sampling. It ends before the tokenizer's end mark, or after `max_new_tokens`. Rows are batched
+    by length and padded on the left for causal models; the batching changes no text beyond rounding. Raises NotFinite.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
@@ -73,19 +75,38 @@ def _continue(
 
     ids = [padded(prompt, encoder.pad) for prompt in prompts]
     seen = [padded([1] * len(prompt), 0) for prompt in prompts]
-    found = model.generate(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(seen, device=device),
+    with _greedy(model, encoder, max_new_tokens) as settings:
+        found = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(seen, device=device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_Finite()]),
+            **({"logits_to_keep": last_positions(1, device)} if causal else {}),
+        )
+    # a decoder's own start token comes first in a seq2seq answer, the prompt in a causal one
+    return cast(list[list[int]], found[:, width if causal else 1 :].tolist())
+
+
+@contextmanager
+def _greedy(model: Any, encoder: Encoder, max_new_tokens: int) -> Generator[GenerationConfig]:
+    """The whole of how a text is written. While the block runs the model has no settings of its own.
+
+    transformers fills whatever a given configuration leaves open from the model's own.
+    """
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         eos_token_id=encoder.tokenizer.eos_token_id,
         pad_token_id=encoder.pad,
-        logits_processor=LogitsProcessorList([_Finite()]),
-        **({"logits_to_keep": last_positions(1, device)} if causal else {}),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    # a decoder's own start token comes first in a seq2seq answer, the prompt in a causal one
-    return cast(list[list[int]], found[:, width if causal else 1 :].tolist())
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield settings
+    finally:
+        inner.generation_config = own
 
 
 def _continue_plainly(

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -139,6 +140,7 @@ def load_model(
 
     On device ``meta`` only names and shapes are read: a check that costs no memory.
     With `quantisation` weights are quantised while they are read (see `quantised.load_quantised`).
+    The checkpoint's `generation_config.json` is not read: how texts are written is `generate`'s.
     Raises ModelError for a family that is not known, unreadable or missing weights.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
@@ -149,6 +151,7 @@ def load_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            generation_config=GenerationConfig(),
             attn_implementation="sdpa" if family.kind == "causal" else None,
             device_map={"": device} if device == "meta" or quantisation is not None else None,
             quantization_config=quantisation,

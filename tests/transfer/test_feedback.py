@@ -2,11 +2,12 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from test_transfer import ROWS, SETTINGS, coupling_of
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -24,6 +25,16 @@ from plugbridge.transfer.residual_gradient import ResidualGradient
 from plugbridge.tuners.module import attach, pack, parameter_name
 
 GRID = [(family, method) for family in FAMILIES for method in METHODS]
+
+
+def _without_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with weights of exactly 0 in every norm, as Gemma has them, and one as good as 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and name.endswith("weight"):
+                parameter[[1, 6, 15]] = 0.0
+                parameter[8] = 1e-30
+    return model
 
 
 def _double(coupling: Coupling, family: str) -> Coupling:
@@ -44,9 +55,9 @@ def _gradients(coupling: Coupling, loss: torch.Tensor) -> dict[str, torch.Tensor
     return dict(zip(parameters, found, strict=True))
 
 
-def _rotated(coupling: Coupling, family: str) -> Coupling:
+def _rotated(coupling: Coupling) -> Coupling:
     """The same unpruned Bridge on a rotated residual stream."""
-    large = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
+    large = cast(PreTrainedModel, coupling.large_model)
     basis = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
     plan = replace(coupling.plan, basis={"hidden": basis})
     return replace(coupling, plan=plan, bridge=prune_model(large, coupling.large, plan, {}))
@@ -67,13 +78,21 @@ def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(
+    ("rotated", "zeros", "recompute"),
+    [(False, False, True), (True, False, True), (False, True, False), (True, True, True)],
+)
 @pytest.mark.parametrize(("family", "method"), GRID)
-def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, rotated: bool) -> None:
-    coupling = _double(coupling_of(family, method, reduction=1), family)
-    if rotated:
-        coupling = _rotated(coupling, family)
+def test_an_unpruned_bridge_makes_it_backpropagation(
+    family: str, method: str, rotated: bool, zeros: bool, recompute: bool
+) -> None:
+    coupling = replace(_double(coupling_of(family, method, reduction=1), family), recompute=recompute)
     twin = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
+    if zeros:
+        for model in (coupling.bridge, coupling.large_model, twin):
+            _without_weights(cast(torch.nn.Module, model))
+    if rotated:
+        coupling = _rotated(coupling)
     wrapped, _ = attach(twin, coupling.method, coupling.large, SETTINGS)
     state = pack(coupling.method, coupling.large, coupling.at_large_width())
     replaced = {parameter_name(key): tensor for key, tensor in state.items()}
@@ -94,7 +113,7 @@ def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, r
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_without_a_module_keeps_what_the_bridge_reads(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its input at the Bridge's width, and its norm's 1/rms; the full width only where a module needs it."""
+    """What the norm gives and what it normalised, at the Bridge's width, and 1/rms; at full width for a module."""
     coupling = _double(coupling_of(family, "lora", reduction=2), family)
     coupling = replace(coupling, first=dict.fromkeys(coupling.large.layers, 1))
     seen: list[Visit] = []
@@ -105,7 +124,9 @@ def test_a_layer_without_a_module_keeps_what_the_bridge_reads(family: str, monke
     assert {visit.place.layer for visit in seen} == {0, 1}
     narrow, wide = coupling.plan.sizes["hidden"], coupling.large.sizes["hidden"]
     for visit in seen:
-        assert visit.low.shape[-1] == narrow
+        assert (visit.low.numel() > 0) == (visit.x.numel() == 0)
+        assert visit.low.numel() == 0 or visit.low.shape[-1] == narrow
+        assert visit.unit.shape[-1] == narrow
         assert visit.inverse.shape[-1] == 1
         assert visit.output is None
         assert visit.x.numel() == 0 or (visit.x.shape[-1] == wide and visit.place.layer == 1)

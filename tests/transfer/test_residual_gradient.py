@@ -13,12 +13,13 @@ HIDDEN = 16
 
 
 def _norm(family: str, without_weight: int) -> torch.nn.Module:
-    """A norm with random weights, one of them 0, where 1 / weight is not finite."""
+    """A norm with random weights, one of them 0 and one as good as 0."""
     norm = (torch.nn.LayerNorm if family == "gpt2" else torch.nn.RMSNorm)(HIDDEN, eps=1e-5).double()
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_()
         norm.weight[without_weight] = 0
+        norm.weight[-1] = 1e-12
     return norm
 
 
@@ -40,19 +41,19 @@ def test_a_norm_is_passed_by_its_jacobian_in_the_bridges_channels(
     x = norm(h).detach()
     centred = h - h.mean(-1, keepdim=True) if family == "gpt2" else h
     inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
-    bias = getattr(norm, "bias", torch.zeros(HIDDEN, dtype=torch.float64)).detach()
+    unit = centred * inverse
     width = Width(coupling.large, coupling.plan)
     narrow = NarrowNorm(width, norm, torch.float64, keep)
     assert narrow._many(error) == (rows == 3)  # either way is tried
     gradient, before = ResidualGradient(width, end), end.clone()
     assert gradient.wide() is end
     for _ in range(2):  # what is added is added up
-        gradient.add(*narrow.backward(x @ matrix.T, inverse, error))
-    weight, wide, y = norm.weight.detach(), error @ matrix, (x - bias) @ matrix.T @ matrix
-    change = weight * wide - (y / weight).nan_to_num(0, 0, 0) * (y * wide).sum(-1, keepdim=True) / HIDDEN
+        gradient.add(*narrow.backward(x @ matrix.T, unit @ matrix.T, inverse, error))
+    weighted = norm.weight.detach() * (error @ matrix)
+    change = weighted - unit * (unit * weighted).sum(-1, keepdim=True) / HIDDEN
     change = change @ matrix.T @ matrix  # what the Bridge has no direction for is not kept
     if family == "gpt2":
-        change = change - (weight * wide).mean(-1, keepdim=True)
+        change = change - weighted.mean(-1, keepdim=True)
     wanted = end + 2 * inverse * change
     assert torch.allclose(gradient.wide(), wanted, rtol=1e-10, atol=1e-12)
     assert torch.allclose(gradient.low(), wanted @ matrix.T, rtol=1e-10, atol=1e-12)

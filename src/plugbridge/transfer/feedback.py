@@ -44,10 +44,11 @@ Norms = Callable[[str], NarrowNorm]
 class Visit:
     """What one sublayer's forward pass leaves for the backward pass.
 
-    low: (n, length, Bridge hidden) the normalised input as the Bridge sees it; x: (n, length, hidden)
-    the same at full width, kept only where a module of its own needs it; inverse: (n, length, 1) the
-    norm's 1/rms or 1/std; arguments: the function's further arguments; output: (n, length, hidden) where
-    the function ran with a graph of its own, which it holds.
+    low: (n, length, Bridge hidden) what the norm gives as the Bridge sees it, or x: (n, length, hidden) the
+    same at full width where a module of its own needs it; unit: (n, length, Bridge hidden)
+    the same before the norm's weight and bias; inverse: (n, length, 1) the norm's 1/rms or 1/std; arguments:
+    the function's further arguments; output: (n, length, hidden) where the function ran with a graph of its
+    own, which it holds.
     """
 
     path: str
@@ -55,13 +56,18 @@ class Visit:
     sublayer: Sublayer
     low: Tensor = field(default_factory=lambda: torch.empty(0))
     x: Tensor = field(default_factory=lambda: torch.empty(0))
+    unit: Tensor = field(default_factory=lambda: torch.empty(0))
     inverse: Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     output: Tensor | None = None
 
+    def given(self, width: Width) -> Tensor:
+        """What the norm gives as the Bridge sees it."""
+        return self.low if self.x.numel() == 0 else width.down(self.x)
+
     def clear(self) -> None:
         """Let go of all that the forward pass left."""
-        self.low = self.x = self.inverse = torch.empty(0)
+        self.low = self.x = self.unit = self.inverse = torch.empty(0)
         self.arguments, self.output = {}, None
 
 
@@ -87,11 +93,13 @@ def record(
     visits: list[Visit],
     keep: Callable[[Visit], bool],
     given: Callable[[Visit, Tensor], dict[str, Any]] | None = None,
+    norms: bool = False,
 ) -> Generator[dict[str, Tensor]]:
     """Fill visits while the model runs without a graph; yields the input of every stack's final norm, by stack.
 
     `keep` says whether a visit, its arguments known, keeps its input at full width. With `given`, the arguments that
-    its own module changes, its function runs with a graph instead and the visit keeps the output.
+    its own module changes, its function runs with a graph instead and the visit keeps the output. With `norms` visits
+    keep what their norms' Jacobians are made of.
     """
     layout = width.layout
     last: dict[str, Tensor] = {}
@@ -105,6 +113,7 @@ def record(
                 h = h - h.mean(-1, keepdim=True)  # torch.var would be an order of magnitude slower
             square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1]
             visit.inverse = torch.rsqrt(square + eps)
+            visit.unit = (width.down(h) * visit.inverse).to(inputs[0].dtype)
 
         return hook
 
@@ -115,11 +124,12 @@ def record(
             if CACHE in arguments:  # that there is one is all that is asked later; its tensors need not stay
                 arguments[CACHE] = None
             visit.arguments = arguments
-            visit.low = width.down(x)
-            if not keep(visit):
-                return None
-            if given is None:
+            own = keep(visit)
+            if own and given is None:
                 visit.x = x
+                return None
+            visit.low = width.down(x)
+            if not own or given is None:
                 return None
             torch.set_grad_enabled(True)
             return inputs, {**keywords, **given(visit, x)}
@@ -146,8 +156,9 @@ def record(
 
     with ExitStack() as hooks:
         for visit in visits:
-            norm = model.get_submodule(norm_path(visit))
-            hooks.callback(norm.register_forward_pre_hook(on_norm(visit)).remove)
+            if norms:
+                norm = model.get_submodule(norm_path(visit))
+                hooks.callback(norm.register_forward_pre_hook(on_norm(visit)).remove)
             function = model.get_submodule(f"{visit.path}.{visit.sublayer.function}")
             hooks.callback(function.register_forward_pre_hook(on_function(visit), with_kwargs=True).remove)
             if given is not None:
@@ -290,7 +301,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         replaced = {parameter_name(k): t for k, t in pack(coupling.method, layout, local).items()}
         owns = partial(_owns, coupling, local)
         given = None if coupling.recompute else partial(_given, coupling, local)
-        with torch.no_grad(), record(large, width, needed, owns, given) as last:
+        with torch.no_grad(), record(large, width, needed, owns, given, through_bridge) as last:
             functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
@@ -337,7 +348,7 @@ def send_back(
         _local_gradient(coupling, visit, gradient, local)
         if norms is None:
             continue
-        x = visit.low.to(error.dtype, copy=True).requires_grad_(True)
+        x = visit.given(width).to(error.dtype, copy=True).requires_grad_(True)
         arguments = bridge_arguments(width, visit, error.dtype)
         wanted = [x]
         link = visit.sublayer.context
@@ -350,7 +361,7 @@ def send_back(
         if link is not None:
             context[link.stack] += back[1]
         norm = norms(norm_path(visit))
-        gradient.add(*norm.backward(x.detach(), visit.inverse.to(error.dtype), back[0]))
+        gradient.add(*norm.backward(x.detach(), visit.unit.to(error.dtype), visit.inverse.to(error.dtype), back[0]))
     return gradient
 
 

@@ -96,7 +96,7 @@ def _response(
             with torch.no_grad():
                 right = width.down(_answer(large, visit, visit.x, visit.arguments, push, pushes, width.lift))[kept]
             found = _answer(
-                bridge, visit, visit.low.to(bridge.dtype), bridge_arguments(width, visit, bridge.dtype),
+                bridge, visit, visit.given(width).to(bridge.dtype), bridge_arguments(width, visit, bridge.dtype),
                 push.to(bridge.dtype), {name: extra.to(bridge.dtype) for name, extra in pushes.items()}, lambda x: x,
             )[kept]  # fmt: skip
             right = right.to(found.dtype)

@@ -33,6 +33,7 @@ from plugbridge.models import (
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
 from plugbridge.streaming import load_converted, load_streamed
+from plugbridge.tasks.alike import encode_alike
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.hub import from_hub, hub_rows
 from plugbridge.tasks.metrics import check_metrics
@@ -156,12 +157,10 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
     check_metrics(task.metrics)
     check_probe(config, task, kind)
     form = task.form(kind)
-    encoded: list[dict[Split, list[Encoded]]] = []
-    for encoder in encoders:
-        if encoded and encoders[0].positions == encoder.positions:
-            encoded.append(encoded[0])
-        else:
-            encoded.append({s: encoder.encode_all(task, form, texts[s]) for s in SPLITS})
+    rows: dict[Split, list[Encoded]] = {split: encoders[0].encode_all(task, form, texts[split]) for split in SPLITS}
+    large_rows: dict[Split, list[Encoded]] = {
+        split: encode_alike(task, form, texts[split], rows[split], *encoders) for split in SPLITS
+    }
     return Prepared(
         config=config,
         task=task,
@@ -169,8 +168,8 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         settings=MethodSettings(rank, alpha, config.method.dropout),
         encoder=encoders[0],
         large_encoder=encoders[1],
-        rows=encoded[0],
-        large_rows=encoded[1],
+        rows=rows,
+        large_rows=large_rows,
         device=device,
         dtype=pick_dtype(config.dtype),
         inputs={

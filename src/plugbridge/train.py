@@ -75,6 +75,15 @@ def batch_indices(count: int, step: int, batch_size: int, seed: int) -> list[int
     return found
 
 
+def drawn(rows: Sequence[T], count: int | None, seed: int) -> list[T]:
+    """So many of the rows, or all where there are no more or `count` is None: their order follows from the seed alone.
+
+    The first rows of a file may all be of one class.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[int(i)] for i in order[:count]]
+
+
 def rate_of(name: str, rates: Mapping[str, float]) -> float:
     """The learning rate of the longest prefix that the name has."""
     return rates[max((p for p in rates if name.startswith(p)), key=len)]

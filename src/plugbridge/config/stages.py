@@ -59,7 +59,7 @@ class ScoreConfig(StrictConfig):
         description="fisher needs the large model's gradients (the paper); activation and magnitude "
         "run it forward only",
     )
-    samples: int = Field(default=256, ge=1, le=ROWS, description="training rows to score on")
+    samples: int = Field(default=256, ge=1, le=ROWS, description="training rows to score on, drawn by the seed")
     keep: Literal["memory", "disk"] = Field(
         default="disk",
         description="where scoring a streamed large model keeps its rows' states: `disk`, all rows at once, so that "
@@ -142,7 +142,10 @@ class CoupleConfig(PartsConfig):
         description="which small layer each large layer copies: evenly, or the one whose states are most alike",
     )
     align_samples: int = Field(
-        default=256, ge=2, le=ROWS, description="training rows whose states plug and layer map are fitted to"
+        default=256,
+        ge=2,
+        le=ROWS,
+        description="training rows, drawn by the seed, whose states plug and layer map are fitted to",
     )
     plug_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of plug and down")
     down: Literal["select", "learned"] = Field(default="select", description="from large width to the Bridge's")
@@ -170,7 +173,7 @@ class PolishConfig(StrictConfig):
     """Tuning a factor for every place of the plugged module, by forward passes of the large model."""
 
     evaluations: int = Field(default=100, ge=2, le=STEPS, description="losses to measure")
-    rows: int = Field(default=256, ge=1, le=ROWS, description="training rows to measure a loss on")
+    rows: int = Field(default=256, ge=1, le=ROWS, description="training rows to measure a loss on, drawn by the seed")
     batch_size: int = Field(default=64, ge=1, le=BATCH, description="rows a forward pass")
 
 
@@ -207,7 +210,9 @@ class EvaluateConfig(StrictConfig):
 
     batch_size: int = Field(default=64, ge=1, le=BATCH, description="rows a forward pass")
     split: Literal["test", "validation"] = Field(default="test", description="validation while you choose settings")
-    limit: int | None = Field(default=None, ge=1, le=ROWS, description="score only the first rows")
+    limit: int | None = Field(
+        default=None, ge=1, le=ROWS, description="score only so many rows, drawn alike whatever the seed"
+    )
     models: list[ScoredModel] | None = Field(
         default=None, min_length=1, description="score only these models, such as large_plugged"
     )

@@ -12,7 +12,7 @@ from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
 from plugbridge.stages.baselines import climb, finetune, rate_of_baseline
-from plugbridge.stages.couple import couple, uses_large
+from plugbridge.stages.couple import alignment_passes, couple, uses_large
 from plugbridge.stages.evaluate import evaluate
 from plugbridge.stages.plug import plug, polish
 from plugbridge.stages.repair import repair
@@ -71,7 +71,13 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     couple_rate = rate_of_training(config.couple, prepared.method)
     stages = [
         stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
-        stage("score", (), {"large": large, "score": _dump(config.score)}, score, partial(score_room, prepared)),
+        stage(
+            "score",
+            (),
+            {"large": large, "score": _dump(config.score), "rows": DRAWN},
+            score,
+            partial(score_room, prepared),
+        ),
         stage(
             "prune",
             ("score",),
@@ -100,6 +106,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
                 "method": method,
                 "couple": _dump(config.couple),
                 "rate": couple_rate,
+                **({"rows": DRAWN} if alignment_passes(config) else {}),
                 **(bits if uses_large(config) else {}),
             },
             couple,
@@ -125,11 +132,12 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     for name, depends, work, room in _baselines(prepared):
         stages.append(stage(name, (), depends, work, room))
         results = (*results, name)
+    limited = {} if config.evaluate.limit is None else {"rows": "drawn alike"}  # earlier versions took the first
     stages.append(
         stage(
             "evaluate",
             results,
-            {"small": small, "large": large, **bits, "evaluate": _dump(config.evaluate)},
+            {"small": small, "large": large, **bits, "evaluate": _dump(config.evaluate), **limited},
             evaluate,
         )
     )
@@ -152,12 +160,14 @@ def _baselines(prepared: Prepared) -> list[Baseline]:
             rate = rate_of_baseline(kind, settings)
             depends = {"model": prepared.inputs[size], "baseline": _dump(settings), "rate": rate}
             if kind == "ladder":
-                depends["score"] = _dump(config.score)
+                depends |= {"score": _dump(config.score), "rows": DRAWN}
             room = partial(baseline_room, prepared, size, kind, settings)
             found.append((name, depends, partial(work, size=size), room))
     return found
 
 
+DRAWN = "drawn by the seed"
+"""How some training rows are chosen; earlier versions took the first, and their results are not these."""
 UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute")
 """Keys that change no result, beyond rounding."""
 LATER = {"optimizer": "adamw"}

@@ -26,7 +26,7 @@ from plugbridge.stages.work import (
     train,
 )
 from plugbridge.tasks.encode import Encoded
-from plugbridge.train import batch_indices
+from plugbridge.train import batch_indices, drawn
 from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.coupling import Coupling, bridge_state, drop_vocabulary, require_gradients, silence
@@ -151,7 +151,7 @@ def _rows_of_both(work: Work) -> BothRows:
     # the same tokens for both: as the model with fewer positions reads them
     narrower = (p.encoder.positions or math.inf) <= (p.large_encoder.positions or math.inf)
     encoder, rows = (p.encoder, p.rows) if narrower else (p.large_encoder, p.large_rows)
-    chosen = rows["train"][: p.config.couple.align_samples]
+    chosen = drawn(rows["train"], p.config.couple.align_samples, p.config.seed)
     small, large = p.load(p.config.small), p.load_run_only()
 
     def run(narrow: Collection[Place], wide: Collection[Place]) -> Iterator[tuple[States, Callable[[See], None]]]:

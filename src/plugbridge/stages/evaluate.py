@@ -1,7 +1,7 @@
 """Scoring every model of a run."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.metrics import Answer, chosen, majority, metrics_of
 from plugbridge.tasks.spec import Split
+from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import LadderNetwork
 from plugbridge.tuners.module import attach, load_state, read
@@ -51,7 +52,7 @@ def evaluate(work: Work) -> dict[str, Any]:
         if config.models is not None and candidate.name not in config.models:
             continue
         name, encoder = candidate.name, candidate.encoder
-        chosen_rows = candidate.rows[config.split][: config.limit]
+        chosen_rows = _limited(candidate.rows[config.split], config.limit)
         settle()
         with measure(p.device, work.cost.baseline, work.cost) as cost:
             model = candidate.load()
@@ -62,15 +63,20 @@ def evaluate(work: Work) -> dict[str, Any]:
         name = f"{size}_probe"
         if config.probe and (config.models is None or name in config.models):
             subject = subject_of(work, size)
-            rows = subject.rows[config.split][: config.limit]
+            rows = _limited(subject.rows[config.split], config.limit)
             with measure(p.device, work.cost.baseline, work.cost) as cost:
                 predicted = _probe(work, subject, rows)
             answers = [chosen(source_of(row), choice) for row, choice in zip(rows, predicted, strict=True)]
             facts[name] = _note(work, name, answers, cost)
-    right = [source_of(row) for row in p.large_rows[config.split][: config.limit]]
+    right = [source_of(row) for row in _limited(p.large_rows[config.split], config.limit)]
     common = majority(p.task.form(p.large_encoder.kind), right)
     facts["majority"] = {"metrics": metrics_of(p.task.metrics, common)}
     return facts
+
+
+def _limited(rows: Sequence[T], limit: int | None) -> list[T]:
+    """So many of the rows, in their own order; the same ones whatever the seed, so that runs can be compared."""
+    return [rows[i] for i in sorted(drawn(range(len(rows)), limit, 0))]
 
 
 def _note(work: Work, name: str, answers: list[Answer], cost: Cost) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import json
 import math
 from typing import Any
 
-import numpy as np
 import torch
 
 from plugbridge.errors import TrainingDiverged
@@ -14,6 +13,7 @@ from plugbridge.files import folder_atomically, write_json
 from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.work import Work, explained, layouts
 from plugbridge.tasks.encode import gold
+from plugbridge.train import drawn
 from plugbridge.transfer.fold import fold
 from plugbridge.transfer.polish import Factors, place_key, places_of, scaled, search
 from plugbridge.tuners.module import Module, attach, load_state, pack, save, unpack
@@ -28,8 +28,7 @@ def polish(work: Work) -> dict[str, Any]:
     module = _folded(work, large)
     wrapped, _ = attach(model, p.method, large, p.settings)
     wrapped.eval()
-    order = np.random.default_rng(p.config.seed).permutation(len(p.large_rows["train"]))
-    rows = [p.large_rows["train"][int(i)] for i in order[: settings.rows]]
+    rows = drawn(p.large_rows["train"], settings.rows, p.config.seed)
     chunks = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
     batches = [gold(p.large_encoder, chunk).to(p.device) for chunk in chunks]
 

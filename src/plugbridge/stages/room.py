@@ -7,6 +7,7 @@ from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.shrink.prune import count_parameters
 from plugbridge.stages.couple import rows_drawn
 from plugbridge.tasks.encode import Encoded
+from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
 
@@ -20,7 +21,7 @@ def score_room(p: Prepared) -> int:
         return 0
     large = load_config(p.config.large_path, trust_remote_code=p.config.trust_remote_code)
     layout, kind = layout_of_config(large.to_dict()), p.large_encoder.kind
-    rows = p.large_rows["train"][: p.config.score.samples]
+    rows = drawn(p.large_rows["train"], p.config.score.samples, p.config.seed)
     return p.dtype.itemsize * sum(kept_numbers(layout, row, kind) for row in rows)
 
 

@@ -35,6 +35,7 @@ from plugbridge.stages.work import BASIS, Work, why_not_finite
 from plugbridge.streaming import block_bytes, window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tensors.checkpoint import open_checkpoint
+from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
 
 
@@ -54,10 +55,13 @@ class Units:
 def measure_units(
     work: Work, model: PreTrainedModel, layout: Layout, encoder: Encoder, rows: Sequence[Encoded]
 ) -> Units:
-    """Score a model's units on rows as the configuration says. Raises ModelError where a score is not finite."""
+    """Score a model's units as the configuration says, on rows drawn by its seed.
+
+    Raises ModelError where a score is not finite.
+    """
     p = work.prepared
     settings, shelf, at_once = p.config.score, None, None
-    chosen, streams = rows[: settings.samples], window_of(model) is not None
+    chosen, streams = drawn(rows, settings.samples, p.config.seed), window_of(model) is not None
     if streams and settings.keep == "disk":
         shelf = Shelf(work.folder / "states.bin")
     elif streams:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from plugbridge.run import Stage, StageResult, borrow, execute, is_done, stage_digests
+from plugbridge.markers import is_done, write_marker
+from plugbridge.run import Stage, StageResult, borrow, execute, stage_digests
 
 NAMES = ("first", "second", "third")
 
@@ -48,6 +49,13 @@ def _contents(root: Path) -> dict[str, bytes]:
     return {name: content for name, (content, _) in _files(root).items()}
 
 
+def _took(folder: Path, seconds: float) -> None:
+    """Let a stage have taken so long."""
+    marker = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    del marker["seal"]
+    write_marker(folder / "done.json", {**marker, "seconds": seconds})
+
+
 @pytest.fixture
 def donor(tmp_path: Path) -> Path:
     _run(tmp_path / "donor", _stages())
@@ -81,8 +89,7 @@ def test_the_first_donor_that_has_a_stage_gives_it(donor: Path, tmp_path: Path) 
     other = tmp_path / "other"
     stages = _stages(third=1)
     _run(other, stages)
-    marker = json.loads((other / "first" / "done.json").read_text(encoding="utf-8"))
-    (other / "first" / "done.json").write_text(json.dumps({**marker, "seconds": 99.0}), encoding="utf-8")
+    _took(other / "first", 99.0)
     borrow(tmp_path / "run", [tmp_path / "gone", other, donor], stages)
     assert _contents(tmp_path / "run") == _contents(other)
     borrow(tmp_path / "again", [donor, other], stages)
@@ -93,19 +100,22 @@ def test_the_first_donor_that_has_a_stage_gives_it(donor: Path, tmp_path: Path) 
 def test_a_done_stage_is_never_overwritten(donor: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     _run(root, _stages(third=1))
-    marker = json.loads((root / "first" / "done.json").read_text(encoding="utf-8"))
-    (root / "first" / "done.json").write_text(json.dumps({**marker, "seconds": 99.0}), encoding="utf-8")
+    _took(root / "first", 99.0)
     before = _files(root)
     borrow(root, [donor], _stages(third=1))
     assert _files(root) == before  # not even the third, of other settings than the donor's
 
 
-def test_what_a_stage_of_other_settings_left_is_gone(donor: Path, tmp_path: Path) -> None:
+def test_what_a_stage_of_other_settings_left_is_set_aside(donor: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     _run(root, _stages(first=1))
     (root / "first" / "checkpoint.pt").write_text("of other settings", encoding="utf-8")
+    before = _contents(root)
     borrow(root, [donor], _stages())
-    assert _contents(root) == _contents(donor)
+    kept = {name.partition("/")[2]: content for name, content in _contents(root / "old").items()}
+    assert kept == before
+    now = {name: content for name, content in _contents(root).items() if not name.startswith("old/")}
+    assert now == _contents(donor)
 
 
 @pytest.mark.parametrize("loss", ["done.json", "model/weights", "cut"])
@@ -125,7 +135,7 @@ class Killed(BaseException):
 def test_a_run_killed_while_it_copies_is_not_taken_for_done(
     donor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before each file, and with each file half written; the marker comes last."""
+    """Killed before each file, and with each file half written; a stage appears as a whole."""
     stages, copy = _stages(), shutil.copyfile
     digests = stage_digests(stages)
     whole = _contents(donor)
@@ -135,7 +145,7 @@ def test_a_run_killed_while_it_copies_is_not_taken_for_done(
             root, order = tmp_path / f"{last} {half}", []
 
             def copying(source: Path, target: Path, *rest, root=root, order=order, last=last, half=half, **more):
-                order.append(str(Path(target).relative_to(root)))
+                order.append(str(Path(target).relative_to(root)).replace(".part", "").removeprefix("."))
                 if len(order) <= last:
                     return copy(source, target, *rest, **more)
                 if half:
@@ -147,16 +157,14 @@ def test_a_run_killed_while_it_copies_is_not_taken_for_done(
                 patch.setattr(shutil, "copyfile", copying)
                 with pytest.raises(Killed):
                     borrow(root, [donor], stages)
+            assert not any(path.name.startswith(".") for path in root.iterdir())
             stopped = order[-1].split("/")[0]
             done = [name for name in NAMES if is_done(root / name, digests[name])]
             assert done == list(NAMES[: NAMES.index(stopped)]), order
             borrow(root, [donor], stages)
             assert _contents(root) == whole
             orders.append(order)
-    longest = max(orders, key=len)
-    assert sorted(longest) == sorted(whole)
-    for name in NAMES:
-        assert [path for path in longest if path.startswith(name)][-1] == f"{name}/done.json"
+    assert sorted(max(orders, key=len)) == sorted(whole)
 
 
 def test_a_run_killed_while_it_copies_goes_on_without_its_donor(
@@ -173,6 +181,6 @@ def test_a_run_killed_while_it_copies_goes_on_without_its_donor(
         patch.setattr(shutil, "copyfile", copying)
         with pytest.raises(Killed):
             borrow(root, [donor], _stages())
-    assert (root / "first" / "model" / "weights").is_file()
+    assert not (root / "first").exists()
     assert _run(root, _stages(ran)) == dict.fromkeys(NAMES, "running")
     assert tuple(ran) == NAMES

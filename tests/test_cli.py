@@ -121,7 +121,7 @@ def test_explain_names_every_key(call: Call) -> None:
 def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[..., Path], tmp_path: Path) -> None:
     path, root = config(), tmp_path / "runs" / "toy"
     refused = mistake(call("couple", path))
-    assert "stage 'couple' needs 'tune', which is not done with these settings; run `plugbridge tune` first" in refused
+    assert "stage 'couple' needs 'tune', which is not done; run `plugbridge tune` first" in refused
     assert not root.exists()
     for stage in STAGES:
         code, out, err = call(stage, path)
@@ -167,7 +167,16 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     for command, changes, message in (
         ("run", {"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ("run", {"small": "/no/such/model"}, "does not exist"),
-        ("plug", {"seed": 1}, "stage 'plug' needs 'couple'"),
+        (
+            "plug",
+            {"seed": 1},
+            "needs 'couple', which was done with other settings: seed 0 → 1; give the same settings, or",
+        ),
+        (
+            "run",
+            {"seed": 1},
+            "other work, which would be done again (tune, score, prune, couple, plug, evaluate): seed 0",
+        ),
         ("ceiling", {}, "this run has no stage 'ceiling'"),
     ):
         assert message in mistake(call(command, config(**changes)))
@@ -176,7 +185,7 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     assert stamps(root) == before
 
     # a report never mixes two settings
-    assert call("tune", config(seed=1), "-q") == (0, "tune: done, in runs/toy/tune\n", "")
+    assert call("tune", config(seed=1), "-q", "--redo") == (0, "tune: done, in runs/toy/tune\n", "")
     assert mistake(call("report", root, "--json")).endswith("is older than 'tune'; finish with `plugbridge run`")
     (root / "plug" / "done.json").unlink()
     assert "stage 'plug' of" in mistake(call("report", root))

@@ -49,19 +49,21 @@ class Recorder(Silent):
             yield advance
 
 
-def start(raw: dict[str, Any], root: Path, only: str | None = None, progress: Any = None) -> dict[str, str]:
+def start(
+    raw: dict[str, Any], root: Path, only: str | None = None, progress: Any = None, redo: bool = False
+) -> dict[str, str]:
     """A process's work on a run, in this process; returns what was said of each stage."""
     torch.manual_seed(987)  # a run owes nothing to the generator's state
     stages = build_stages(prepare(parse_config(raw, "test"), None), root, progress or Silent())
     said: dict[str, str] = {}
     with locked(root):
-        execute(root, stages, only, said.__setitem__)
+        execute(root, stages, only, said.__setitem__, redo=redo)
     return said
 
 
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        costs = ("seconds", "peak_bytes", "reserved_bytes", "outputs")
+        costs = ("seconds", "peak_bytes", "reserved_bytes", "outputs", "seal")
         return {key: timeless(inner) for key, inner in value.items() if key not in costs}
     return value
 
@@ -71,7 +73,7 @@ def artefacts(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in root.rglob("*"):
         name = str(path.relative_to(root))
-        if path.is_file() and name != ".lock":
+        if path.is_file() and name not in (".lock", "run.json"):
             content = path.read_bytes()
             found[name] = timeless(json.loads(content)) if path.name == "done.json" else content
     return found
@@ -176,7 +178,8 @@ def test_a_process_killed_twice_and_resumed_ends_like_an_uninterrupted_one(
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(KILLER, encoding="utf-8")
     command = [sys.executable, "-m", "plugbridge", "run", "c.yaml", "--out", "killed"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     results = [
         subprocess.run(
             command, cwd=tmp_path, env={**environment, "KILL_AT": at}, capture_output=True, text=True, check=False
@@ -290,40 +293,48 @@ def test_a_changed_setting_starts_its_stage_from_nothing(scene: dict[str, Any], 
     (root / "tune" / "checkpoint.pt").write_bytes(b"of other settings")
     raw = changed(scene["raw"], "tune.learning_rate", 0.5)
     for folder in (root, tmp_path / "fresh"):
-        start(raw, folder, only="tune")
-    assert artefacts(root) == artefacts(tmp_path / "fresh")
+        start(raw, folder, only="tune", redo=True)
+    assert only_of(artefacts(root), "tune") == artefacts(tmp_path / "fresh")
 
 
 def test_only_the_changed_stage_runs_again(scene: dict[str, Any], tmp_path: Path) -> None:
     root = copy_without(scene, tmp_path / "run")
-    said = start(changed(scene["raw"], "evaluate.limit", 5), root)
+    said = start(changed(scene["raw"], "evaluate.limit", 5), root, redo=True)
     assert said == {**dict.fromkeys(STAGES, "skipped"), "evaluate": "running"}
     assert len((root / "evaluate/predictions/small_tuned.jsonl").read_text().splitlines()) == 5
-    said = start(scene["raw"], root)  # and back
-    assert said["evaluate"] == "running"
-    assert artefacts(root) == scene["expected"]
+    assert start(scene["raw"], root) == dict.fromkeys(STAGES, "skipped")  # and back: it was kept
+    assert only_of(artefacts(root), *STAGES) == scene["expected"]
+
+
+def zeroed(path: Path) -> None:
+    """Its size stays."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 3)
 
 
 @pytest.mark.parametrize(
-    ("stage", "file", "truncate"),
+    ("stage", "file", "damage"),
     [
-        ("tune", "module/adapter_model.safetensors", True),
-        ("prune", "bridge/config.json", False),
-        ("plug", "checkpoint/adapter_model.safetensors", True),
-        ("plug", "done.json", True),
+        ("tune", "module/adapter_model.safetensors", cut),
+        ("tune", "module/adapter_model.safetensors", zeroed),
+        ("prune", "bridge/config.json", Path.unlink),
+        ("prune", "keep.safetensors", zeroed),
+        ("couple", "coupled.safetensors", zeroed),
+        ("plug", "checkpoint/adapter_model.safetensors", cut),
+        ("plug", "done.json", cut),
+        ("plug", "done.json", zeroed),
     ],
 )
-def test_a_lost_or_cut_output_is_made_again(
-    scene: dict[str, Any], tmp_path: Path, stage: str, file: str, truncate: bool
+def test_a_lost_cut_or_zeroed_output_is_made_again(
+    scene: dict[str, Any], tmp_path: Path, stage: str, file: str, damage: Callable[[Path], None]
 ) -> None:
     root = copy_without(scene, tmp_path / "run")
-    path = root / stage / file
-    if truncate:
-        os.truncate(path, path.stat().st_size - 3)
-    else:
-        path.unlink()
+    damage(root / stage / file)
     assert start(scene["raw"], root) == {**dict.fromkeys(STAGES, "skipped"), stage: "running"}
-    assert artefacts(root) == scene["expected"]
+    assert only_of(artefacts(root), *STAGES) == scene["expected"]
 
 
 def test_another_seed_gives_another_module(scene: dict[str, Any], tmp_path: Path) -> None:
@@ -390,7 +401,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
     assert only_of(artefacts(root), stage) == only_of(scene["expected"], stage)
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), OSError(errno.EIO, "input/output error")])
+@pytest.mark.parametrize("error", [ValueError("no"), OSError(errno.EINVAL, "invalid argument")])
 def test_other_errors_keep_their_traceback(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
         raise error

@@ -13,23 +13,38 @@ from typing import Any
 
 from plugbridge.errors import PlugbridgeError, RunError
 
-_WHOLE = 256 * 1024 * 1024
 _SAMPLE = 1024 * 1024
+_SAMPLES = 256
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM)
+_UNUSABLE = (
+    errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ESTALE,
+)  # fmt: skip
+"""What is wrong with a path or its disk, and not with the program."""
 
 
 @contextmanager
-def disk_errors(path: Path) -> Generator[None]:
-    """Turn a full disk into one clear error; what was written before stays as it was."""
+def disk_errors(path: Path, strict: bool = False) -> Generator[None]:
+    """Turn a full disk, and what else keeps a path from being written, into one clear error.
+
+    What was written before stays as it was. `strict` is for blocks that only write: every error of the system is one.
+    """
     try:
         yield
     except PlugbridgeError:
         raise
     except Exception as error:
         number = _system_error(error)
-        if number in (errno.ENOSPC, errno.EDQUOT):
+        if number in _FULL:
             raise RunError(f"no space left to write {path}; free some disk and run again to resume") from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number == errno.EFBIG:
+            raise RunError(f"the limit on file sizes (ulimit -f) is too low to write {path}; raise it") from error
+        if number in _REFUSED:
             raise RunError(f"not allowed to write {path}: {os.strerror(number)}") from error
+        if number in _UNUSABLE or (strict and number is not None) or (strict and isinstance(error, ValueError)):
+            why = os.strerror(number) if number is not None else str(error)  # a path that cannot be
+            raise RunError(f"cannot write {path}: {why}; move away what is in its place, or choose another") from error
         raise
 
 
@@ -62,8 +77,11 @@ def _sync(path: Path) -> None:
 def write_atomically(path: Path) -> Generator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.part")
-    with disk_errors(path):
+    with disk_errors(path, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    with disk_errors(path):
         try:
             yield temporary
             _sync(temporary)
@@ -76,19 +94,21 @@ def write_atomically(path: Path) -> Generator[Path]:
 @contextmanager
 def folder_atomically(path: Path) -> Generator[Path]:
     """Like `write_atomically` for a whole folder; an old folder is replaced only at the end."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            if path.exists():
-                shutil.rmtree(path)
+            if path.exists():  # away as a whole: half of it, without its marker, would be nobody's
+                path.replace(before)
             temporary.replace(path)
             _sync(path.parent)
+            shutil.rmtree(before, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -111,22 +131,27 @@ def digest_of(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; beyond 256 MiB of its size, modification time, first and last MiB."""
+    """The digest of an input file. Beyond 256 MiB it is of samples and of the modification time, which every write
+    changes."""
+    status = path.stat()
+    dated = status.st_size > _SAMPLE * _SAMPLES
+    return digest_of([content_digest(path), status.st_mtime_ns]) if dated else content_digest(path)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file; beyond 256 MiB of its size and 256 pieces of a MiB, the first, the last and evenly between.
+
+    So it costs a second or less, whatever the size. A change within less than a 256th of a large file may go unseen.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        if size <= _WHOLE:
+        if size <= _SAMPLE * _SAMPLES:
             while block := file.read(_SAMPLE):
                 digest.update(block)
         else:
-            digest.update(f"{size}:{path.stat().st_mtime_ns}".encode())
-            digest.update(file.read(_SAMPLE))
-            file.seek(-_SAMPLE, os.SEEK_END)
-            digest.update(file.read(_SAMPLE))
+            digest.update(f"{size}".encode())
+            for i in range(_SAMPLES):
+                file.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """Digest of every file in a folder by relative name; hidden files are skipped."""
-    names = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return digest_of({str(p.relative_to(folder)): file_digest(p) for p in names})

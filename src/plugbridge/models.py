@@ -194,6 +194,32 @@ def find_checkpoint(source: str) -> Checkpoint | None:
     return checkpoint
 
 
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "tekken.json",
+)  # fmt: skip
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""What peft's checkpoints are, which transformers loads into a model that lies beside them."""
+
+
+def model_files(folder: Path, *, code: bool = False) -> list[Path]:
+    """The files of a model's folder that loading it reads: configuration, tokenizer, weights, and `code` if trusted.
+
+    Of weights in several formats the one that is loaded, safetensors first.
+    """
+    patterns = ["config.json", *TOKENIZER_FILES, *ADAPTER_FILES, *(["*.py"] if code else [])]
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = f"{whole}.index.json"
+        if (folder / whole).is_file():
+            found.add(folder / whole)
+            break
+        if (folder / index).is_file():
+            found |= {folder / index, *(folder / name for name in read_index(folder / index).values())}
+            break
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
 def _misshapen(source: str, config: PreTrainedConfig) -> str | None:
     """Which tensor of safetensors weights has another shape than the configuration says; transformers names none."""
     with suppress(Exception):  # whatever else is wrong is told already

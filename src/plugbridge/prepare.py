@@ -14,7 +14,7 @@ from plugbridge.config import BaselinesConfig, RunConfig, TaskConfig
 from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError, ModelError
 from plugbridge.families.spec import Layout, family_of
-from plugbridge.files import file_digest, folder_digest
+from plugbridge.files import file_digest
 from plugbridge.models import (
     Tokenizer,
     check_pair,
@@ -25,6 +25,7 @@ from plugbridge.models import (
     load_config,
     load_model,
     load_tokenizer,
+    model_files,
     parameter_count,
     pick_device,
     pick_dtype,
@@ -173,8 +174,8 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         device=device,
         dtype=pick_dtype(config.dtype),
         inputs={
-            "small": _model_digest(config.small),
-            "large": _model_digest(config.large_path),
+            "small": _model_digest(config, config.small),
+            "large": _model_digest(config, config.large_path),
             "task": {"spec": task.model_dump(mode="json"), "files": digests, **_most(config)},
         },
         streamed=checkpoints[config.large_path] if streams else None,
@@ -337,9 +338,12 @@ def _most(config: RunConfig) -> dict[str, int]:
     return {} if config.max_length is None else {"max_length": config.max_length}
 
 
-def _model_digest(source: str) -> dict[str, str]:
-    path = Path(source)
-    return {"source": source} if not path.is_dir() else {"files": folder_digest(path)}
+def _model_digest(config: RunConfig, source: str) -> dict[str, Any]:
+    """What makes a model: its configuration, tokenizer and weights. What else lies in its folder changes nothing."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return {"source": source}
+    return {"files": {path.name: file_digest(path) for path in model_files(folder, code=config.trust_remote_code)}}
 
 
 def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, dict[Split, list[Any]], dict[str, str]]:

@@ -1,13 +1,12 @@
 """Finished runs as one JSON object, a table and a picture."""
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.errors import RunError
 from plugbridge.files import write_atomically
-from plugbridge.run import read_marker
+from plugbridge.markers import RUN, read_marker, reading
 
 TITLES = {
     "small_zero_shot": "small, zero-shot",
@@ -25,7 +24,6 @@ TITLES = {
 }
 BASELINES = ("small_finetuned", "small_ladder", "large_finetuned", "large_ladder")
 TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
-LIBRARIES = ("plugbridge", "torch", "transformers", "peft", "safetensors", "numpy", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,6 @@ class _Markers:
         return sum(s["seconds"] for s in found), max(s["peak_bytes"] for s in found)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries a result depends on."""
-    found: dict[str, str] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
 def read_report(root: Path) -> dict[str, Any]:
     """One JSON object for a finished run.
 
@@ -64,16 +51,17 @@ def read_report(root: Path) -> dict[str, Any]:
     gap beyond chance), `stages`, `models`, `versions`, `seed`. What was done is read from the stages' markers, not
     from the run's config, which may be newer. Raises RunError if the run is not finished.
     """
-    if not (root / "config.yaml").is_file():
+    if not (root / RUN).is_file() and not (root / "config.yaml").is_file():
         raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
     evaluated = _marker(root, "evaluate")
     names = [name for name in (*TRANSFER, "ceiling", *BASELINES) if name == "score" or name in evaluated["needs"]]
     markers = {**{name: _marker(root, name) for name in names}, "evaluate": evaluated}
     for name, marker in markers.items():
         for need, digest in marker["needs"].items():
-            if markers[need]["digest"] != digest:
+            if need not in markers or markers[need]["digest"] != digest:
                 raise RunError(f"stage '{name}' of {root} is older than '{need}'; finish with `plugbridge run`")
-    return _assemble(root, _Markers(markers))
+    with reading(root, "finish it with `plugbridge run`"):
+        return _assemble(root, _Markers(markers))
 
 
 def _marker(root: Path, name: str) -> dict[str, Any]:
@@ -153,9 +141,18 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
             },
         },
         "checkpoint": str(root / "plug" / "checkpoint"),
-        "versions": versions(),
+        "versions": _versions(markers),
         "seed": markers.depends("evaluate")["seed"],
     }
+
+
+def _versions(markers: _Markers) -> dict[str, str]:
+    """The libraries that made the run, by stage markers; both versions where stages were done by two."""
+    found: dict[str, dict[str, None]] = {}
+    for marker in markers.stages.values():
+        for name, version in marker.get("versions", {}).items():  # absent from older runs
+            found.setdefault(name, {})[str(version)] = None
+    return {name: ", ".join(some) for name, some in found.items()}
 
 
 def _peak(markers: _Markers) -> dict[str, Any]:

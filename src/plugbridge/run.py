@@ -1,13 +1,10 @@
-"""A run directory: stages, digests, done-markers written last, resume. Knows no model.
+"""A run directory: stages, digests, resume, and what is kept of other settings. Knows no model.
 
-Each stage has a folder. ``started.json`` holds the digest of everything the stage depends on:
-its settings, its input files, and the digests of the stages it needs. ``done.json`` is written last.
-A stage whose marker carries today's digest is skipped; a folder with another digest is cleared;
-a started one with today's digest goes on from what is there.
+Each stage has a folder. A stage whose markers carry today's digest is skipped; a started one goes on from what is
+there; one that was done with other settings is work, and is only set aside, into ``old/``, by whoever says so.
 """
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -19,13 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from plugbridge.errors import RunError
-from plugbridge.files import digest_of, disk_errors, write_json
+from plugbridge.files import digest_of, disk_errors, folder_atomically
+from plugbridge.markers import (
+    DONE,
+    FORMAT,
+    OLD,
+    STARTED,
+    State,
+    changed_output,
+    changes,
+    check_root,
+    is_done,
+    mark_run,
+    outputs_of,
+    read_marker,
+    read_started,
+    reading,
+    state_of,
+    write_marker,
+)
+from plugbridge.version import versions
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-DONE = "done.json"
-STARTED = "started.json"
+MOST = 6
+"""Changed settings that a message names."""
 
 
 @dataclass(frozen=True)
@@ -65,60 +80,38 @@ def stage_digests(stages: Sequence[Stage]) -> dict[str, str]:
     return digests
 
 
-def read_marker(folder: Path) -> dict[str, Any] | None:
-    """A stage's done-marker, or None if it is absent or unreadable."""
-    return _read(folder / DONE)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def is_done(folder: Path, digest: str) -> bool:
-    """Whether a stage is finished for this digest, with all its files in place."""
-    marker = read_marker(folder)
-    if marker is None or marker.get("digest") != digest:
-        return False
-    outputs: dict[str, int] = marker["outputs"]
-    for name, size in outputs.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            log.warning("%s has changed since it was written; its stage runs again", path)
-            return False
-    return True
-
-
 @contextmanager
-def locked(root: Path) -> Generator[None]:
-    """Hold the run directory for this process. Raises RunError if another holds it."""
-    with disk_errors(root):
+def locked(root: Path, config: Path | None = None, redo: bool | None = False) -> Generator[None]:
+    """Hold the run directory for this process, and make it a run, begun by a `config` file.
+
+    Raises RunError if another holds it, or if it is no run of the file (see `check_root`).
+    """
+    with disk_errors(root, strict=True):
+        if not root.is_dir():
+            check_root(root)
         root.mkdir(parents=True, exist_ok=True)
+    with disk_errors(root / ".lock", strict=True):
         descriptor = os.open(root / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"another process is working in {root}; wait for it or choose another --out") from error
+        with disk_errors(root / ".lock", strict=True):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"another process is working in {root}; wait for it or choose another --out") from error
+        mark_run(root, config, redo)
         yield
     finally:
         os.close(descriptor)
 
 
-def check_root(root: Path) -> None:
-    """Refuse a directory that holds something other than a run. Raises RunError."""
-    if root.exists() and not root.is_dir():
-        raise RunError(f"{root} is a file; --out must name a run directory")
-    above = next((parent for parent in root.parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise RunError(f"{above} is a file; --out must name a run directory")
-    if root.is_dir():
-        visible = [p for p in root.iterdir() if not p.name.startswith(".")]
-        if visible and not (root / "config.yaml").is_file():
-            raise RunError(f"{root} is not empty and not a run; choose another --out")
+def check_stages(root: Path, stages: Sequence[Stage], only: str | None, redo: bool = False) -> None:
+    """Refuse to begin where a stage lacks what it needs or the disk it fills, or is done with other settings.
+
+    Raises RunError; with `redo`, what was done with other settings will be set aside.
+    """
+    check_needs(root, stages, only)
+    check_kept(root, stages, only, redo)
+    check_room(root, stages, only)
 
 
 def check_needs(root: Path, stages: Sequence[Stage], only: str | None) -> None:
@@ -126,27 +119,83 @@ def check_needs(root: Path, stages: Sequence[Stage], only: str | None) -> None:
     if only is None:
         return
     digests = stage_digests(stages)
-    chosen = next((stage for stage in stages if stage.name == only), None)
-    if chosen is None:
+    known = {stage.name: stage for stage in stages}
+    if only not in known:
         raise RunError(f"this run has no stage '{only}': its config has no `{only}:` section")
-    for need in chosen.needs:
-        if not is_done(root / need, digests[need]):
+    for need in known[only].needs:
+        if is_done(root / need, digests[need]):
+            continue
+        marker = read_marker(root / need) or read_started(root / need)
+        if marker is None or marker["digest"] == digests[need]:
             raise RunError(
-                f"stage '{only}' needs '{need}', which is not done with these settings; "
-                f"run `plugbridge {need}` first, or `plugbridge run` for all"
+                f"stage '{only}' needs '{need}', which is not done; run `plugbridge {need}` first, or "
+                "`plugbridge run` for all"
             )
+        raise RunError(
+            f"stage '{only}' needs '{need}', which was done with other settings: "
+            f"{_why(root, stages, _and_needed(known, need))}; give the same settings, or run "
+            f"`plugbridge {need} --redo` first"
+        )
+
+
+def _and_needed(known: Mapping[str, Stage], name: str) -> list[Stage]:
+    """A stage and all that it needs, in their order."""
+    found, waiting = {name}, [name]
+    while waiting:
+        new = set(known[waiting.pop()].needs) - found
+        found |= new
+        waiting += sorted(new)
+    return [stage for stage in known.values() if stage.name in found]
+
+
+def check_kept(root: Path, stages: Sequence[Stage], only: str | None, redo: bool) -> None:
+    """Refuse to do again what was done with other settings or inputs, and say which. Raises RunError."""
+    digests, states = stage_digests(stages), _states(root, stages, only)
+    other = [
+        stage
+        for stage in stages
+        if states.get(stage.name) == "other" and _kept(root, stage.name, digests[stage.name]) is None
+    ]
+    if not other or redo:
+        return
+    names = ", ".join(stage.name for stage in other)
+    raise RunError(
+        f"{root} holds other work, which would be done again ({names}): {_why(root, stages, other)}; give the same "
+        f"settings, a directory of its own with --out, or --redo, which first moves those stages to {root / OLD}"
+    )
+
+
+def _why(root: Path, stages: Sequence[Stage], changed: Sequence[Stage]) -> str:
+    """What made these stages others than they were: their settings and inputs, then and now."""
+    found: dict[str, None] = {}
+    for stage in changed:
+        marker = read_started(root / stage.name) or read_marker(root / stage.name)
+        if marker is not None:
+            found.update(dict.fromkeys(changes(marker["depends"], {**stage.depends})))
+    if not found:  # nothing but what they need, or the way it is done
+        needs = sorted({need for stage in changed for need in stage.needs})
+        return f"{', '.join(needs)} changed" if needs else "another version of plugbridge did it"
+    more = len(found) - MOST
+    return ", ".join([*list(found)[:MOST], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _states(root: Path, stages: Sequence[Stage], only: str | None) -> dict[str, State]:
+    """What the folder of every stage to run is today."""
+    digests = stage_digests(stages)
+    return {name: state_of(root / name, digest) for name, digest in digests.items() if only in (None, name)}
 
 
 def check_room(root: Path, stages: Sequence[Stage], only: str | None) -> None:
     """Refuse to begin where a stage that is to run will not have the disk it needs. Raises RunError."""
-    digests = stage_digests(stages)
     free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    states = _states(root, stages, only)
     for stage in stages:
-        folder = root / stage.name
-        if only not in (None, stage.name) or is_done(folder, digests[stage.name]):
+        state = states.get(stage.name, "done")
+        if state == "done":
             continue
-        need = stage.room()
-        have = free + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # which it replaces
+        need, have = stage.room(), free
+        if state == "started":  # what it replaces
+            have += sum(path.stat().st_size for path in (root / stage.name).rglob("*") if path.is_file())
         if need > have:
             raise RunError(
                 f"stage '{stage.name}' will write {need / 1e6:.1f} MB to {root}, where {have / 1e6:.1f} MB are free; "
@@ -165,18 +214,19 @@ def execute(
     only: str | None,
     announce: Callable[[str, str], None],
     do: Do = lambda _stage, work: work(),
+    redo: bool = False,
 ) -> None:
     """Run all stages that are not done, or only one of them. The caller holds the lock.
 
     `announce(stage, what)` is told ``skipped`` or ``running``; `do` does a stage's work, here or elsewhere. Raises
-    RunError when `only` needs a stage that is not done with today's settings, or a stage would run out of disk.
+    RunError when `only` needs a stage that is not done with today's settings, a stage would run out of disk, or one
+    that was done with other settings would be done again: with `redo` it is set aside first.
     """
-    check_needs(root, stages, only)
-    check_room(root, stages, only)
+    check_stages(root, stages, only, redo)
     digests = stage_digests(stages)
+    _make_way(root, _states(root, stages, only), digests)
     for stage in stages:
-        folder = root / stage.name
-        digest = digests[stage.name]
+        folder, digest = root / stage.name, digests[stage.name]
         if only is not None and stage.name != only:
             continue
         if is_done(folder, digest):
@@ -186,53 +236,76 @@ def execute(
         _run_stage(folder, stage, digest, {name: digests[name] for name in stage.needs}, do)
 
 
+def _make_way(root: Path, states: Mapping[str, State], digests: Mapping[str, str]) -> None:
+    """Set aside what is of other settings or damaged, and take back what was set aside with today's."""
+    attempt: Path | None = None
+    for name, state in states.items():
+        folder = root / name
+        before = _kept(root, name, digests[name]) if state != "done" else None
+        if state == "damaged" and (marker := read_marker(folder)) is not None:
+            log.warning("%s has changed since it was written; its stage runs again", changed_output(folder, marker))
+        with disk_errors(folder, strict=True):
+            if state in ("other", "damaged") or (before is not None and folder.exists()):
+                attempt = attempt or _next_attempt(root)
+                attempt.mkdir(parents=True, exist_ok=True)
+                folder.rename(attempt / name)
+                log.info("what was in %s is kept in %s", folder, attempt / name)
+            if before is not None:
+                before.rename(folder)
+                log.info("%s was done with these settings before, and is back from %s", folder, before)
+
+
+def _next_attempt(root: Path) -> Path:
+    """A folder that is not there yet for what is set aside."""
+    old = root / OLD
+    numbers = [int(path.name) for path in old.iterdir() if path.name.isdecimal()] if old.is_dir() else []
+    return old / str(max(numbers, default=0) + 1)
+
+
+def _kept(root: Path, name: str, digest: str) -> Path | None:
+    """A finished stage with this digest among those that were set aside."""
+    with reading(root / OLD, "move it away"):
+        found = [path for path in (root / OLD).glob(f"*/{name}") if is_done(path, digest)]
+    return found[0] if found else None
+
+
 def borrow(root: Path, donors: Sequence[Path], stages: Sequence[Stage]) -> None:
     """Copy finished stages with today's digests from other runs, instead of doing them again.
 
-    The caller holds the lock of `root`.
+    The caller holds the lock of `root`. What is there of other settings is set aside.
     """
-    digests = stage_digests(stages)
-    for stage in stages:
-        folder, digest = root / stage.name, digests[stage.name]
-        if is_done(folder, digest):
+    digests, states = stage_digests(stages), _states(root, stages, None)
+    for name, digest in digests.items():
+        if states[name] == "done" or _kept(root, name, digest) is not None:
             continue
-        donor = next((d / stage.name for d in donors if is_done(d / stage.name, digest)), None)
-        if donor is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            with disk_errors(folder):
-                shutil.copytree(donor, folder, ignore=shutil.ignore_patterns(DONE))
-                shutil.copyfile(donor / DONE, folder / DONE)
+        donor = next((d / name for d in donors if is_done(d / name, digest)), None)
+        if donor is None:
+            continue
+        if states[name] != "started":  # of these settings, and less than what the donor has
+            _make_way(root, {name: states[name]}, digests)
+        with folder_atomically(root / name) as folder:
+            shutil.copytree(donor, folder, dirs_exist_ok=True)
 
 
 def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str], do: Do) -> None:
-    started = _read(folder / STARTED)
-    if folder.exists() and (started is None or started.get("digest") != digest):
-        shutil.rmtree(folder)
-    (folder / DONE).unlink(missing_ok=True)
-    with disk_errors(folder):
+    with disk_errors(folder, strict=True):
+        (folder / DONE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STARTED, {"digest": digest, "depends": dict(stage.depends)})
+    begun = {"stage": stage.name, "digest": digest, "needs": dict(needs), "depends": dict(stage.depends)}
+    write_marker(folder / STARTED, {**begun, "versions": versions()})
     with disk_errors(folder):
         result = do(stage.name, partial(stage.work, folder))
-    outputs = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (DONE, STARTED) and not path.name.startswith(".")
+    with disk_errors(folder):
+        outputs = outputs_of(folder)
+    done = {
+        "versions": versions(),
+        "outputs": outputs,
+        "seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "reserved_bytes": result.reserved_bytes,
+        "facts": result.facts,
     }
-    write_json(
-        folder / DONE,
-        {
-            "stage": stage.name,
-            "digest": digest,
-            "needs": needs,
-            "depends": dict(stage.depends),
-            "outputs": outputs,
-            "seconds": result.seconds,
-            "peak_bytes": result.peak_bytes,
-            "reserved_bytes": result.reserved_bytes,
-            "facts": result.facts,
-        },
-    )
+    write_marker(folder / DONE, {**begun, **done})
 
 
 def facts_of(root: Path, stage: str) -> dict[str, Any]:

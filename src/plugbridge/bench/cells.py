@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from plugbridge.bench.paper import Choice, Counts, Pair, Planned, Row, Table, planned, run_configs
 from plugbridge.config import RunConfig, load_config
 from plugbridge.errors import ConfigError, DataError, ModelError, PlugbridgeError, RunError
-from plugbridge.files import write_text
+from plugbridge.markers import write_own
 from plugbridge.memory.case import Case
 from plugbridge.memory.shapes import PUBLISHED
 from plugbridge.models import layout_for, load_model, parameter_count
@@ -62,9 +62,18 @@ def run_table(
 
 
 def do_runs(
-    configs: Mapping[str, RunConfig], root: Path, data: Path | None, progress: Progress, announce: Announce
+    configs: Mapping[str, RunConfig],
+    root: Path,
+    data: Path | None,
+    progress: Progress,
+    announce: Announce,
+    origin: Path | None = None,
 ) -> dict[str, str]:
-    """Do runs by name, each in a folder of its own; returns why some could not be or did not end."""
+    """Do runs by name, each in a folder of its own; returns why some could not be or did not end.
+
+    Stages that were done with other settings are set aside, and taken back when those are asked for again. Raises
+    RunError where the runs are of another `origin`, the file that the settings are from.
+    """
     reasons: dict[str, str] = {}
     donors: list[Path] = sorted(p for p in root.parent.glob("*/*") if p.is_dir())
     for name, config in configs.items():
@@ -76,12 +85,12 @@ def do_runs(
             announce(name, str(error))
             continue
         announce(name, "running")
-        with locked(folder):
-            write_text(folder / "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
+        with locked(folder, origin, None):
+            write_own(folder, "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
             stages = build_stages(prepared, folder, progress)
             borrow(folder, [donor for donor in donors if donor != folder], stages)
             try:
-                execute(folder, stages, None, lambda _stage, _what: None)
+                execute(folder, stages, None, lambda _stage, _what: None, redo=True)
             except (PlugbridgeError, torch.OutOfMemoryError) as error:
                 reasons[name] = str(error).partition("\n")[0]
                 announce(name, reasons[name])

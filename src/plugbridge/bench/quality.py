@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from plugbridge.bench.grid import Grid, Group
 from plugbridge.config import RunConfig, parse_config
-from plugbridge.files import write_json, write_text
+from plugbridge.files import write_json
+from plugbridge.markers import read_marker, write_own
 from plugbridge.prepare import prepare, resolve
 from plugbridge.progress import Progress, Silent
-from plugbridge.run import borrow, execute, facts_of, locked, read_marker
+from plugbridge.run import borrow, execute, facts_of, locked
 from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.shrink import rows_scored
 from plugbridge.workers import workers
@@ -73,8 +74,11 @@ class Cell:
     """Which rows `value` is of."""
 
 
-def run_group(group: Group, data: Path | None, out: Path) -> str:
-    """Do a group's runs that are not done; the stages that variants share are done once. Returns its name."""
+def run_group(group: Group, data: Path | None, out: Path, grid: Path | None = None) -> str:
+    """Do a group's runs that are not done; the stages that variants share are done once. Returns its name.
+
+    What was done with other settings of the `grid` file is set aside, and taken back when those are asked for again.
+    """
     import torch
 
     from plugbridge.models import quiet_transformers
@@ -84,11 +88,11 @@ def run_group(group: Group, data: Path | None, out: Path) -> str:
     donors: list[Path] = []
     for name, config in group.variants:
         root = out / group.name / slug(name)
-        with locked(root):
-            write_text(root / "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
+        with locked(root, grid, None):
+            write_own(root, "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
             stages = build_stages(prepare(config, data), root, Silent())
             borrow(root, donors, stages)
-            execute(root, stages, None, lambda _stage, _what: None)
+            execute(root, stages, None, lambda _stage, _what: None, redo=True)
         donors.append(root)
     return group.name
 
@@ -98,7 +102,9 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
-def run_groups(groups: Sequence[Group], data: Path | None, out: Path, jobs: int, progress: Progress) -> None:
+def run_groups(
+    groups: Sequence[Group], data: Path | None, out: Path, jobs: int, progress: Progress, grid: Path | None = None
+) -> None:
     """Run groups, at most `jobs` at a time, each in a process of its own with one thread.
 
     The first error stops the grid after the runs in progress; what is done stays done.
@@ -109,7 +115,7 @@ def run_groups(groups: Sequence[Group], data: Path | None, out: Path, jobs: int,
         running: set[Future[str]] = set()
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.add(pool.submit(run_group, waiting.pop(0), data, out))
+                running.add(pool.submit(run_group, waiting.pop(0), data, out, grid))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()

@@ -54,7 +54,7 @@ def quality(
     from plugbridge.files import write_text
 
     if not summary:
-        run_groups(chosen, data, root, jobs, progress(quiet))
+        run_groups(chosen, data, root, jobs, progress(quiet), grid)
     words = [str(grid), *(["--full"] if full else []), *(["--data DIR"] if data is not None else [])]
     words += [f"--set {text}" for text in sets or ()]
     command = f"plugbridge bench quality {' '.join(words)}"

@@ -23,4 +23,7 @@ SetOption = Annotated[
     typer.Option("--set", help="override one key, such as couple.steps=500; repeatable", show_default=False),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars, results only")]
+RedoOption = Annotated[
+    bool, typer.Option("--redo", help="do again what was done with other settings; it is kept in <out>/old")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -1,5 +1,6 @@
 """`plugbridge run`: all stages, and the finished run's table."""
 
+import json
 import os
 import sys
 from functools import partial
@@ -10,7 +11,7 @@ import typer
 from rich.text import Text
 
 from plugbridge import __version__
-from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, SetOption
+from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, RedoOption, SetOption
 from plugbridge.cli.report import print_loading, print_table
 from plugbridge.cli.terminal import announcer, err, progress, setup
 from plugbridge.config import RunConfig, load_config
@@ -24,15 +25,22 @@ if TYPE_CHECKING:
 
 
 def execute_stages(
-    config_path: Path, root: Path | None, data: Path | None, sets: list[str] | None, quiet: bool, only: str | None
+    config_path: Path,
+    root: Path | None,
+    data: Path | None,
+    sets: list[str] | None,
+    quiet: bool,
+    only: str | None,
+    redo: bool,
 ) -> Path:
     """Run all stages, or only one; the run's directory."""
     fresh = "torch" not in sys.modules  # nothing was computed yet: a copy of this process can go on
     config = load_config(config_path, tuple(sets or ()))
     root = root if root is not None else Path("runs") / config_path.stem
-    from plugbridge.run import check_needs, check_root, execute, locked
+    from plugbridge.markers import check_root
+    from plugbridge.run import check_stages, execute, locked
 
-    check_root(root)
+    check_root(root, config_path, redo)
     setup(quiet)
     from plugbridge.prepare import prepare
     from plugbridge.stages.build import build_stages
@@ -42,14 +50,14 @@ def execute_stages(
     alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
     if alone:
         import sklearn.metrics  # pyright: ignore  # noqa: F401  # or it would count as the memory of stages that score
-    check_needs(root, stages, only)
+    check_stages(root, stages, only, redo)
     try:
-        with locked(root):
+        with locked(root, config_path, redo):
             if not quiet:
                 err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {config_path} -> {root}"))
             _describe(root, config)
             do = partial(_by_itself, prepared.dtype) if alone else _here
-            execute(root, stages, only, announcer(quiet), do)
+            execute(root, stages, only, announcer(quiet), do, redo)
     except KeyboardInterrupt:
         err.print("\ninterrupted; run the same command again to resume")
         raise typer.Exit(130) from None
@@ -77,17 +85,17 @@ def _describe(root: Path, config: RunConfig) -> None:
 
     import yaml
 
-    from plugbridge.files import write_json, write_text
-    from plugbridge.report import versions
+    from plugbridge.markers import write_own
+    from plugbridge.version import versions
 
-    write_text(root / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_own(root, "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     environment: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "versions": versions(),
     }
-    write_json(root / "environment.json", environment)
+    write_own(root, "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def run(
@@ -95,10 +103,11 @@ def run(
     out_dir: OutOption = None,
     data: DataOption = None,
     sets: SetOption = None,
+    redo: RedoOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Do the whole job: tune, score, prune, couple, plug, evaluate. Finished stages are skipped."""
-    root = execute_stages(config, out_dir, data, sets, quiet, None)
+    root = execute_stages(config, out_dir, data, sets, quiet, None, redo)
     _finish(root)
 
 

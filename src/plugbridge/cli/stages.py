@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, SetOption
+from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, RedoOption, SetOption
 from plugbridge.cli.run import execute_stages
 from plugbridge.cli.terminal import out
 
@@ -27,9 +27,10 @@ def stage_command(name: str, help_text: str) -> Callable[..., None]:
         out_dir: OutOption = None,
         data: DataOption = None,
         sets: SetOption = None,
+        redo: RedoOption = False,
         quiet: QuietOption = False,
     ) -> None:
-        root = execute_stages(config, out_dir, data, sets, quiet, name)
+        root = execute_stages(config, out_dir, data, sets, quiet, name, redo)
         out.print(f"{name}: done, in {root / name}")
 
     command.__doc__ = help_text

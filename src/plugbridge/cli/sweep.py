@@ -43,7 +43,7 @@ def sweep(
     from plugbridge.files import write_json, write_text
 
     root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
-    reasons = do_runs(configs, root, data, progress(quiet), announcer(quiet))
+    reasons = do_runs(configs, root, data, progress(quiet), announcer(quiet), config)
     found = tried(combinations(vary), root, reasons)
     best = best_of(found, by)
     page = sweep_page(found, by, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])))

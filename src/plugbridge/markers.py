@@ -1,0 +1,254 @@
+"""What a run directory says of itself, read and written in one place.
+
+``run.json`` makes a directory a run: it is the first file in it, and nothing else is taken for one. In a stage's
+folder ``started.json`` holds the digest of everything that the stage depends on, and ``done.json``, written last,
+the digests of what it left. Each ends with a seal over the rest: a marker that was changed is no marker.
+"""
+
+import json
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from plugbridge.errors import PlugbridgeError, RunError
+from plugbridge.files import content_digest, digest_of, disk_errors, write_json, write_text
+from plugbridge.version import __version__
+
+RUN = "run.json"
+STARTED = "started.json"
+DONE = "done.json"
+OLD = "old"
+"""Folder of a run for stages that were done with other settings: ``old/1/couple``."""
+FORMAT = 2
+"""Of run directories: part of every digest."""
+_MARK = "plugbridge run"
+_PARTS: dict[str, tuple[type, ...]] = {"digest": (str,), "depends": (dict,)}
+_DONE_PARTS: dict[str, tuple[type, ...]] = {
+    **_PARTS, "needs": (dict,), "outputs": (dict,), "seconds": (int, float), "peak_bytes": (int,), "facts": (dict,),
+}  # fmt: skip
+
+State = Literal["absent", "started", "done", "damaged", "other"]
+"""Of a stage's folder: ``other`` is of other settings or inputs; ``damaged`` is done, but a file has changed since."""
+
+
+@contextmanager
+def reading(path: Path, remedy: str = "remove its stage's folder and run again") -> Generator[None]:
+    """Turn whatever goes wrong in reading something of a run directory into one clear error."""
+    try:
+        yield
+    except PlugbridgeError:
+        raise
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [""])[0]
+        found = f"{type(error).__name__}: {why}" if why else type(error).__name__
+        raise RunError(f"{path} cannot be read, it is damaged or of another version ({found}); {remedy}") from error
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """A stage's done-marker, or None if it is absent or not as it was written."""
+    return _read(folder / DONE, _DONE_PARTS)
+
+
+def read_started(folder: Path) -> dict[str, Any] | None:
+    """A stage's start-marker, or None if it is absent or not as it was written."""
+    return _read(folder / STARTED, _PARTS)
+
+
+def write_marker(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a marker with its seal."""
+    write_json(path, {**value, "seal": digest_of(dict(value))})
+
+
+def _read(path: Path, parts: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
+    """A marker with these parts; only runs from before there was a ``run.json`` have any without a seal."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            return None
+        found = cast(dict[str, Any], value)
+        seal = found.pop("seal", None)
+        if seal != digest_of(found) and (seal is not None or (path.parent.parent / RUN).exists()):
+            return None
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = all(type(found.get(name)) in kinds for name, kinds in parts.items())
+    return found if whole else None
+
+
+def outputs_of(folder: Path) -> dict[str, str]:
+    """The digest of every file that a stage left, by relative name; markers and hidden files are left out."""
+    return {str(path.relative_to(folder)): _digest(path) for path in visible_files(folder)}
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files of a stage's folder, markers and hidden ones left out."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (DONE, STARTED) and not path.name.startswith(".")
+    ]
+
+
+def changed_output(folder: Path, marker: Mapping[str, Any]) -> Path | None:
+    """The first file that is not what it was when the stage ended."""
+    for name, digest in marker["outputs"].items():
+        path = folder / name
+        try:
+            same = path.is_file() and _digest(path) == digest
+        except OSError:
+            same = False
+        if not same:
+            return path
+    return None
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _digest_at(path: Path, size: int, modified: int, inode: int) -> str:
+    """A file's digest, made once in a process while its stamp stays."""
+    del size, modified, inode
+    return content_digest(path)
+
+
+def state_of(folder: Path, digest: str) -> State:
+    """What a stage's folder is, seen with the digest of today. Raises RunError for one that is not ours."""
+    if folder.is_symlink() and not folder.exists():
+        raise RunError(f"{folder} is a link to nowhere; remove it, or give another --out")
+    if not folder.exists():
+        return "absent"
+    if not folder.is_dir():
+        raise RunError(f"{folder} is a file, where a stage's folder belongs; move it away, or give another --out")
+    done = read_marker(folder)
+    started = read_started(folder) or done
+    if done is not None and done["digest"] == digest:
+        return "done" if changed_output(folder, done) is None else "damaged"
+    with reading(folder):
+        empty = not any(not path.name.startswith(".") for path in folder.iterdir())
+    if empty:
+        return "absent"
+    if started is None:
+        raise RunError(
+            f"{folder} has no {STARTED} as plugbridge writes it, so it is left alone; "
+            "move it away, or give another --out"
+        )
+    if started["digest"] == digest:
+        return "started"
+    return "other" if done is not None or visible_files(folder) else "started"
+
+
+def is_done(folder: Path, digest: str) -> bool:
+    """Whether a stage is finished for this digest, with all its files as they were."""
+    marker = read_marker(folder)
+    return marker is not None and marker["digest"] == digest and changed_output(folder, marker) is None
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two stages' dependencies, each as ``key then → now``."""
+    old, new = _flat(then), _flat(now)
+    found: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if a != b:
+            hashes = [re.fullmatch(r"[0-9a-f]{32,}", str(value)) for value in (a, b)]
+            found.append(f"{key} has other content" if all(hashes) else f"{key} {_shown(a)} → {_shown(b)}")
+    return found
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "not set"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            found |= _flat(cast(dict[str, Any], inner), f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = inner
+    return found
+
+
+def read_run(root: Path) -> dict[str, Any] | None:
+    """The marker that makes a directory a run; None if there is none, or not as we write it."""
+    found = _read(root / RUN, {"what": (str,), "format": (int,), "config": (str,), "wrote": (dict,)})
+    return found if found is not None and found["what"] == _MARK else None
+
+
+def check_root(root: Path, config: Path | None = None, redo: bool | None = False) -> None:
+    """Refuse a directory that is not empty and no run, or a run that another `config` file began. Raises RunError.
+
+    A file that is no longer there has been moved, and whoever redoes the run takes it over; `redo` is None for commands
+    that cannot be told to.
+    """
+    with disk_errors(root, strict=True):
+        above = next((path for path in (root, *root.parents) if path.exists() or path.is_symlink()), None)
+        if above is not None and not above.is_dir():
+            raise RunError(f"{above} is a file; --out must name a run directory")
+        names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
+    if not names:
+        return
+    found = read_run(root)
+    if found is None:
+        if RUN in names:
+            raise RunError(f"{root / RUN} is not as plugbridge wrote it; put it back, or choose another --out")
+        if "config.yaml" in names and all(read_started(root / name) for name in names if (root / name).is_dir()):
+            raise RunError(
+                f"{root} was made by an older plugbridge, which `plugbridge report` still reads; choose another --out"
+            )
+        raise RunError(f"{root} is not empty and not a run; choose another --out")
+    if found["format"] > FORMAT:
+        raise RunError(f"{root} was made by plugbridge {found.get('plugbridge')}, this is {__version__}; use that one")
+    known = Path(found["config"])
+    if config is None or redo or not found["config"] or known == config.resolve():
+        return
+    begun = [name for name in names if name != OLD and read_started(root / name) is not None]
+    if begun and known.exists():
+        over = f", or let it take over with --redo, which keeps stages that differ in {root / OLD}"
+        raise RunError(
+            f"{root} is the run of {known}, with the stages {', '.join(begun)}; give this one a directory of its own "
+            f"with --out{over if redo is not None else ''}"
+        )
+
+
+def mark_run(root: Path, config: Path | None, redo: bool | None) -> None:
+    """Make a directory a run, begun by a configuration file. The caller holds its lock. Raises RunError."""
+    check_root(root, config, redo)
+    found = read_run(root)
+    if found is None:
+        found = {"what": _MARK, "format": FORMAT, "plugbridge": __version__, "config": "", "wrote": {}}
+    elif config is None or found["config"] == str(config.resolve()):
+        return
+    write_marker(root / RUN, {**found, "config": "" if config is None else str(config.resolve())})
+
+
+def write_own(root: Path, name: str, text: str) -> None:
+    """Write a file beside a run's stages, unless somebody else wrote the one that is there. Raises RunError.
+
+    The caller holds the lock of the run.
+    """
+    path, run = root / name, read_run(root)
+    assert run is not None  # marked when it was locked
+    wrote: dict[str, list[str]] = run["wrote"]
+    with disk_errors(path, strict=True):
+        found = digest_of(path.read_bytes().decode("utf-8", "replace")) if path.exists() or path.is_symlink() else None
+    new = digest_of(text)
+    if found == new:
+        return
+    if found is not None and found not in wrote.get(name, ()):
+        raise RunError(f"{path} is not as plugbridge wrote it; move it away, or choose another --out")
+    # noted first: a kill in between leaves the old file, which is noted, too
+    write_marker(root / RUN, {**run, "wrote": {**wrote, name: [new] if found is None else [found, new]}})
+    write_text(path, text)

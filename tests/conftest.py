@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ VOCAB = ["<pad>", "</s>", "<unk>", *LABELS, "is", "it", ":", *WORDS]
 FAMILIES = ("gpt2", "t5", "t5-gated", "llama")
 PAPER_FAMILIES = ("gpt2", "t5", "t5-gated")
 METHODS = ("lora", "adapter", "prefix")
+
+
+def pairwise(first: Sequence[str], second: Sequence[str], third: Sequence[Any]) -> list[tuple[str, str, Any]]:
+    """Every pair of values of three settings at least once; the third, in turns, has the fewest values."""
+    assert len(third) <= min(len(first), len(second))
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
 def make_tokenizer(words: list[str] = VOCAB) -> PreTrainedTokenizerFast:

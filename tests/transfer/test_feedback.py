@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from conftest import FAMILIES, METHODS, make_model
+from conftest import FAMILIES, METHODS, make_model, pairwise
 from plugbridge.evaluate import mean_loss
 from plugbridge.memory.alive import Alive
 from plugbridge.models import fuse_gelu
@@ -79,13 +79,13 @@ def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize(
-    ("rotated", "zeros", "recompute"),
-    [(False, False, True), (True, False, True), (False, True, False), (True, True, True)],
+    ("family", "method", "rotated_zeros_recompute"),
+    pairwise(FAMILIES, METHODS, ((False, False, True), (True, True, True), (False, True, False))),
 )
-@pytest.mark.parametrize(("family", "method"), GRID)
 def test_an_unpruned_bridge_makes_it_backpropagation(
-    family: str, method: str, rotated: bool, zeros: bool, recompute: bool
+    family: str, method: str, rotated_zeros_recompute: tuple[bool, bool, bool]
 ) -> None:
+    rotated, zeros, recompute = rotated_zeros_recompute
     coupling = replace(_double(coupling_of(family, method, reduction=1), family), recompute=recompute)
     twin = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
     if zeros:
@@ -133,8 +133,7 @@ def test_a_layer_without_a_module_keeps_what_the_bridge_reads(family: str, monke
     assert {visit.x.numel() > 0 for visit in seen if visit.place.layer == 1} == {False, True}  # attention has a module
 
 
-@pytest.mark.parametrize("mode", ["feedback", "identity"])
-@pytest.mark.parametrize(("family", "method"), GRID)
+@pytest.mark.parametrize(("family", "method", "mode"), pairwise(FAMILIES, METHODS, ("feedback", "identity")))
 def test_kept_graphs_give_the_gradients_of_sublayers_run_again(family: str, method: str, mode: str) -> None:
     found: list[dict[str, torch.Tensor]] = []
     runs: list[int] = []

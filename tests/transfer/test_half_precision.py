@@ -8,11 +8,14 @@ from test_coupling import large_model
 from test_transfer import ROWS, coupling_of
 from torch import Tensor
 
-from conftest import FAMILIES, METHODS
+from conftest import FAMILIES, METHODS, pairwise
 from plugbridge.tasks.encode import Encoded
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
+
+READS_LARGE = ("feedback", "identity", "ladder", "ladder_delta")
+"""Modes that run the large model."""
 
 
 def _coupling(family: str, method: str, dtype: torch.dtype) -> Coupling:
@@ -34,9 +37,7 @@ def cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return float(torch.cosine_similarity(flat[0], flat[1], 0))
 
 
-@pytest.mark.parametrize("mode", ["feedback", "identity", "ladder", "ladder_delta"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mode", "method"), pairwise(FAMILIES, READS_LARGE, METHODS))
 def test_a_bfloat16_large_model_gives_the_float32_direction(family: str, method: str, mode: str) -> None:
     exact, wanted = gradient_of(_coupling(family, method, torch.float32), mode)
     coupling = _coupling(family, method, torch.bfloat16)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_half_precision import cosine, gradient_of
+from test_half_precision import READS_LARGE, cosine, gradient_of
 from test_transfer import ROWS, SETTINGS, coupling_of
 
-from conftest import FAMILIES, METHODS, make_model
+from conftest import FAMILIES, METHODS, make_model, pairwise
 from plugbridge.config import LoadIn
 from plugbridge.evaluate import mean_loss
 from plugbridge.models import load_model
@@ -17,7 +17,6 @@ from plugbridge.transfer.coupling import Coupling
 from plugbridge.tuners.module import attach, load_state, pack, parameter_name
 from test_quantised import BITS, load
 
-GRID = [(family, method) for family in FAMILIES for method in METHODS]
 NEAR = {"8bit": 0.998, "4bit": 0.9}
 
 
@@ -44,8 +43,7 @@ def couplings(folder: Path, family: str, method: str, load_in: LoadIn) -> tuple[
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("load_in", BITS)
-@pytest.mark.parametrize(("family", "method"), GRID)
+@pytest.mark.parametrize(("family", "method", "load_in"), pairwise(FAMILIES, METHODS, BITS))
 def test_feedback_through_quantised_weights(
     folders: dict[str, Path], family: str, method: str, load_in: LoadIn
 ) -> None:
@@ -73,9 +71,7 @@ def test_feedback_through_quantised_weights(
         assert torch.equal(parameter, before), name
 
 
-@pytest.mark.parametrize("load_in", BITS)
-@pytest.mark.parametrize("mode", ["identity", "ladder", "ladder_delta"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mode", "load_in"), pairwise(FAMILIES, READS_LARGE[1:], BITS))
 def test_the_other_modes_that_run_it(folders: dict[str, Path], family: str, mode: str, load_in: LoadIn) -> None:
     whole, coupling = couplings(folders[family], family, "lora", load_in)
     (exact, wanted), (loss, found) = gradient_of(whole, mode), gradient_of(coupling, mode)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_half_precision import gradient_of
+from test_half_precision import READS_LARGE, gradient_of
 from test_transfer import ROWS, coupling_of
 from torch import Tensor
 
-from conftest import FAMILIES, METHODS
+from conftest import FAMILIES, METHODS, pairwise
 from plugbridge.streaming import window_of
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling
@@ -27,9 +27,7 @@ def _pair(folder: Path, family: str, method: str) -> list[Coupling]:
     ]
 
 
-@pytest.mark.parametrize("mode", ["feedback", "identity", "ladder", "ladder_delta"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mode", "method"), pairwise(FAMILIES, READS_LARGE, METHODS))
 def test_coupling_takes_the_same_step(sharded: Callable[[str], Path], family: str, method: str, mode: str) -> None:
     (exact, wanted), (loss, found) = (gradient_of(c, mode) for c in _pair(sharded(family), family, method))
     assert loss == exact

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from conftest import FAMILIES, METHODS, logits_of, make_model, make_tokenizer, randomise
+from conftest import FAMILIES, METHODS, logits_of, make_model, make_tokenizer, pairwise, randomise
 from plugbridge.errors import ConfigError
 from plugbridge.models import layout_for
 from plugbridge.shrink.bridge import prune_model
@@ -107,8 +107,7 @@ def test_identity_plug_changes_nothing(family: str, method: str) -> None:
     assert all(torch.equal(carried[slot], module[slot]) for slot in module)
 
 
-@pytest.mark.parametrize(("family", "method"), GRID)
-@pytest.mark.parametrize("down", ["select", "learned"])
+@pytest.mark.parametrize(("family", "method", "down"), pairwise(FAMILIES, METHODS, ("select", "learned")))
 def test_identity_down_changes_nothing(family: str, method: str, down: str) -> None:
     model = make_model(family)
     layout, module = _tuned(family, method)
@@ -204,8 +203,7 @@ def test_folded_checkpoint_loads_with_peft_and_gives_our_logits(family: str, met
         assert all(torch.equal(merged.state_dict()[n], t) for n, t in before.items())
 
 
-@pytest.mark.parametrize(("family", "method"), GRID)
-@pytest.mark.parametrize("down", ["select", "learned"])
+@pytest.mark.parametrize(("family", "method", "down"), pairwise(FAMILIES, METHODS, ("select", "learned")))
 def test_standalone_trains_every_part(family: str, method: str, down: str) -> None:
     coupling = coupling_of(family, method, down)
     parameters = coupling.parameters()
@@ -216,8 +214,7 @@ def test_standalone_trains_every_part(family: str, method: str, down: str) -> No
         assert any(g is not None and float(g.abs().sum()) > 0 for g in gradients), part
 
 
-@pytest.mark.parametrize("train_bridge", [True, False])
-@pytest.mark.parametrize(("family", "method"), [(family, method) for family, method in GRID if method != "prefix"])
+@pytest.mark.parametrize(("family", "method", "train_bridge"), pairwise(FAMILIES, METHODS[:2], (True, False)))
 def test_running_the_blocks_again_gives_the_same_gradients(family: str, method: str, train_bridge: bool) -> None:
     found: list[tuple[torch.Tensor, dict[str, torch.Tensor], int]] = []
     for recompute in (True, False):

@@ -11,25 +11,28 @@ help:  ## show the targets
 
 setup: $(READY)  ## create the virtual environment
 
-# torch first and by version: a plain `torch` may bring several GB of CUDA
+# torch first and by version: a plain `torch` may bring several GB of CUDA; what is imported is compiled when it is
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=python3.x (3.11 or newer)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch (CPU is enough) and the tested versions of the rest into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)  ## the main job on the embedded models, in a few minutes
 	@$(BIN)/plugbridge run configs/demo.yaml --out runs/demo
 
-lint: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/pyright
-	@$(BIN)/lint-imports --no-cache
+LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports --no-cache
 
-test: $(READY) lint  ## every check and every test
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -q
+lint: $(READY)
+	@$(LINT)
+
+# the checks run beside the first tests, pyright on one core alone would leave the other idle; they are told at the end
+test: $(READY)  ## every check and every test
+	@($(LINT)) >$(VENV)/lint.txt 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q; tests=$$?; \
+	wait $$lint; checks=$$?; cat $(VENV)/lint.txt; test $$checks = 0 && exit $$tests
 
 # the texts: see pairs/README.md; every run resumes where it was, the result lies in runs/pairs beside the shipped pairs/
 pair: $(READY)  ## pretrain the embedded models anew: make pair DATA=DIR (hours)

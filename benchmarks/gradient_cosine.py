@@ -26,7 +26,8 @@ from plugbridge.models import load_model, quiet_transformers
 from plugbridge.prepare import Prepared, prepare
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import fisher, record_second_moments, residual_energy
-from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, reduced_sizes
+from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling

@@ -38,7 +38,8 @@ from plugbridge.memory.measure import GIVEN_BACK
 from plugbridge.models import checkpoint_activations, layout_for, load_tokenizer
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import magnitude
-from plugbridge.shrink.prune import plan_bridge, principal_basis, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge, principal_basis
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients

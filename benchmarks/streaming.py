@@ -27,7 +27,8 @@ from plugbridge.files import write_json, write_text
 from plugbridge.models import find_checkpoint, layout_for, load_model
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import fisher, magnitude
-from plugbridge.shrink.prune import plan_bridge, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.shrink.stream_fisher import streamed_fisher
 from plugbridge.streaming import load_streamed, window_of
 from plugbridge.tasks.encode import Batch

@@ -105,7 +105,11 @@ def test_a_model_that_was_not_quantised_is_refused(load_in: LoadIn, tmp_path: Pa
 
 def test_without_bitsandbytes_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_wide("gpt2", tmp_path)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+    def missing() -> Any:
+        raise ImportError("No module named 'bitsandbytes'")
+
+    monkeypatch.setattr("plugbridge.quantised.bring_back_bitsandbytes", missing)
     with pytest.raises(ModelError, match=r"'8bit', but bitsandbytes cannot be .*pip install 'plugbridge\[quantised\]'"):
         load(source, "8bit")
 

@@ -21,7 +21,8 @@ from plugbridge.models import find_checkpoint, layout_for, load_config, load_mod
 from plugbridge.progress import Silent
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import activation, magnitude, record_second_moments, residual_energy
-from plugbridge.shrink.prune import plan_bridge, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.streaming import Absent, Window, load_converted, load_streamed, values_of, window_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.transfer.states import Place, States, watch

@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from plugbridge.errors import ModelError
-from plugbridge.families.spec import Layout, family_of, layout_of
+from plugbridge.families.spec import Layout, check_families, family_of, layout_of
+from plugbridge.sources import check_source
 from plugbridge.tensors.checkpoint import AGAIN, Checkpoint, open_checkpoint, read_index
 
 log = logging.getLogger(__name__)
@@ -89,26 +90,9 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _check_source(source: str) -> None:
-    """Refuse a missing directory before transformers asks the hub for it.
-
-    Without this, a mistyped path costs 23 seconds of retries and five tracebacks.
-    """
-    path = Path(source).expanduser()
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{source} has no config.json; expected a Hugging Face model directory")
-        return
-    if path.exists():
-        raise ModelError(f"{source} is a file; expected a Hugging Face model directory")
-    if looks_local and source.count("/") > 0:
-        raise ModelError(f"model directory {source} does not exist; check the path in the config")
-
-
 def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """A model's configuration. Raises ModelError."""
-    _check_source(source)
+    check_source(source)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -117,7 +101,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """A model's tokenizer. Raises ModelError."""
-    _check_source(source)
+    check_source(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -300,9 +284,7 @@ def check_vocabulary(source: str, tokenizer: Tokenizer, config: PreTrainedConfig
 
 def check_pair(small: PreTrainedConfig, large: PreTrainedConfig) -> None:
     """Refuse a pair of two families. Raises ModelError."""
-    a, b = family_of(small.model_type), family_of(large.model_type)
-    if a.name != b.name:
-        raise ModelError(f"small is a {a.name} model but large is a {b.name} model; both must be of one family")
+    check_families(family_of(small.model_type), family_of(large.model_type))
 
 
 def pick_device(name: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from plugbridge.config import BaselinesConfig, RunConfig, TaskConfig
+from plugbridge.config import RunConfig
 from plugbridge.cost import free_memory
-from plugbridge.errors import ConfigError, ModelError
-from plugbridge.families.spec import Layout, family_of
+from plugbridge.errors import ModelError
+from plugbridge.families.spec import Layout
 from plugbridge.files import file_digest
 from plugbridge.models import (
     Tokenizer,
@@ -31,19 +31,16 @@ from plugbridge.models import (
     pick_dtype,
     positions_of,
 )
+from plugbridge.preflight import Checked, most_of, preflight, room_in
 from plugbridge.quantised import check_load_in, load_quantised
-from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
+from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
 from plugbridge.streaming import load_converted, load_streamed
 from plugbridge.tasks.alike import encode_alike
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.tasks.hub import from_hub, hub_rows
-from plugbridge.tasks.metrics import check_metrics
-from plugbridge.tasks.own import own_rows, own_task
-from plugbridge.tasks.rows import input_files, load_rows
-from plugbridge.tasks.spec import SPLITS, Split, Task, load_task
+from plugbridge.tasks.spec import SPLITS, Split, Task
 from plugbridge.tensors.checkpoint import Checkpoint
 from plugbridge.transfer.couple import find_mode
-from plugbridge.tuners.table import Method, MethodSettings, find_method
+from plugbridge.tuners.table import Method, MethodSettings
 
 log = logging.getLogger(__name__)
 
@@ -133,16 +130,19 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
 
     Raises ConfigError, ModelError or DataError, each a single line.
     """
-    method = find_method(config.method.name)
-    config = resolve(config)
-    check_settings(config)
-    rank = config.method.rank if config.method.rank is not None else method.rank
-    alpha = config.method.alpha if config.method.alpha is not None else 2.0 * rank
+    return prepare_checked(preflight(config, data))
+
+
+def prepare_checked(checked: Checked) -> Prepared:
+    """Go on from what was checked before torch was imported: tokenizers, rows in tokens, weights' names and shapes.
+
+    Raises ConfigError, ModelError or DataError, each a single line.
+    """
+    config, task, kind = checked.config, checked.task, checked.kind
     device = pick_device(config.device)
     remote = config.trust_remote_code
     small, large = (load_config(source, trust_remote_code=remote) for source in (config.small, config.large_path))
     check_pair(small, large)
-    kind = family_of(large.model_type).kind
     tokenizers: list[Tokenizer] = [
         load_tokenizer(source, trust_remote_code=remote) for source in (config.small, config.large_path)
     ]
@@ -154,19 +154,16 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         Encoder(tokenizer, kind, room_in(config, positions_of(model)))
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
-    task, texts, digests = _read_task(config, data, kind)
-    check_metrics(task.metrics)
-    check_probe(config, task, kind)
     form = task.form(kind)
-    rows: dict[Split, list[Encoded]] = {split: encoders[0].encode_all(task, form, texts[split]) for split in SPLITS}
+    rows: dict[Split, list[Encoded]] = {s: encoders[0].encode_all(task, form, checked.rows[s]) for s in SPLITS}
     large_rows: dict[Split, list[Encoded]] = {
-        split: encode_alike(task, form, texts[split], rows[split], *encoders) for split in SPLITS
+        s: encode_alike(task, form, checked.rows[s], rows[s], *encoders) for s in SPLITS
     }
     return Prepared(
         config=config,
         task=task,
-        method=method,
-        settings=MethodSettings(rank, alpha, config.method.dropout),
+        method=checked.method,
+        settings=checked.settings,
         encoder=encoders[0],
         large_encoder=encoders[1],
         rows=rows,
@@ -176,95 +173,11 @@ def prepare(config: RunConfig, data: Path | None) -> Prepared:
         inputs={
             "small": _model_digest(config, config.small),
             "large": _model_digest(config, config.large_path),
-            "task": {"spec": task.model_dump(mode="json"), "files": digests, **_most(config)},
+            "task": {"spec": task.model_dump(mode="json"), "files": dict(checked.digests), **most_of(config)},
         },
         streamed=checkpoints[config.large_path] if streams else None,
         checkpoints=checkpoints,
     )
-
-
-def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with the coupling mode's defaults written out. Raises ConfigError."""
-    mode = find_mode(config.couple.mode)
-    trains = mode.trains_bridge and config.couple.bridge == "train" and config.couple.steps > 0
-    optimizer = mode.optimizer if trains else "adamw"
-    chosen: dict[str, Any] = {
-        "optimizer": config.couple.optimizer if config.couple.optimizer is not None else optimizer,
-        "plug": config.couple.plug if config.couple.plug is not None else mode.plug,
-        "layers": config.couple.layers if config.couple.layers is not None else mode.layers,
-    }
-    channels = config.prune.channels
-    if channels == "auto":
-        projected = "gradient_pca" if config.score.importance == "fisher" else "pca"
-        channels = "select" if mode.reads_alone else projected
-    return config.model_copy(
-        update={
-            "couple": config.couple.model_copy(update=chosen),
-            "prune": config.prune.model_copy(update={"channels": channels}),
-        }
-    )
-
-
-def check_settings(config: RunConfig) -> None:
-    """Refuse what does not go together, once the mode's defaults are written out (`resolve`). Raises ConfigError."""
-    _check_bridge_use(config)
-    _check_models(config)
-    if config.method.name != "lora" and config.method.dropout > 0:
-        raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
-
-
-def check_probe(config: RunConfig, task: Task, kind: str) -> None:
-    """Refuse a probe of a task whose answers such models write. Raises ConfigError."""
-    if config.evaluate.probe and task.form(kind).generate is not None:
-        raise ConfigError(
-            f"evaluate.probe chooses among options, but in task '{task.name}' {kind} models write their answers; "
-            "set it to false"
-        )
-
-
-def _check_bridge_use(config: RunConfig) -> None:
-    if config.resident == "none" and config.load_in is not None:
-        raise ConfigError(
-            f"resident is 'none', but large.load_in '{config.load_in}' keeps quantised weights on the device; "
-            "use one of the two"
-        )
-    mode, channels = find_mode(config.couple.mode), config.prune.channels
-    if mode.reads_alone and channels != "select":
-        raise ConfigError(
-            f"prune.channels is '{channels}', but in mode '{mode.name}' the Bridge must be a model by itself; "
-            "use channels: select"
-        )
-    if config.couple.cache != "off" and not mode.caches:
-        raise ConfigError(
-            f"couple.cache is '{config.couple.cache}', but mode '{mode.name}' keeps no activations; leave it off"
-        )
-    if config.couple.layer_map != "uniform" and config.couple.plug == "fresh":
-        raise ConfigError("couple.layer_map maps small layers, but a fresh start takes none; use plug: random or ridge")
-    if config.couple.down == "learned" and mode.name in ("feedback", "identity"):
-        raise ConfigError(
-            f"couple.down is 'learned', but in mode '{mode.name}' no loss goes through down; use down: select, and a "
-            "`repair:` section to fit the Bridge"
-        )
-    if channels == "gradient_pca" and config.score.importance != "fisher":
-        raise ConfigError(
-            f"prune.channels is 'gradient_pca', but score.importance '{config.score.importance}' takes no gradients; "
-            "use importance: fisher, or channels: pca"
-        )
-
-
-def _check_models(config: RunConfig) -> None:
-    probe = (config.evaluate.probe, "evaluate.probe: true")
-    needs = {
-        "large_tuned": (config.ceiling is not None, "a `ceiling:` section"),
-        "large_probe": probe,
-        "small_probe": probe,
-    }
-    for name in BaselinesConfig.model_fields:
-        needs[name] = (getattr(config.baselines, name) is not None, f"a `baselines.{name}:` section")
-    for name in config.evaluate.models or ():
-        given, section = needs.get(name, (True, ""))
-        if not given:
-            raise ConfigError(f"evaluate.models names '{name}', which needs {section}")
 
 
 def _check_weights(config: RunConfig, device: str) -> tuple[dict[str, Checkpoint], bool]:
@@ -325,37 +238,9 @@ def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> d
     return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
 
 
-def room_in(config: RunConfig, positions: int | None) -> int | None:
-    """Tokens that a row may have: what a model's positions leave, and no more than was asked for."""
-    method = find_method(config.method.name)
-    rank = config.method.rank if config.method.rank is not None else method.rank
-    reserved = rank if method.stacked else 0  # a prefix takes positions of its own
-    limits = [] if positions is None else [positions - reserved]
-    return min([*limits, *([] if config.max_length is None else [config.max_length])], default=None)
-
-
-def _most(config: RunConfig) -> dict[str, int]:
-    return {} if config.max_length is None else {"max_length": config.max_length}
-
-
 def _model_digest(config: RunConfig, source: str) -> dict[str, Any]:
     """What makes a model: its configuration, tokenizer and weights. What else lies in its folder changes nothing."""
     folder = Path(source)
     if not folder.is_dir():
         return {"source": source}
     return {"files": {path.name: file_digest(path) for path in model_files(folder, code=config.trust_remote_code)}}
-
-
-def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, dict[Split, list[Any]], dict[str, str]]:
-    if isinstance(config.task, TaskConfig):
-        task = own_task(config.task)
-        texts, paths = own_rows(config.task, task, kind, config.seed)
-    else:
-        task = load_task(config.task)
-        folder = data if data is not None else (Path(config.data) if config.data else None)
-        if from_hub(folder):
-            texts, digests = hub_rows(task, kind, config.seed)
-            return task, dict(texts), digests
-        texts = load_rows(task, kind, folder, config.seed)
-        paths = input_files(task, folder)
-    return task, dict(texts), {name: file_digest(path) for name, path in paths.items()}

@@ -5,7 +5,6 @@ linear layers of the blocks, but for those that the model's own code keeps in fu
 """
 
 import copy
-from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from plugbridge.config import LoadIn
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
+from plugbridge.imports import bring_back_bitsandbytes
 from plugbridge.models import first_line, layout_for, load_model
 from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 
@@ -105,7 +105,7 @@ def block_linears(model: PreTrainedModel, layout: Layout) -> list[str]:
 def check_load_in(source: str, whole: PreTrainedModel, layout: Layout, load_in: LoadIn, device: str) -> None:
     """Refuse what cannot be loaded in so many bits, from a model's shapes alone. Raises ModelError."""
     try:
-        library: Any = import_module("bitsandbytes")
+        library = bring_back_bitsandbytes()
     except ImportError as error:
         raise ModelError(
             f"large.load_in is '{load_in}', but bitsandbytes cannot be imported ({first_line(error)}); "
@@ -136,7 +136,7 @@ def check_blocks(source: str, whole: PreTrainedModel, layout: Layout, load_in: L
 
 def check_quantised(source: str, model: nn.Module, expected: list[str], load_in: LoadIn) -> None:
     """Refuse a model of which a layer that should be quantised is not. Raises ModelError."""
-    kind = getattr(import_module("bitsandbytes").nn, LAYER[load_in])
+    kind = getattr(bring_back_bitsandbytes().nn, LAYER[load_in])
     plain = [
         path
         for path in expected

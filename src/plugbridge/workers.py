@@ -32,12 +32,15 @@ def quiet_loggers() -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def workers(count: int, start: Literal["spawn", "fork"] = "spawn") -> ProcessPoolExecutor:
+def workers(
+    count: int, start: Literal["spawn", "fork"] = "spawn", ready: Callable[[], Any] | None = None
+) -> ProcessPoolExecutor:
     """So many new processes, which end when this one does, however it ends.
 
-    They begin anew, or as a copy of this process, which must not have begun to compute.
+    They begin anew, or as a copy of this process, which must not have begun to compute. `ready` is called in each
+    before it imports any work.
     """
-    return ProcessPoolExecutor(count, multiprocessing.get_context(start), _begin)
+    return ProcessPoolExecutor(count, multiprocessing.get_context(start), _begin, (ready,))
 
 
 def apart(work: Callable[[], T], what: str = "the stage") -> T:
@@ -103,8 +106,10 @@ def _ended(what: str, code: int) -> str:
     return f"{what} ended {how}; run the same command again to resume"
 
 
-def _begin() -> None:
+def _begin(ready: Callable[[], Any] | None = None) -> None:
     quiet_loggers()
+    if ready is not None:
+        ready()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

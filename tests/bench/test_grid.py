@@ -12,7 +12,7 @@ from plugbridge.bench.grid import Group, groups_of, load_grid, nested
 from plugbridge.bench.quality import slug
 from plugbridge.config import RunConfig
 from plugbridge.errors import ConfigError
-from plugbridge.prepare import _check_bridge_use, resolve
+from plugbridge.preflight import _check_bridge_use, resolve
 from plugbridge.tasks.spec import load_task
 from plugbridge.tuners.table import find_method
 

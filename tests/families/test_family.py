@@ -18,7 +18,7 @@ from plugbridge.families.spec import (
     parse_family,
 )
 from plugbridge.models import layout_for, shapes_of
-from plugbridge.tensors.axes import shape_of
+from plugbridge.tensors.patterns import shape_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from plugbridge.config import parse_config
 from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rows import Row
 from plugbridge.plan import beside
-from plugbridge.plan.beside import import_less, second_process
+from plugbridge.plan.beside import second_process
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import subjects_of, works_of
 
@@ -103,12 +103,6 @@ def test_a_second_process_predicts_the_same(run_config: Callable[..., Raw], monk
     monkeypatch.setattr(beside, "_cores", lambda: 1)
     with second_process() as pool:
         assert pool is None
-
-
-def test_a_process_that_has_imported_more_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    assert not import_less()
-    assert "bitsandbytes" not in sys.modules  # transformers is here: tests may use both
 
 
 def _has_imported(name: str) -> bool:

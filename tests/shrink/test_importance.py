@@ -39,7 +39,7 @@ def _unit_sum(tensor: torch.Tensor, names: tuple[str, ...], sizes: dict[str, int
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fisher_is_the_mean_squared_gradient_of_single_samples(family: str) -> None:
-    from plugbridge.tensors.axes import axis_names
+    from plugbridge.tensors.patterns import axis_names
 
     model = make_model(family)
     layout = layout_for(model)

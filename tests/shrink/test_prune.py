@@ -13,15 +13,9 @@ from plugbridge.memory.alive import Alive
 from plugbridge.models import layout_for, load_model, parameter_count
 from plugbridge.shrink.bridge import bridge_weights, empty_bridge, prune_model, shuffled, write_bridge
 from plugbridge.shrink.importance import magnitude, residual_energy
-from plugbridge.shrink.prune import (
-    budgeted_sizes,
-    count_parameters,
-    plan_bridge,
-    principal_basis,
-    reduced_sizes,
-    unit_sum,
-)
-from plugbridge.tensors.axes import axis_names
+from plugbridge.shrink.prune import plan_bridge, principal_basis, unit_sum
+from plugbridge.shrink.sizes import budgeted_sizes, count_parameters, reduced_sizes
+from plugbridge.tensors.patterns import axis_names
 from plugbridge.tensors.writer import write_tensors
 
 

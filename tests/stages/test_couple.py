@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from plugbridge.config import parse_config
 from plugbridge.errors import NotFinite, TrainingDiverged
 from plugbridge.models import layout_for, load_model
-from plugbridge.prepare import Prepared, prepare, resolve
+from plugbridge.preflight import resolve
+from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Silent
 from plugbridge.run import borrow, facts_of
 from plugbridge.stages.build import build_stages

@@ -4,17 +4,8 @@ import pytest
 import torch
 
 from plugbridge.errors import ShapeError
-from plugbridge.tensors.axes import (
-    Project,
-    Select,
-    axis_names,
-    infer_sizes,
-    parse,
-    reduce_to,
-    selection_matrix,
-    shape_of,
-    transform,
-)
+from plugbridge.tensors.axes import Project, Select, reduce_to, selection_matrix, transform
+from plugbridge.tensors.patterns import axis_names, infer_sizes, parse, shape_of
 
 PATTERNS = [
     ("hidden (qkv heads head_dim)", {"hidden": 5, "qkv": 3, "heads": 4, "head_dim": 2}),

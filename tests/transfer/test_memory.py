@@ -20,7 +20,8 @@ from plugbridge.memory.steps import STEPS, MakeStep
 from plugbridge.models import layout_for
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import magnitude
-from plugbridge.shrink.prune import plan_bridge, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, require_gradients

@@ -15,7 +15,8 @@ from plugbridge.errors import ConfigError
 from plugbridge.models import layout_for
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.importance import magnitude
-from plugbridge.shrink.prune import plan_bridge, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, bridge_state, require_gradients

@@ -11,7 +11,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from conftest import FAMILIES, METHODS, logits_of, make_model, randomise
 from plugbridge.errors import ConfigError, ModelError
 from plugbridge.models import layout_for
-from plugbridge.tensors.axes import infer_sizes
+from plugbridge.tensors.patterns import infer_sizes
 from plugbridge.tuners.bottleneck import METHOD, BottleneckConfig, BottleneckModel
 from plugbridge.tuners.module import (
     attach,

@@ -16,11 +16,12 @@ from plugbridge.markers import write_own
 from plugbridge.memory.case import Case
 from plugbridge.memory.shapes import PUBLISHED
 from plugbridge.models import layout_for, load_model, parameter_count
-from plugbridge.prepare import prepare, resolve
+from plugbridge.preflight import resolve
+from plugbridge.prepare import prepare
 from plugbridge.progress import Progress
 from plugbridge.report import read_report
 from plugbridge.run import borrow, execute, locked
-from plugbridge.shrink.prune import budgeted_sizes, count_parameters
+from plugbridge.shrink.sizes import budgeted_sizes, count_parameters
 from plugbridge.stages.baselines import rate_of_baseline
 from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.work import rate_of_training

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from plugbridge.bench.grid import Grid, Group
 from plugbridge.config import RunConfig, parse_config
 from plugbridge.files import write_json
+from plugbridge.imports import leave_out_bitsandbytes
 from plugbridge.markers import read_marker, write_own
-from plugbridge.prepare import prepare, resolve
+from plugbridge.preflight import resolve
+from plugbridge.prepare import prepare
 from plugbridge.progress import Progress, Silent
 from plugbridge.run import borrow, execute, facts_of, locked
 from plugbridge.stages.build import build_stages, same_result
@@ -110,7 +112,7 @@ def run_groups(
     The first error stops the grid after the runs in progress; what is done stays done.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
-    with progress.bar("bench quality", len(groups)) as advance, workers(jobs) as pool:
+    with progress.bar("bench quality", len(groups)) as advance, workers(jobs, ready=leave_out_bitsandbytes) as pool:
         waiting = list(groups)
         running: set[Future[str]] = set()
         while waiting or running:

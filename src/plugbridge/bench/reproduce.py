@@ -1,14 +1,15 @@
 """`plugbridge reproduce`: one table or figure of the paper on the models given."""
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+from plugbridge.bench.asked import MEMORY_TABLES, Asked, check_asked, choice_of
 from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, home_of, named, run_table
 from plugbridge.bench.memory import Machine, count_shape, rows_of
 from plugbridge.bench.memory_figure import draw_runs, draw_steps
 from plugbridge.bench.memory_page import MEMORY, memory_page, paper_cells, runs_page
-from plugbridge.bench.paper import DEMO_TASK, Choice, Pair, load_paper, refuse_owned
+from plugbridge.bench.paper import DEMO_TASK, load_paper
 from plugbridge.bench.similarity import Likeness, compare, draw_likeness, mean_by_comparison, similarity_configs
 from plugbridge.bench.tables import latex, markdown
 from plugbridge.cost import free_memory
@@ -19,9 +20,7 @@ from plugbridge.memory.shapes import Shape, find_shapes
 from plugbridge.models import load_config, pick_device
 from plugbridge.progress import Progress
 from plugbridge.report import read_report
-from plugbridge.transfer.couple import find_mode
 
-MEMORY_TABLES = ("table6", "table7", "fig1a")
 MODE_NOTE = (
     "Plug-in rows are coupled in mode `{mode}`, with a Bridge of at most 1/16 of the large model's parameters where "
     "the row says nothing else, seed {seed}."
@@ -33,46 +32,11 @@ COUNT_NOTE = (
 )
 SPLIT_NOTE = "Test rows are the official validation files: SuperGLUE's test labels are not public."
 Announce = Callable[[str, str], None]
-ALL = ("mode", "task", "seed", "set", "summary")
-READ = {
-    "table2": (),
-    "table6": ("mode", "summary"),
-    "table7": ("mode", "summary"),
-    "fig1a": ("summary",),
-    "fig1b": ("task", "seed", "set", "summary"),
-}
-"""Options that a table or figure reads, where it does not read all of them."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What was asked for: the table, the user's models (by default the paper's) and how to run them."""
-
-    table: str
-    pair: tuple[str, str] | None
-    demo: bool
-    mode: str
-    tasks: tuple[str, ...] | None
-    seed: int
-    sets: tuple[str, ...]
-    data: Path | None
-    root: Path
-    page: Path
-    summary: bool
-    command: str
-
-
-def check_options(table: str, given: Collection[str]) -> None:
-    """Raise ConfigError for the first of the options given that a table does not read."""
-    for option in given:
-        if option not in READ.get(table, ALL):
-            raise ConfigError(f"{table} does not read --{option}")
 
 
 def reproduce(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str]:
     """Make it and write it; yields what to print. Raises ConfigError."""
-    find_mode(asked.mode)
-    refuse_owned(asked.sets)
+    check_asked(asked)
     if asked.table == "table2":
         return _counts(asked)
     if asked.table in MEMORY_TABLES:
@@ -113,24 +77,9 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
     yield f"{asked.page}, {'' if asked.table == 'fig1a' else '.tex, _rows.json, '}.png, .svg and .json beside it"
 
 
-def _choice(asked: Asked, pair: str) -> Choice:
-    """The pair that was asked for, or the paper's of that name. Raises ConfigError for a demonstration elsewhere."""
-    chosen = load_paper().pairs[pair]
-    if asked.pair is not None:
-        chosen = Pair(small=asked.pair[0], large=asked.pair[1])
-    elif asked.demo:
-        folder = Path("pairs") / pair.partition("-")[0]
-        if not folder.is_dir():
-            raise ConfigError(
-                f"--demo needs {folder}, which is not here; run it in a checkout, or give --small, --large"
-            )
-        chosen = Pair(small=str(folder.resolve() / "small"), large=str(folder.resolve() / "large"))
-    return Choice(chosen, asked.mode, asked.seed, asked.sets, asked.demo)
-
-
 def _table(asked: Asked, progress: Progress, announce: Announce) -> Iterator[str]:
     table = load_paper().tables[asked.table]
-    choice = _choice(asked, table.pair)
+    choice = choice_of(asked, table.pair)
     reasons: dict[str, str] = {}
     if not asked.summary:
         reasons = run_table(asked.table, table, choice, asked.tasks, asked.data, asked.root, progress, announce)
@@ -157,7 +106,7 @@ def _number(asked: Asked) -> str:
 def _counts(asked: Asked) -> Iterator[str]:
     counts = load_paper().counts
     names = ["gpt2"] if asked.pair is not None else ["gpt2", "t5-3b"] if asked.demo else list(counts.pairs)
-    pairs = {name: _choice(asked, name).pair for name in names}
+    pairs = {name: choice_of(asked, name).pair for name in names}
     if asked.demo:  # which are of the families, not of the sizes
         pairs = {name.partition("-")[0]: pair for name, pair in pairs.items()}
     own = asked.pair is not None or asked.demo
@@ -178,7 +127,7 @@ def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
     if more:
         raise ConfigError("fig1b is about one task; give --task once")
     found: dict[str, list[Likeness]] = {}
-    for choice in (_choice(asked, pair) for pair in pairs):
+    for choice in (choice_of(asked, pair) for pair in pairs):
         configs = similarity_configs(choice, task, "lora")
         folder = home_of(asked.root, choice, "fig1b")
         reasons = {} if asked.summary else do_runs(configs, folder, asked.data, progress, announce)

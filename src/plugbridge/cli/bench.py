@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
-from plugbridge.cli.terminal import out, progress, setup
+from plugbridge.cli.terminal import out, progress, say, setup
 from plugbridge.errors import ConfigError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
@@ -48,6 +48,11 @@ def quality(
     chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
     if not chosen:
         raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
+    if not summary:
+        from plugbridge.preflight import check_runs
+
+        check_runs(config for group in chosen for _, config in group.variants)
+    say(f"bench quality {grid} -> {root}, {len(chosen)} groups of runs", quiet)
     setup(quiet)
     from plugbridge.bench.present import draw_cells, page
     from plugbridge.bench.quality import cells_of, left_out, run_groups, write_cells
@@ -116,28 +121,31 @@ def memory(
 
     What the table's JSON has as measured is not measured again; remove the file to begin anew.
     """
-    from plugbridge.memory.shapes import find_shapes
-    from plugbridge.memory.sizes import parse_bytes
+    from plugbridge.memory.sizes import check_shapes, parse_bytes
 
-    found = find_shapes("check" if check else shapes)
+    name = "check" if check else shapes
+    check_shapes(name)
+    room = parse_bytes(budget) if budget is not None else None
+    folder = out_dir or Path("runs") / "memory"
+    target = table if table is not None else folder / "memory.md"
+    say(f"bench memory, shapes {name} -> {target}", quiet)
     setup(quiet)
     from plugbridge.bench.memory import Machine, count_shape, rows_of
     from plugbridge.bench.memory_figure import draw_steps
     from plugbridge.bench.memory_page import MEMORY, memory_page
     from plugbridge.cost import free_memory
     from plugbridge.files import write_text
+    from plugbridge.memory.shapes import find_shapes
     from plugbridge.models import pick_device
 
     device = pick_device("auto")
-    room = parse_bytes(budget) if budget is not None else free_memory(device)
+    room = free_memory(device) if room is None else room
     words = ["--check" if check else f"--shapes {shapes}", *([f"--budget {budget}"] if budget is not None else [])]
     words += [f"--threads {threads}", *(f"--only {shlex.quote(part)}" for part in only or ())]
     command = f"plugbridge bench memory {' '.join(words)}"
-    folder = out_dir or Path("runs") / "memory"
-    target = table if table is not None else folder / "memory.md"
     until = None if minutes is None else time.monotonic() + 60 * minutes
     machine = Machine(room, device, threads, folder / "weights", tuple(only or ()), until, not remove_weights)
-    known = [(shape, rows_of(shape, device)) for shape in found]
+    known = [(shape, rows_of(shape, device)) for shape in find_shapes(name)]
     names = list(dict.fromkeys(row.name for _, some in known for row in some))
     missing = next((part for part in only or () if not any(part in name for name in names)), None)
     if missing is not None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from plugbridge.cli.options import ConfigArg, JsonOption, SetOption
 from plugbridge.cli.terminal import out, setup
 from plugbridge.config import load_config
+from plugbridge.imports import leave_out_bitsandbytes
 
 if TYPE_CHECKING:
     from plugbridge.plan.make import Plan
@@ -46,9 +47,11 @@ def plan(
 
     loaded = load_config(config, tuple(sets or ()))
     room = parse_bytes(memory) if memory is not None else None
-    from plugbridge.plan.beside import import_less, second_process
+    from plugbridge.plan.beside import second_process
+    from plugbridge.preflight import check_config, check_models
 
-    fresh = import_less()
+    check_models(check_config(loaded), weights=False)
+    fresh = leave_out_bitsandbytes()  # a plan has stand-ins for what it quantises
     setup(True)
     from plugbridge.plan.make import make_plan  # all that is heavy, before the process is copied
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
-from plugbridge.cli.terminal import announcer, out, progress, setup
+from plugbridge.cli.terminal import announcer, out, progress, say, setup
 from plugbridge.errors import ConfigError
 
 TABLES = (*(f"table{number}" for number in range(1, 9)), "fig1a", "fig1b")
@@ -36,9 +36,7 @@ def reproduce(
         raise ConfigError(f"no table '{table}'; known: {', '.join(TABLES)}")
     if (small is None) != (large is None):
         raise ConfigError("give both --small and --large, or neither")
-    setup(quiet)
-    from plugbridge.bench.reproduce import Asked, check_options
-    from plugbridge.bench.reproduce import reproduce as make
+    from plugbridge.bench.asked import Asked, check_asked, check_options
 
     options = {"mode": mode, "task": tasks, "seed": seed, "set": sets, "summary": summary or None}
     check_options(table, [name for name, value in options.items() if value is not None])
@@ -50,5 +48,10 @@ def reproduce(
         table, pair, demo, mode or "standalone", tuple(tasks) if tasks else None, seed or 0, tuple(sets or ()), data,
         root, page, summary, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])),
     )  # fmt: skip
+    check_asked(asked)
+    say(f"reproduce {table} -> {page}", quiet)
+    setup(quiet)
+    from plugbridge.bench.reproduce import reproduce as make
+
     for line in make(asked, progress(quiet), announcer(quiet)):
         out.print(line)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.text import Text
 
-from plugbridge import __version__
 from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, RedoOption, SetOption
 from plugbridge.cli.report import print_loading, print_table
-from plugbridge.cli.terminal import announcer, err, progress, setup
+from plugbridge.cli.terminal import announcer, err, progress, say, setup
 from plugbridge.config import RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -38,14 +36,17 @@ def execute_stages(
     config = load_config(config_path, tuple(sets or ()))
     root = root if root is not None else Path("runs") / config_path.stem
     from plugbridge.markers import check_root
+    from plugbridge.preflight import preflight
     from plugbridge.run import check_stages, execute, locked
 
     check_root(root, config_path, redo)
+    checked = preflight(config, data)
+    say(f"{config_path} -> {root}", quiet)
     setup(quiet)
-    from plugbridge.prepare import prepare
+    from plugbridge.prepare import prepare_checked
     from plugbridge.stages.build import build_stages
 
-    prepared = prepare(config, data)
+    prepared = prepare_checked(checked)
     stages = build_stages(prepared, root, progress(quiet))
     alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
     if alone:
@@ -53,8 +54,6 @@ def execute_stages(
     check_stages(root, stages, only, redo)
     try:
         with locked(root, config_path, redo):
-            if not quiet:
-                err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {config_path} -> {root}"))
             _describe(root, config)
             do = partial(_by_itself, prepared.dtype) if alone else _here
             execute(root, stages, only, announcer(quiet), do, redo)

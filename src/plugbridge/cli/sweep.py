@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from plugbridge.cli.options import ConfigArg, DataOption, QuietOption, RunsOption, SetOption
-from plugbridge.cli.terminal import announcer, out, progress, setup
+from plugbridge.cli.terminal import announcer, out, progress, say, setup
 
 if TYPE_CHECKING:
     from plugbridge.bench.sweep import Tried
@@ -38,11 +38,15 @@ def sweep(
     from plugbridge.bench.sweep import as_json, best_of, combinations, sweep_configs, sweep_page, tried
 
     configs = sweep_configs(config, sets or (), vary, by)
+    root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
+    from plugbridge.preflight import check_runs
+
+    check_runs(configs.values())
+    say(f"sweep {config} -> {root}, {len(configs)} runs", quiet)
     setup(quiet)
     from plugbridge.bench.cells import do_runs
     from plugbridge.files import write_json, write_text
 
-    root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
     reasons = do_runs(configs, root, data, progress(quiet), announcer(quiet), config)
     found = tried(combinations(vary), root, reasons)
     best = best_of(found, by)

@@ -10,7 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from plugbridge import __version__
+from plugbridge.imports import leave_out_bitsandbytes
 from plugbridge.progress import Advance, Progress, Silent
 from plugbridge.workers import quiet_loggers
 
@@ -47,10 +50,18 @@ def progress(quiet: bool) -> Progress:
     return Silent() if quiet or not err.is_terminal else Bars()
 
 
+def say(what: str, quiet: bool) -> None:
+    """A command's first line, before what takes seconds to import: nobody shall look at silence."""
+    if not quiet:
+        err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {what}"))
+        err.print("  loading libraries and models …", soft_wrap=True)
+
+
 def setup(quiet: bool) -> None:
     """Log what the library says, or only its warnings; keep other libraries quiet."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     quiet_loggers()
+    leave_out_bitsandbytes()  # what is quantised brings it back
     gc.disable()  # or much of the imports' time goes into looking for garbage where there is none
     try:
         from plugbridge.models import quiet_transformers  # heavy: after the loggers are quiet

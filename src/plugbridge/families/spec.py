@@ -4,6 +4,7 @@
 family met with one model's configuration: the sizes of its axes and the place of each weight.
 """
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plugbridge.errors import ConfigError, ModelError, ShapeError, first_problem
-from plugbridge.tensors.axes import axis_names, infer_sizes, parse
+from plugbridge.tensors.patterns import axis_names, infer_sizes, parse
 
 Scope = Literal["model", "stack", "layer"]
 
@@ -183,6 +184,29 @@ def family_of(model_type: str) -> Family:
         f"model type '{model_type}' is of no known family (known: {known}); "
         "a family is one TOML file, see docs/architecture.md"
     )
+
+
+def check_families(small: Family, large: Family) -> None:
+    """Refuse a pair of two families. Raises ModelError."""
+    if small.name != large.name:
+        raise ModelError(f"small is a {small.name} model but large is a {large.name} model; both must be of one family")
+
+
+MOST = {"layers": 4096, "sizes": 2**26}
+"""What no model of these families comes near: a larger number in a `config.json` is a mistake, and would take long."""
+
+
+def check_numbers(source: str, family: Family, config: Mapping[str, Any]) -> None:
+    """Refuse a `config.json` whose sizes are no model's; one that says nothing has a default. Raises ModelError."""
+    layers = {stack.layers for stack in family.stack.values()}
+    for attribute in (*family.config, *layers):
+        value = config.get(attribute)
+        most = MOST["layers" if attribute in layers else "sizes"]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most):
+            raise ModelError(
+                f"config.json of {source}: {attribute} is {json.dumps(value)[:40]}; expected a whole number from 1 to "
+                f"{most:,}"
+            )
 
 
 def _product(expression: str, sizes: Mapping[str, int]) -> int:

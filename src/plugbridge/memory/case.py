@@ -17,10 +17,11 @@ from plugbridge.families.spec import Family, Layout, family_of
 from plugbridge.memory.alive import note_read
 from plugbridge.models import MODEL_CLASS, find_checkpoint, layout_for
 from plugbridge.shrink.importance import Importance, scope_key
-from plugbridge.shrink.prune import BridgePlan, reduced_sizes
+from plugbridge.shrink.prune import BridgePlan
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.streaming import load_streamed, stream_blocks
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.tensors.axes import axis_names
+from plugbridge.tensors.patterns import axis_names
 from plugbridge.transfer.down import DownKind
 from plugbridge.transfer.repair import RepairTarget
 from plugbridge.tuners.table import METHODS, Method, MethodSettings

@@ -11,7 +11,7 @@ from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.steps import STEPS, MakeStep
 from plugbridge.models import parameter_count
-from plugbridge.shrink.prune import budgeted_sizes, reduced_sizes
+from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
 from plugbridge.transfer.couple import MODES
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 

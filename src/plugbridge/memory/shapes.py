@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import GPT2Config, PreTrainedConfig, T5Config
 
-from plugbridge.errors import ConfigError
+from plugbridge.memory.sizes import check_shapes
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,5 @@ PAPER: dict[str, dict[str, int]] = {
 
 def find_shapes(name: str) -> tuple[Shape, ...]:
     """A set of shapes by its name, or one of the paper's by its own, such as gpt2-xl. Raises ConfigError."""
-    known = {**SHAPES, **{shape.name.lower(): (shape,) for shape in SHAPES["paper"]}}
-    if name not in known:
-        raise ConfigError(f"no shapes '{name}'; known: {', '.join(known)}")
-    return known[name]
+    check_shapes(name)
+    return {**SHAPES, **{shape.name.lower(): (shape,) for shape in SHAPES["paper"]}}[name]

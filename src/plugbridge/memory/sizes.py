@@ -13,3 +13,13 @@ def parse_bytes(text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise ConfigError(f"'{text}' is no amount of memory; expected one such as 8GB or 512MB")
     return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+SHAPES = ("small", "check", "paper", "t5-11b", "tiny", "gpt2-xl", "t5-3b")
+"""Sets of shapes by name (`shapes.find_shapes`), the last two each one of the paper's."""
+
+
+def check_shapes(name: str) -> None:
+    """Refuse a set of shapes that there is not, without importing what makes them. Raises ConfigError."""
+    if name not in SHAPES:
+        raise ConfigError(f"no shapes '{name}'; known: {', '.join(SHAPES)}")

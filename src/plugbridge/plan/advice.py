@@ -15,7 +15,7 @@ from plugbridge.memory.rows import Row
 from plugbridge.models import pick_device
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import Subjects, Work, peak_of, references_of, streamable, subjects_of, works_of
-from plugbridge.prepare import resolve
+from plugbridge.preflight import resolve
 from plugbridge.quantised import check_blocks
 from plugbridge.transfer.couple import find_mode
 

@@ -7,20 +7,9 @@ import sys
 from collections.abc import Generator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any, cast
 
+from plugbridge.imports import leave_out_bitsandbytes
 from plugbridge.workers import workers
-
-
-def import_less() -> bool:
-    """Let libraries do without packages that predictions have no use for; whether this process had imported none yet.
-
-    peft imports bitsandbytes wherever it is installed, and that torch's compiler: a quarter of all imports' time.
-    """
-    fresh = "transformers" not in sys.modules  # or they may be used for other things
-    if fresh:
-        cast(dict[str, Any], sys.modules).setdefault("bitsandbytes", None)  # as if it was not installed
-    return fresh
 
 
 @contextmanager
@@ -33,7 +22,7 @@ def second_process(copied: bool = False) -> Generator[Executor | None]:
     if _cores() < 2:
         yield None
         return
-    pool = workers(1, "fork" if copied and sys.platform == "linux" else "spawn")
+    pool = workers(1, "fork" if copied and sys.platform == "linux" else "spawn", leave_out_bitsandbytes)
     try:
         pool.submit(_get_ready)
         yield pool
@@ -49,7 +38,6 @@ def _cores() -> int:
 def _get_ready() -> None:
     """Import what predictions need, where it is not; what is logged, the first process logs as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import_less()
     from plugbridge.memory.predict import predict  # pyright: ignore[reportUnusedImport]  # noqa: F401
     from plugbridge.models import quiet_transformers
 

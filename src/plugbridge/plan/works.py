@@ -18,8 +18,9 @@ from plugbridge.memory.predict import Trace
 from plugbridge.memory.rows import Row, baselines, top_layers
 from plugbridge.memory.steps import STEPS, alignment
 from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype, positions_of
-from plugbridge.prepare import bridge_sizes, check_probe, check_settings, resolve, room_in, wants_streaming
-from plugbridge.shrink.prune import count_parameters
+from plugbridge.preflight import check_probe, check_settings, resolve, room_in
+from plugbridge.prepare import bridge_sizes, wants_streaming
+from plugbridge.shrink.sizes import count_parameters
 from plugbridge.stages.couple import alignment_passes
 from plugbridge.stages.room import WIDE, kept_numbers
 from plugbridge.stages.shrink import rows_at_once, rows_scored

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from plugbridge.families.spec import Layout, Place, Weight
 from plugbridge.shrink.sweep import training
 from plugbridge.streaming import values_of
-from plugbridge.tensors.axes import axis_names, parse, reduce_to
+from plugbridge.tensors.axes import reduce_to
+from plugbridge.tensors.patterns import axis_names, parse
 
 Importance = Literal["fisher", "activation", "magnitude"]
 Scores = dict[str, Tensor]

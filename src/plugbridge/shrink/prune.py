@@ -4,18 +4,16 @@ Residual-consistent: one set of hidden channels for the whole model, whole heads
 columns together. Scores are sums, so an axis shared by many weights is ranked by all of them.
 """
 
-import math
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from plugbridge.errors import ConfigError
-from plugbridge.families.spec import Layout, Place, check_constraints
+from plugbridge.families.spec import Layout, Place
 from plugbridge.shrink.importance import Scores, scope_key
-from plugbridge.tensors.axes import Op, Project, Select, axis_names, shape_of
+from plugbridge.tensors.axes import Op, Project, Select
+from plugbridge.tensors.patterns import axis_names
 
 
 @dataclass(frozen=True)
@@ -48,62 +46,6 @@ class BridgePlan:
             if key is not None:
                 found[axis] = self.op(key)
         return found
-
-
-def reduced_sizes(layout: Layout, reduction: float) -> dict[str, int]:
-    """Axis sizes after dividing every prunable axis by `reduction` (Jin et al. 2023: d/r).
-
-    Rounded to whole units, at least one; where transformers ties sizes together
-    (`constraints`), the left side of the constraint follows the right one.
-    Raises ConfigError for a reduction below 1.
-    """
-    if reduction < 1:
-        raise ConfigError(f"reduction is {reduction} but must be at least 1")
-    sizes = dict(layout.sizes)
-    for axis in layout.family.scope:
-        sizes[axis] = max(1, round(layout.sizes[axis] / reduction))
-    for left, right in layout.family.constraints.equal:
-        if left in sizes:
-            sizes[left] = math.prod(sizes[name] for name in right.split())
-    for left, right in layout.family.constraints.divisible:
-        unit = math.prod(sizes[name] for name in right.split())
-        sizes[left] = unit * math.ceil(sizes[left] / unit)
-    broken = check_constraints(layout.family, sizes)
-    if broken:
-        raise ConfigError(f"no Bridge of this family at reduction {reduction}: {broken}")
-    return sizes
-
-
-def count_parameters(layout: Layout, names: set[str], sizes: Mapping[str, int]) -> int:
-    """Parameters of a model that has the weights `names` at these axis sizes."""
-    return sum(math.prod(shape_of(weight.pattern, sizes)) for weight in layout.weights() if weight.name in names)
-
-
-def budgeted_sizes(layout: Layout, names: set[str], budget: int) -> dict[str, int]:
-    """The widest axis sizes, all axes reduced alike, whose parameters fit the budget.
-
-    Raises ConfigError if even one unit per axis does not fit.
-    """
-    widest = max(layout.sizes[axis] for axis in layout.family.scope)
-    reductions = sorted({layout.sizes[a] / k for a in layout.family.scope for k in _units(layout.sizes[a])})
-    reductions.append(float(2 * widest))
-
-    def count(reduction: float) -> int:
-        return count_parameters(layout, names, reduced_sizes(layout, max(1.0, reduction)))
-
-    first = bisect_left(reductions, True, key=lambda reduction: count(reduction) <= budget)  # no axis grows with it
-    if first == len(reductions):
-        smallest = count(reductions[-1])
-        raise ConfigError(
-            f"a budget of {budget} parameters is too small: the smallest Bridge of this model has {smallest}"
-        )
-    return reduced_sizes(layout, max(1.0, reductions[first]))
-
-
-def _units(size: int) -> list[float]:
-    """Just past every rounding border of `round(size / r)`, widest first."""
-    step = max(1, size // 512)
-    return [units - 0.499 for units in range(size, 0, -step)] + [float(size)]
 
 
 def plan_bridge(layout: Layout, scores: Scores, sizes: Mapping[str, int]) -> BridgePlan:

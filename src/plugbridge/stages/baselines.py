@@ -17,7 +17,8 @@ from plugbridge.evaluate import mean_loss
 from plugbridge.files import folder_atomically, write_json
 from plugbridge.models import parameter_count
 from plugbridge.shrink.bridge import prune_model
-from plugbridge.shrink.prune import plan_bridge, reduced_sizes
+from plugbridge.shrink.prune import plan_bridge
+from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.stages.shrink import measure_units
 from plugbridge.stages.work import CHECKPOINT, Work, accuracy, schedule_of, train
 from plugbridge.tasks.encode import Encoded, Encoder, gold

@@ -4,7 +4,7 @@ from plugbridge.config import TrainConfig
 from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.models import layout_for, load_config, load_model, parameter_count
 from plugbridge.prepare import Prepared, bridge_sizes
-from plugbridge.shrink.prune import count_parameters
+from plugbridge.shrink.sizes import count_parameters
 from plugbridge.stages.couple import rows_drawn
 from plugbridge.tasks.encode import Encoded
 from plugbridge.train import drawn

@@ -1,20 +1,23 @@
 """The coupling modes: training module, plug and Bridge together (Jin et al. 2023, Algorithm 1, lines 5 to 7).
 
 A mode is one function behind one name: it takes a `Coupling` and returns the loss of a batch. What
-trains is in the coupling's dictionaries, whatever the mode.
+trains is in the coupling's dictionaries, whatever the mode. A mode's function is imported when it is called: the table
+itself, and every check by it, needs no torch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from plugbridge.config.stages import OptimizerName
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout
-from plugbridge.transfer.coupling import Coupling, Loss
-from plugbridge.transfer.feedback import feedback, identity
-from plugbridge.transfer.ladder import Rungs, ladder, ladder_delta, norm_rungs, rungs_of
-from plugbridge.transfer.standalone import standalone
-from plugbridge.transfer.start import StartKind
+
+if TYPE_CHECKING:
+    from plugbridge.transfer.coupling import Coupling, Loss
+    from plugbridge.transfer.ladder import Rungs
+
+StartKind = Literal["random", "ridge", "procrustes", "fresh"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,57 @@ class Mode:
 
     name: str
     title: str
-    start: Callable[[Coupling], Loss]
+    start: Callable[["Coupling"], "Loss"]
     runs_large: bool
     trains_bridge: bool
     reads_alone: bool
     reads_tokens: bool = False
-    caches: Callable[[Layout], Rungs] | None = None
+    caches: Callable[[Layout], "Rungs"] | None = None
     plug: StartKind = "fresh"
     layers: float = 1.0
     optimizer: OptimizerName = "adamw"
+
+
+def _standalone(coupling: "Coupling") -> "Loss":
+    from plugbridge.transfer.standalone import standalone
+
+    return standalone(coupling)
+
+
+def _ladder(coupling: "Coupling") -> "Loss":
+    from plugbridge.transfer.ladder import ladder
+
+    return ladder(coupling)
+
+
+def _ladder_delta(coupling: "Coupling") -> "Loss":
+    from plugbridge.transfer.ladder import ladder_delta
+
+    return ladder_delta(coupling)
+
+
+def _feedback(coupling: "Coupling") -> "Loss":
+    from plugbridge.transfer.feedback import feedback
+
+    return feedback(coupling)
+
+
+def _identity(coupling: "Coupling") -> "Loss":
+    from plugbridge.transfer.feedback import identity
+
+    return identity(coupling)
+
+
+def _rungs_of(layout: Layout) -> "Rungs":
+    from plugbridge.transfer.ladder import rungs_of
+
+    return rungs_of(layout)
+
+
+def _norm_rungs(layout: Layout) -> "Rungs":
+    from plugbridge.transfer.ladder import norm_rungs
+
+    return norm_rungs(layout)
 
 
 MODES: dict[str, Mode] = {
@@ -48,7 +93,7 @@ MODES: dict[str, Mode] = {
         Mode(
             "standalone",
             "the Bridge reads the tokens by itself",
-            standalone,
+            _standalone,
             runs_large=False,
             trains_bridge=True,
             reads_alone=True,
@@ -59,27 +104,27 @@ MODES: dict[str, Mode] = {
         Mode(
             "ladder",
             "the large model runs forward, its activations enter the Bridge",
-            ladder,
+            _ladder,
             runs_large=True,
             trains_bridge=True,
             reads_alone=False,
             reads_tokens=True,
-            caches=rungs_of,
+            caches=_rungs_of,
         ),
         Mode(
             "ladder_delta",
             "as ladder, with a Bridge that stays as it is and carries only what the module changes",
-            ladder_delta,
+            _ladder_delta,
             runs_large=True,
             trains_bridge=False,
             reads_alone=False,
             layers=0.5,
-            caches=norm_rungs,
+            caches=_norm_rungs,
         ),
         Mode(
             "feedback",
             "the large model runs forward, the error returns through the Bridge",
-            feedback,
+            _feedback,
             runs_large=True,
             trains_bridge=False,
             reads_alone=False,
@@ -88,7 +133,7 @@ MODES: dict[str, Mode] = {
         Mode(
             "identity",
             "a control: feedback without a Bridge, the last error goes to every layer unchanged",
-            identity,
+            _identity,
             runs_large=True,
             trains_bridge=False,
             reads_alone=False,

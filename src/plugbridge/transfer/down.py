@@ -12,7 +12,8 @@ from torch import Tensor
 from plugbridge.families.spec import Layout, Place
 from plugbridge.shrink.importance import scope_key
 from plugbridge.shrink.prune import BridgePlan
-from plugbridge.tensors.axes import Op, Project, axis_names, matrix_of, transform
+from plugbridge.tensors.axes import Op, Project, matrix_of, transform
+from plugbridge.tensors.patterns import axis_names
 from plugbridge.transfer.plug import known_sizes
 from plugbridge.tuners.module import Module, pattern_of
 from plugbridge.tuners.table import Method

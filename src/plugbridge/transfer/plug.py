@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from plugbridge.families.spec import Layout
-from plugbridge.tensors.axes import Project, parse, transform
+from plugbridge.tensors.axes import Project, transform
+from plugbridge.tensors.patterns import parse
 from plugbridge.tuners.module import Module, Slot, pattern_of
 from plugbridge.tuners.table import Method
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from plugbridge.families.spec import Layout
 from plugbridge.tensors.align import Likeness, Moments, procrustes, ridge
-from plugbridge.tensors.axes import parse
+from plugbridge.tensors.patterns import parse
+from plugbridge.transfer.couple import StartKind
 from plugbridge.transfer.plug import (
     LayerMap,
     Plug,
@@ -29,7 +30,6 @@ from plugbridge.transfer.states import BothRows, Place, See, States
 from plugbridge.tuners.module import Module, attach, state_of, unpack
 from plugbridge.tuners.table import Method, MethodSettings
 
-StartKind = Literal["random", "ridge", "procrustes", "fresh"]
 MapKind = Literal["uniform", "cka"]
 TOKENS_OF_A_ROW = 32
 """Tokens of a row at most that layers are compared on."""

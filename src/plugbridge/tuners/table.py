@@ -2,18 +2,19 @@
 
 A tensor's axes may name the axes of the linear layer it belongs to: ``{in}`` and ``{out}``;
 ``{kv}`` stands for the axes of one past key or value vector. Folding, pruning and plugging need
-no more than this row.
+no more than this row. What a row configures is imported when it does: the table itself, and every check by it, needs
+neither peft nor torch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, TaskType
+from typing import TYPE_CHECKING, Any, Literal
 
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout
-from plugbridge.tuners.bottleneck import BottleneckConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, TaskType
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Method:
     tensors: dict[str, str]
     learning_rate: float
     rank: int
-    configure: Callable[[Layout, tuple[str, ...], MethodSettings], PeftConfig]
+    configure: Callable[[Layout, tuple[str, ...], MethodSettings], "PeftConfig"]
     stacked: bool = False
     effect: tuple[str, ...] = ()
 
 
-def _task_type(layout: Layout) -> TaskType:
+def _task_type(layout: Layout) -> "TaskType":
+    from peft import TaskType
+
     return TaskType.CAUSAL_LM if layout.family.kind == "causal" else TaskType.SEQ_2_SEQ_LM
 
 
@@ -60,7 +63,9 @@ def _targets(layout: Layout, roles: tuple[str, ...]) -> list[str]:
     return list(found)
 
 
-def _lora(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -> PeftConfig:
+def _lora(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -> "PeftConfig":
+    from peft import LoraConfig
+
     return LoraConfig(
         task_type=_task_type(layout),
         r=settings.rank,
@@ -71,7 +76,9 @@ def _lora(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -> P
     )
 
 
-def _adapter(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -> PeftConfig:
+def _adapter(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -> "PeftConfig":
+    from plugbridge.tuners.bottleneck import BottleneckConfig
+
     return BottleneckConfig(
         task_type=_task_type(layout),
         bottleneck=settings.rank,
@@ -79,7 +86,9 @@ def _adapter(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -
     )
 
 
-def _prefix(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -> PeftConfig:
+def _prefix(layout: Layout, roles: tuple[str, ...], settings: MethodSettings) -> "PeftConfig":
+    from peft import PrefixTuningConfig
+
     place = layout.family.prefix
     heads, head_dim = (layout.sizes[axis] for axis in place.axes.split())
     return PrefixTuningConfig(

@@ -1,0 +1,70 @@
+"""What `plugbridge reproduce` was asked for, checked before torch is imported."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from plugbridge.bench.paper import Choice, Pair, load_paper, refuse_owned, run_configs
+from plugbridge.errors import ConfigError
+from plugbridge.preflight import check_runs
+from plugbridge.transfer.couple import find_mode
+
+MEMORY_TABLES = ("table6", "table7", "fig1a")
+ALL = ("mode", "task", "seed", "set", "summary")
+READ = {
+    "table2": (),
+    "table6": ("mode", "summary"),
+    "table7": ("mode", "summary"),
+    "fig1a": ("summary",),
+    "fig1b": ("task", "seed", "set", "summary"),
+}
+"""Options that a table or figure reads, where it does not read all of them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for: the table, the user's models (by default the paper's) and how to run them."""
+
+    table: str
+    pair: tuple[str, str] | None
+    demo: bool
+    mode: str
+    tasks: tuple[str, ...] | None
+    seed: int
+    sets: tuple[str, ...]
+    data: Path | None
+    root: Path
+    page: Path
+    summary: bool
+    command: str
+
+
+def check_options(table: str, given: Collection[str]) -> None:
+    """Raise ConfigError for the first of the options given that a table does not read."""
+    for option in given:
+        if option not in READ.get(table, ALL):
+            raise ConfigError(f"{table} does not read --{option}")
+
+
+def check_asked(asked: Asked) -> None:
+    """Raise ConfigError or ModelError for what can be told without a model, and no row of which can be made."""
+    find_mode(asked.mode)
+    refuse_owned(asked.sets)
+    table = load_paper().tables.get(asked.table)
+    if table is not None and not asked.summary:
+        check_runs(run_configs(table, choice_of(asked, table.pair), asked.tasks).values())
+
+
+def choice_of(asked: Asked, pair: str) -> Choice:
+    """The pair that was asked for, or the paper's of that name. Raises ConfigError for a demonstration elsewhere."""
+    chosen = load_paper().pairs[pair]
+    if asked.pair is not None:
+        chosen = Pair(small=asked.pair[0], large=asked.pair[1])
+    elif asked.demo:
+        folder = Path("pairs") / pair.partition("-")[0]
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--demo needs {folder}, which is not here; run it in a checkout, or give --small, --large"
+            )
+        chosen = Pair(small=str(folder.resolve() / "small"), large=str(folder.resolve() / "large"))
+    return Choice(chosen, asked.mode, asked.seed, asked.sets, asked.demo)

@@ -27,7 +27,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def one_line(said: object, most: int = LINE) -> str:
     """What something says in one line, cut in the middle where it is too long: the cause often stands at the end."""
-    text = " ".join(str(said).split()) or type(said).__name__
+    text = " ".join(str(said).split())
     if len(text) <= most:
         return text
     head = most * 2 // 3

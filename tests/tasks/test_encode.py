@@ -153,3 +153,16 @@ def test_a_prefix_takes_positions_of_its_own(run_config: Callable[..., dict[str,
         for family, method in (("gpt2", "lora"), ("gpt2", "prefix"), ("t5", "prefix"))
     }
     assert found == {("gpt2", "lora"): 32, ("gpt2", "prefix"): 30, ("t5", "prefix"): None}
+
+
+@pytest.mark.parametrize("positions", [2, 3])
+def test_an_answer_that_leaves_no_room_is_not_the_prompts_fault(positions: int) -> None:
+    """Whatever is cut, the prompt cannot fit."""
+    task = task_of("is it : {word}", passage="word", words={"even": "yes yes yes", "odd": "no"})
+    with pytest.raises(TooLong) as caught:
+        encode(encoder(positions=positions), task, word="w3")
+    assert str(caught.value) == (
+        f"rows.jsonl:7: the prompt takes 4 tokens but the answer alone may take 3 of {positions} (the model's "
+        "positions, or max_length); lower max_new_tokens or shorten the options, raise max_length, or take a model "
+        "with more positions"
+    )

@@ -22,6 +22,7 @@ from plugbridge.cli.streams import GONE, OutputError, drop_output, standard_stre
 from plugbridge.cli.sweep import sweep
 from plugbridge.cli.terminal import err, out
 from plugbridge.errors import PlugbridgeError
+from plugbridge.parsing import one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +38,8 @@ for _name, _help in STAGES.items():
 for _command in (plan, report, sweep, submit, families, tasks, methods, explain, reproduce):
     app.command()(_command)
 app.add_typer(bench_app, name="bench")
+
+_LONGEST = 2000  # characters of an error: users' own texts may be in it
 
 
 def _version(show: bool) -> None:
@@ -57,7 +60,7 @@ def options(
 
 def _fail(error: PlugbridgeError) -> NoReturn:
     with suppress(OSError):  # where standard error is full, too
-        err.print(Text.assemble(("error:", "bold red"), " ", " ".join(str(error).split())))
+        err.print(Text.assemble(("error:", "bold red"), " ", one_line(error, _LONGEST)))
     sys.exit(2)
 
 

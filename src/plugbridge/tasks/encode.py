@@ -141,8 +141,8 @@ class Encoder:
                 return ids
         need = len(self._prompt(row.prompt))
         raise TooLong(
-            f"{row.where}: the prompt takes {need} tokens but the model has room for {room} "
-            f"(its positions, or max_length, less the longest option); {self._remedy(task, form, row)}"
+            f"{row.where}: the prompt takes {need} tokens but "
+            f"{_limit(room, self.positions or 0, self._remedy(task, form, row))}"
         )
 
     def _remedy(self, task: Task, form: PromptForm, row: Row) -> str:
@@ -203,3 +203,13 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of tokens as one tensor (n, longest row), filled up with `value`."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
+
+
+def _limit(room: int, positions: int, remedy: str) -> str:
+    """What keeps a prompt of this room from being longer, and what to do; where the answer leaves none, about that."""
+    if room > 0:
+        return f"the model has room for {room} (its positions, or max_length, less the longest option); {remedy}"
+    return (
+        f"the answer alone may take {positions - room} of {positions} (the model's positions, or max_length); lower "
+        "max_new_tokens or shorten the options, raise max_length, or take a model with more positions"
+    )

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from plugbridge.errors import ConfigError, DataError
+from plugbridge.parsing import one_line
 
 
 class PromptForm(BaseModel):
@@ -150,6 +151,6 @@ def text_of(value: Any) -> str:
 def field_of(raw: Mapping[str, Any], name: str, where: str) -> Any:
     """A row's field; truth values as JSON writes them. Raises DataError if it is missing."""
     if name not in raw:
-        raise DataError(f"{where}: field '{name}' is missing; the row has {', '.join(sorted(raw)) or 'none'}")
+        raise DataError(f"{where}: field '{name}' is missing; the row has {one_line(', '.join(sorted(raw))) or 'none'}")
     value = raw[name]
     return value if not isinstance(value, bool) else str(value).lower()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 from plugbridge.errors import DataError
+from plugbridge.parsing import one_line
 
 Unfolding = Literal["multirc", "record", "wsc", "diagnostic", "mrpc"]
 Raw = Mapping[str, Any]
@@ -137,7 +138,7 @@ SHARED: dict[Unfolding | None, str] = {"multirc": "paragraph", "record": "articl
 def part(raw: Raw, name: str, kind: type[T], where: str) -> T:
     """A part of an object. Raises DataError if it is missing or not of the kind."""
     if name not in raw:
-        raise DataError(f"{where}: '{name}' is missing; found {', '.join(sorted(raw)) or 'nothing'}")
+        raise DataError(f"{where}: '{name}' is missing; found {one_line(', '.join(sorted(raw))) or 'nothing'}")
     value = raw[name]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise DataError(f"{where}: '{name}' is {type(value).__name__}; expected {kind.__name__}")

@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from plugbridge.cost import measure, return_blocks, settle  # noqa: E402
+from plugbridge.memory.case import Case  # noqa: E402
+from plugbridge.memory.predict import Trace, predict  # noqa: E402
+from plugbridge.memory.steps import MakeStep  # noqa: E402
 from plugbridge.workers import workers  # noqa: E402
 
 transformers_logging.set_verbosity_error()
@@ -55,6 +58,23 @@ def imports_are_no_garbage() -> None:
     """
     gc.collect()
     _freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def predictions_once() -> Iterator[None]:
+    """Plans and memory benches of equal steps are predicted once a session, as they are once a plan."""
+    known: dict[tuple[MakeStep, str], Trace] = {}
+
+    def once(case: Case, make: MakeStep) -> Trace:
+        key = make, repr(case)
+        if key not in known:
+            known[key] = predict(case, make)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plugbridge.plan.predictions.predict", once)
+        patch.setattr("plugbridge.bench.memory.predict", once)
+        yield
 
 
 WORDS = [f"w{i}" for i in range(24)]

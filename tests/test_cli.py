@@ -41,6 +41,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     """Run one command in an empty directory; returns exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PLUGBRIDGE_DATA", raising=False)
+    monkeypatch.setattr("plugbridge.plan.beside._cores", lambda: 1)  # test_plan.py has a plan of two processes
 
     def run(*words: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["plugbridge", *map(str, words)])

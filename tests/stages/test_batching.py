@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,14 @@ def test_padding_and_batching_change_no_answer(name: str, family: str, tmp_path:
     raw = {"small": model, "large": str(PAIRS / family / "large"), "task": name, "prune": {"reduction": 2}}
     found: list[list[tuple[str, str]]] = []
     scores: list[list[float]] = []
+    prepared = prepare(parse_config(raw, "test"), tmp_path / "data")
+    loaded, _ = prepared.load(model)
     for size in (1, 4, 64):
-        p = prepare(parse_config({**raw, "evaluate": {"batch_size": size}}, "test"), tmp_path / "data")
-        loaded, _ = p.load(model)
+        p = replace(prepared, config=parse_config({**raw, "evaluate": {"batch_size": size}}, "test"))
         answers = answers_of(p, loaded, p.encoder, p.rows["test"], Silent(), "")
         found.append([(answer.row.where, answer.text) for answer in answers])
         scores.append([score for answer in answers for score in answer.scores])
-    assert len({len(row.prompt) for row in p.rows["test"]}) > 3  # there is something to pad
+    assert len({len(row.prompt) for row in prepared.rows["test"]}) > 3  # there is something to pad
     assert found[0] == found[1] == found[2]
     assert scores[1] == pytest.approx(scores[0], abs=1e-4)
     assert scores[2] == pytest.approx(scores[0], abs=1e-4)

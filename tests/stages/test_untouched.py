@@ -53,8 +53,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return found
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
-@pytest.mark.parametrize("mode", ["standalone", "feedback", "identity", "ladder", "ladder_delta"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        ("gpt2", "standalone"),
+        ("gpt2", "feedback"),
+        ("t5", "feedback"),
+        ("t5", "identity"),
+        ("t5", "ladder"),
+        ("gpt2", "ladder_delta"),
+    ],
+)
 def test_no_weight_of_the_large_model_asks_for_a_gradient(
     run_config: Callable[..., Raw], watched: Watched, tmp_path: Path, family: str, mode: str
 ) -> None:
@@ -77,12 +86,11 @@ def test_no_weight_of_the_large_model_asks_for_a_gradient(
     assert watched.looks > 100
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_the_papers_importance_takes_gradients_once(
-    run_config: Callable[..., Raw], watched: Watched, tmp_path: Path, family: str
+    run_config: Callable[..., Raw], watched: Watched, tmp_path: Path
 ) -> None:
     """Fisher information is the one exception; after scoring there is none."""
-    raw = run_config(family, score={"importance": "fisher", "samples": 4}, couple={**TRAIN, "mode": "feedback"},
+    raw = run_config("t5", score={"importance": "fisher", "samples": 4}, couple={**TRAIN, "mode": "feedback"},
                      prune={"reduction": 2}, tune=TRAIN, ceiling=None, evaluate={"limit": 4})  # fmt: skip
     for stage in ("tune", "score"):
         start(raw, tmp_path / "run", only=stage)

@@ -69,11 +69,17 @@ def test_a_streamed_run_is_the_resident_run(
     assert loaded[2:].count(raw["large"]) == (raw["ceiling"] is not None)  # after names and shapes are checked
     wanted, found = _tensors(tmp_path / "all"), _tensors(tmp_path / "none")
     assert wanted.keys() == found.keys() != set()
+    apart: dict[str, list[torch.Tensor]] = {}
     for name, tensor in wanted.items():
+        pair = torch.stack([found[name].float() - tensor.float(), tensor.float()]).reshape(2, -1)
+        if name.split("/")[0] in ("tune", "score", "prune"):
+            assert float(pair[0].abs().max()) <= 2e-4 * float(pair[1].abs().max()), name
+        apart.setdefault(name.partition(":")[0], []).append(pair)
+    for file, pairs in apart.items():
         # AdamW's first steps have the rate's size however small a gradient is: rounding, which depends on the processor
-        # where matrices begin at odd addresses, counts for more there; a weight that was missed would change all of it
-        scale = float(tensor.float().abs().max())
-        assert float((found[name].float() - tensor.float()).abs().max()) <= 2e-3 * scale, name
+        # where matrices begin at odd addresses, turns some of them round; a weight that was missed would change most
+        difference, whole = torch.cat(pairs, 1).norm(dim=1)
+        assert float(difference) <= 0.05 * float(whole), file
     again = start({**raw, "resident": "none"}, tmp_path / "all")
     assert set(again.values()) == {"skipped"}
 

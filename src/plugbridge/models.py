@@ -3,9 +3,11 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +29,13 @@ from transformers.utils.hub import cached_file
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, check_families, family_of, layout_of
 from plugbridge.sources import check_source
-from plugbridge.tensors.checkpoint import AGAIN, Checkpoint, open_checkpoint, read_index
+from plugbridge.tensors.checkpoint import AGAIN, DTYPES, Checkpoint, open_checkpoint, read_index
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = ("F32", "BF16", "F16", "F64")
+"""How safetensors names the types in which weights are stored as they are."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MODEL_CLASS = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 
 
@@ -125,10 +130,16 @@ def load_model(
     On device ``meta`` only names and shapes are read: a check that costs no memory.
     With `quantisation` weights are quantised while they are read (see `quantised.load_quantised`).
     The checkpoint's `generation_config.json` is not read: how texts are written is `generate`'s.
-    Raises ModelError for a family that is not known, unreadable or missing weights.
+    Raises ModelError for a family that is not known, unreadable or missing weights, and for tensors that are left
+    over or quantised.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     family = family_of(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"the weights of {source} are quantised already, as config.json says; expected full weights, which "
+            "large.load_in quantises"
+        )
     try:
         loaded: Any = MODEL_CLASS[family.kind].from_pretrained(
             source,
@@ -148,6 +159,12 @@ def load_model(
     if missing:
         raise ModelError(
             f"{source} lacks {len(missing)} weights, the first is '{missing[0]}'; is the checkpoint complete?"
+        )
+    surplus = sorted(name for name in report["unexpected_keys"] if not name.endswith(family.buffers))
+    if surplus:
+        raise ModelError(
+            f"{source} holds {len(surplus)} tensors for which its config.json has no place, the first is "
+            f"'{surplus[0]}'; is it the checkpoint's own config.json?"
         )
     return cast(PreTrainedModel, (model if quantisation is not None else model.to(device)).eval())
 
@@ -202,6 +219,33 @@ def model_files(folder: Path, *, code: bool = False) -> list[Path]:
             found |= {folder / index, *(folder / name for name in read_index(folder / index).values())}
             break
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def check_precision(source: str, model: PreTrainedModel, checkpoint: Checkpoint | None) -> None:
+    """Refuse weights that are stored as whole numbers or in 8 bits: without their scales they are no weights.
+
+    `checkpoint` is the model's safetensors files; pickles are looked at where there is none. Raises ModelError.
+    """
+    own = shapes_of(model)
+    entries = ((name, entry.dtype) for name, entry in checkpoint.entries.items()) if checkpoint is not None else None
+    for name, kind in entries if entries is not None else _pickled(source):
+        if kind not in PRECISIONS and (name in own or f"{model.base_model_prefix}.{name}" in own):
+            raise ModelError(
+                f"tensor '{name}' of {source} is of type {kind}; expected {', '.join(PRECISIONS)}: are the weights "
+                "quantised, and their scales or config.json's quantization_config lost?"
+            )
+
+
+def _pickled(source: str) -> Iterator[tuple[str, str]]:
+    """Name and type of every tensor in a model's pickles; nothing of them stays in memory."""
+    whole = _find_file(source, "pytorch_model.bin")
+    index = _find_file(source, "pytorch_model.bin.index.json") if whole is None else None
+    shards = [whole] if whole is not None else [] if index is None else sorted(set(read_index(index).values()))
+    for shard in shards:
+        path = shard if isinstance(shard, Path) else _find_file(source, shard)
+        if path is not None:
+            tensors: dict[str, Tensor] = torch.load(path, map_location="meta", weights_only=True, mmap=is_zipfile(path))
+            yield from ((name, NAMES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items())
 
 
 def _misshapen(source: str, config: PreTrainedConfig) -> str | None:

@@ -18,6 +18,7 @@ from plugbridge.files import file_digest
 from plugbridge.models import (
     Tokenizer,
     check_pair,
+    check_precision,
     check_same_tokenizer,
     check_vocabulary,
     find_checkpoint,
@@ -190,6 +191,8 @@ def _check_weights(config: RunConfig, device: str) -> tuple[dict[str, Checkpoint
         load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
         for source in (config.small, config.large_path)
     )
+    for source, model in zip((config.small, config.large_path), (small, large), strict=True):
+        check_precision(source, model, found[source])
     layout_for(small)
     layout = layout_for(large)
     bridge_sizes(config, large, layout)

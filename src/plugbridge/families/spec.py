@@ -96,7 +96,11 @@ class Stack(_Strict):
 
 
 class Family(_Strict):
-    """One family file. `linear` is the order in which its linear layers store (in, out)."""
+    """One family file. `linear` is the order in which its linear layers store (in, out).
+
+    `buffers` are the ends of names of tensors that checkpoints may hold beside the weights and that no code reads:
+    earlier versions of transformers stored them.
+    """
 
     name: str
     model_type: str
@@ -111,6 +115,7 @@ class Family(_Strict):
     constraints: Constraints
     scope: dict[str, Scope]
     prefix: PrefixPlace
+    buffers: tuple[str, ...] = ()
     logit_scale: LogitScale | None = None
     weights: dict[str, str]
     stack: dict[str, Stack]

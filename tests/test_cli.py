@@ -154,7 +154,7 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
         assert set(row) == {
             "name", "metric", "value", "metrics", "n", "seconds", "peak_bytes", "evaluate_seconds", "parameters",
         }  # fmt: skip
-        assert set(row["parameters"]) == {"trainable", "changed", "rank"}
+        assert set(row["parameters"]) == {"trainable", "changed", "rank", "size"}
         assert (row["metric"], row["n"]) == ("accuracy", 8)
     assert [stage["name"] for stage in found["stages"]] == STAGES
     assert all(set(stage) == {"name", "seconds", "peak_bytes", "reserved_bytes"} for stage in found["stages"])

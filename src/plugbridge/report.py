@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from plugbridge.config.stages import MADE_BY, TRANSFER
 from plugbridge.errors import RunError
 from plugbridge.files import write_atomically
 from plugbridge.markers import RUN, read_marker, reading
@@ -23,7 +24,6 @@ TITLES = {
     "large_ladder": "large with a side network",
 }
 BASELINES = ("small_finetuned", "small_ladder", "large_finetuned", "large_ladder")
-TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class _Markers:
     def depends(self, name: str) -> dict[str, Any]:
         return self.stages[name]["depends"]
 
+    @property
+    def method(self) -> dict[str, Any] | None:
+        """The method's settings; None where no stage used one."""
+        names = ("tune", "couple", "ceiling")
+        return next((self.depends(name)["method"] for name in names if name in self.stages), None)
+
     def cost(self, names: tuple[str, ...]) -> tuple[float, int]:
         found = [self.stages[name] for name in names]
         return sum(s["seconds"] for s in found), max(s["peak_bytes"] for s in found)
@@ -45,16 +51,20 @@ def read_report(root: Path) -> dict[str, Any]:
     """One JSON object for a finished run.
 
     `rows`: name, metric, value, n, seconds and peak_bytes of making the model (training stages),
-    evaluate_seconds, parameters {trainable, changed, rank}. `peak` {stage, bytes, memory, reserved_bytes} is the whole
-    job's, `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
+    evaluate_seconds, parameters {trainable, changed, rank, size}: `rank` is what a weight's change has at most (0 of a
+    model that is as it was, null where nothing bounds it), `size` the method's own setting (LoRA's rank, an adapter's
+    bottleneck, a prefix's tokens; 0 where no module was added). `peak` {stage, bytes, memory, reserved_bytes} is the
+    whole job's, `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
     Also `pgr` (performance gap recovered: (plugged - small) / (ceiling - small), null without a ceiling or a
-    gap beyond chance), `stages`, `models`, `versions`, `seed`. What was done is read from the stages' markers, not
-    from the run's config, which may be newer. Raises RunError if the run is not finished.
+    gap beyond chance), `stages`, `models`, `versions`, `seed`. What the run did not do, because `evaluate.models` needs
+    none of it, is null. What was done is read from the stages' markers, not from the run's config, which may be newer.
+    Raises RunError if the run is not finished.
     """
     if not (root / RUN).is_file() and not (root / "config.yaml").is_file():
         raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
     evaluated = _marker(root, "evaluate")
-    names = [name for name in (*TRANSFER, "ceiling", *BASELINES) if name == "score" or name in evaluated["needs"]]
+    needs = {*evaluated["needs"], *(["score"] if "prune" in evaluated["needs"] else [])}
+    names = [name for name in (*TRANSFER, "ceiling", *BASELINES) if name in needs]
     markers = {**{name: _marker(root, name) for name in names}, "evaluate": evaluated}
     for name, marker in markers.items():
         for need, digest in marker["needs"].items():
@@ -100,17 +110,20 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         )
     if not rows:
         raise RunError(f"{root} has scored none of {', '.join(parameters)}; name one in evaluate.models and run again")
-    pruned = markers.facts("prune")
+    coupled = "couple" in markers.stages
+    method = markers.method
     return {
         "task": markers.depends("evaluate")["task"]["spec"]["name"],
         "split": markers.depends("evaluate")["evaluate"]["split"],
-        "method": markers.depends("tune")["method"]["name"],
-        "mode": markers.depends("couple")["couple"]["mode"],
+        "method": None if method is None else method["name"],
+        "mode": markers.depends("couple")["couple"]["mode"] if coupled else None,
         "coupling": {
             "large_rows": markers.facts("couple")["large_rows"],
             "cache": markers.depends("couple")["couple"]["cache"],
             "cache_bytes": markers.facts("couple")["cache_bytes"],
-        },
+        }
+        if coupled
+        else None,
         "rows": rows,
         "majority": _ordered(markers, facts["majority"]),
         "pgr": recovered(values, rows[0]["n"], rows[0]["metric"]),
@@ -125,22 +138,17 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         ],
         "peak": _peak(markers),
         "models": {
-            "small": {
-                "source": markers.facts("tune")["source"],
-                "parameters": markers.facts("tune")["model_parameters"],
-            },
-            "large": {
-                "source": markers.depends("plug")["source"],
-                "parameters": pruned["large_parameters"],
-                "load_in": markers.depends("evaluate").get("load_in"),
-            },
+            "small": _model(markers, "small"),
+            "large": _model(markers, "large") | {"load_in": markers.depends("evaluate").get("load_in")},
             "bridge": {
-                "parameters": pruned["bridge_parameters"],
-                "share": pruned["bridge_share"],
-                "sizes": pruned["sizes"],
-            },
+                "parameters": markers.facts("prune")["bridge_parameters"],
+                "share": markers.facts("prune")["bridge_share"],
+                "sizes": markers.facts("prune")["sizes"],
+            }
+            if "prune" in markers.stages
+            else None,
         },
-        "checkpoint": str(root / "plug" / "checkpoint"),
+        "checkpoint": str(root / "plug" / "checkpoint") if "plug" in markers.stages else None,
         "versions": _versions(markers),
         "seed": markers.depends("evaluate")["seed"],
     }
@@ -155,6 +163,15 @@ def _versions(markers: _Markers) -> dict[str, str]:
     return {name: ", ".join(some) for name, some in found.items()}
 
 
+def _model(markers: _Markers, size: str) -> dict[str, Any]:
+    """Where a model was and its parameters; in earlier versions the stages that made something of it told."""
+    if "models" in markers.facts("evaluate"):
+        return dict(markers.facts("evaluate")["models"][size])
+    if size == "small":
+        return {"source": markers.facts("tune")["source"], "parameters": markers.facts("tune")["model_parameters"]}
+    return {"source": markers.depends("plug")["source"], "parameters": markers.facts("prune")["large_parameters"]}
+
+
 def _peak(markers: _Markers) -> dict[str, Any]:
     """The stage of the method that took the most memory, importance and evaluation included; references are not."""
     own = {name: marker for name, marker in markers.stages.items() if name in (*TRANSFER, "evaluate")}
@@ -164,41 +181,42 @@ def _peak(markers: _Markers) -> dict[str, Any]:
     return {"stage": stage, "bytes": own[stage]["peak_bytes"], "memory": kind, "reserved_bytes": reserved}
 
 
-def _counts(markers: _Markers) -> dict[str, dict[str, int]]:
-    """Parameters that training touched and that the result adds or changes, and the method's rank, by model."""
-    rank = markers.facts("tune")["rank"]
-    coupled = sum(markers.facts("couple")["trainable"].values())
-    small = markers.facts("tune")["trainable"]
+def _counts(markers: _Markers) -> dict[str, dict[str, int | None]]:
+    """Of each model: parameters that training touched and that the result adds or changes, the change's rank, the size.
 
-    def counts(trained: int, changed: int, rank: int) -> dict[str, int]:
-        return {"trainable": trained, "changed": changed, "rank": rank}
+    `rank` is what a weight's change has at most, None where no method bounds it.
+    """
+    method = markers.method
+    size: int = 0 if method is None else method["rank"]
+    rank = size if method is not None and method["name"] == "lora" else None
 
-    found = {
-        "small_zero_shot": counts(0, 0, 0),
-        "small_probe": counts(0, 0, 0),
-        "small_tuned": counts(small, small, rank),
-        "large_zero_shot": counts(0, 0, 0),
-        "large_probe": counts(0, 0, 0),
-        "bridge_coupled": counts(coupled, coupled, rank),
-        "large_plugged": counts(coupled, markers.facts("plug")["changed"], rank),
-    }
-    for name, stage in (("large_tuned", "ceiling"), *((name, name) for name in BASELINES)):
-        if stage in markers.stages:
-            trained = markers.facts(stage)["trainable"]
-            found[name] = counts(trained, trained, rank if stage == "ceiling" else 0)
+    def counts(trained: int, changed: int, rank: int | None, size: int) -> dict[str, int | None]:
+        return {"trainable": trained, "changed": changed, "rank": rank, "size": size}
+
+    none = counts(0, 0, 0, 0)
+    found = {name: none for name, stages in MADE_BY.items() if not stages}
+    if "tune" in markers.stages:
+        small = markers.facts("tune")["trainable"]
+        found["small_tuned"] = counts(small, small, rank, size)
+    if "couple" in markers.stages:
+        trained = markers.facts("couple")["trainable"]
+        coupled = sum(trained.values())
+        found["bridge_coupled"] = counts(coupled, coupled, None if trained["bridge"] else rank, size)
+        if "plug" in markers.stages:
+            found["large_plugged"] = counts(coupled, markers.facts("plug")["changed"], rank, size)
+    if "ceiling" in markers.stages:
+        trained = markers.facts("ceiling")["trainable"]
+        found["large_tuned"] = counts(trained, trained, rank, size)
+    for name in BASELINES:
+        if name in markers.stages:
+            trained = markers.facts(name)["trainable"]
+            found[name] = counts(trained, trained, None, 0)
     return {name: found[name] for name in TITLES if name in found}
 
 
 def _makers(markers: _Markers) -> dict[str, tuple[str, ...]]:
     """The stages that made each model; what is not here was not made, only scored."""
-    transfer = tuple(name for name in TRANSFER if name in markers.stages)
-    return {
-        "small_tuned": ("tune",),
-        "bridge_coupled": tuple(name for name in transfer if name not in ("polish", "plug")),
-        "large_plugged": transfer,
-        "large_tuned": ("ceiling",),
-        **{name: (name,) for name in BASELINES},
-    }
+    return {name: tuple(stage for stage in stages if stage in markers.stages) for name, stages in MADE_BY.items()}
 
 
 def _ordered(markers: _Markers, found: dict[str, Any]) -> dict[str, float]:
@@ -220,6 +238,17 @@ def recovered(values: dict[str, float], n: int, metric: str = "accuracy") -> flo
     error = (sum(spread) / n) ** 0.5
     gap = ceiling - small
     return None if gap <= 1.959964 * error else (values["large_plugged"] - small) / gap
+
+
+def how_made(report: dict[str, Any]) -> str:
+    """The method, how it was coupled and the Bridge's size, as titles say it; nothing of what the run did not do."""
+    bridge = report["models"]["bridge"]
+    parts = (
+        report["method"],
+        None if report["mode"] is None else f"{report['mode']} coupling",
+        None if bridge is None else f"Bridge {100 * bridge['share']:.1f} % of large",
+    )
+    return ", ".join(part for part in parts if part is not None)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -252,7 +281,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_xlim(min(0.0, *values) * 1.05, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel(f"{rows[0]['metric']} on {rows[0]['n']} {report['split']} rows")
-    axes.set_title(f"{report['task']}: {report['method']}, {report['mode']} coupling", fontsize=10, loc="left")
+    axes.set_title(": ".join(filter(None, (report["task"], how_made(report)))), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -49,7 +49,7 @@ def similarity_configs(choice: Choice, task: str, method: str) -> dict[str, RunC
         settings: dict[str, Any] = {
             "small": choice.pair.small, "large": choice.pair.large, "task": task, "seed": seed, "method.name": method,
             "prune.budget": 1 / 16, "couple.mode": "standalone", "couple.plug": plug,
-            "ceiling": {}, "evaluate.models": ["small_tuned", "large_tuned"],
+            "ceiling": {}, "evaluate.models": ["small_tuned", "large_plugged", "large_tuned"],
         }  # fmt: skip
         raw = nested(settings)
         for override in (*choice.sets, "couple.steps=0"):  # whatever was asked: plugs are compared, not couplings

@@ -70,12 +70,11 @@ def submit(
 
 def print_table(found: dict[str, Any]) -> None:
     """A report's rows, and what was recovered."""
-    from plugbridge.report import TITLES
+    from plugbridge.report import TITLES, how_made
 
     first = found["rows"][0]
     table = Table(
-        title=f"{found['task']}, {first['n']} {found['split']} rows; {found['method']}, "
-        f"{found['mode']} coupling, Bridge {100 * found['models']['bridge']['share']:.1f} % of large",
+        title="; ".join(filter(None, (f"{found['task']}, {first['n']} {found['split']} rows", how_made(found)))),
         title_justify="left",
     )
     for column in ("model", first["metric"], "seconds", "MiB", "trainable", "changed"):
@@ -102,15 +101,19 @@ def print_table(found: dict[str, Any]) -> None:
         highest += f"; at most {peak['reserved_bytes'] / 2**20:,.0f} MiB were reserved"
     out.print(f"peak of the whole job, references left out: {highest}")
     coupling = found["coupling"]
-    kept = f"; {coupling['cache_bytes'] / 2**20:,.0f} MiB of its activations were kept ({coupling['cache']})"
-    out.print(
-        f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
-    )
+    if coupling is not None:
+        kept = f"; {coupling['cache_bytes'] / 2**20:,.0f} MiB of its activations were kept ({coupling['cache']})"
+        out.print(
+            f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
+        )
     out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 
 def print_loading(root: Path, found: dict[str, Any]) -> None:
     """Where the plugged checkpoint is, and the lines that load it."""
+    if found["checkpoint"] is None:
+        out.print(f"\npicture: {root / 'report.png'}")
+        return
     kind = "AutoModelForSeq2SeqLM" if "T5" in _architecture(found) else "AutoModelForCausalLM"
     ours = "import plugbridge  # knows the adapter; " if found["method"] == "adapter" else ""
     out.print(f"\nplugged checkpoint: {found['checkpoint']}\npicture: {root / 'report.png'}")

@@ -47,7 +47,7 @@ def execute_stages(
     from plugbridge.stages.build import build_stages
 
     prepared = prepare_checked(checked)
-    stages = build_stages(prepared, root, progress(quiet))
+    stages = build_stages(prepared, root, progress(quiet), only)
     alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
     if alone:
         import sklearn.metrics  # pyright: ignore  # noqa: F401  # or it would count as the memory of stages that score

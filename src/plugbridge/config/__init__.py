@@ -17,6 +17,8 @@ from plugbridge.config.load import (
 )
 from plugbridge.config.schema import RunConfig
 from plugbridge.config.stages import (
+    MADE_BY,
+    TRANSFER,
     BaselinesConfig,
     CoupleConfig,
     EvaluateConfig,
@@ -33,7 +35,9 @@ from plugbridge.config.stages import (
 
 __all__ = [
     "BRANCHES",
+    "MADE_BY",
     "SHORTHAND",
+    "TRANSFER",
     "BaselinesConfig",
     "CoupleConfig",
     "EvaluateConfig",

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from plugbridge.config.inputs import LargeConfig, LoadIn, TaskConfig
 from plugbridge.config.stages import (
+    MADE_BY,
     BaselinesConfig,
     CoupleConfig,
     EvaluateConfig,
@@ -62,6 +63,14 @@ class RunConfig(StrictConfig):
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you say so"
     )
+
+    @property
+    def stages(self) -> set[str]:
+        """The stages that a run does: those that make the models to be scored, and `evaluate`."""
+        sections = {"repair": self.repair, "polish": self.polish, "ceiling": self.ceiling, **dict(self.baselines)}
+        asked = MADE_BY if self.evaluate.models is None else self.evaluate.models
+        found = {stage for name in asked for stage in MADE_BY[name] if sections.get(stage, stage) is not None}
+        return {*found, "evaluate"}
 
     @property
     def large_path(self) -> str:

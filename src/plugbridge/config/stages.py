@@ -204,6 +204,24 @@ ScoredModel = Literal[
     "large_ladder",
 ]  # fmt: skip
 
+TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
+"""The method's stages in order; repair and polish where the configuration has them."""
+MADE_BY: dict[ScoredModel, tuple[str, ...]] = {
+    "small_zero_shot": (),
+    "small_probe": (),
+    "small_tuned": ("tune",),
+    "small_finetuned": ("small_finetuned",),
+    "small_ladder": ("small_ladder",),
+    "large_zero_shot": (),
+    "large_probe": (),
+    "bridge_coupled": TRANSFER[:-2],
+    "large_plugged": TRANSFER,
+    "large_tuned": ("ceiling",),
+    "large_finetuned": ("large_finetuned",),
+    "large_ladder": ("large_ladder",),
+}
+"""The stages that make each model; what has none is only scored."""
+
 
 class EvaluateConfig(StrictConfig):
     """Scoring on the test split."""
@@ -214,7 +232,9 @@ class EvaluateConfig(StrictConfig):
         default=None, ge=1, le=ROWS, description="score only so many rows, drawn alike whatever the seed"
     )
     models: list[ScoredModel] | None = Field(
-        default=None, min_length=1, description="score only these models, such as large_plugged"
+        default=None,
+        min_length=1,
+        description="score only these models, such as large_plugged, and run only the stages that make them",
     )
     probe: bool = Field(
         default=False,

@@ -274,7 +274,11 @@ def faster(
     predictions: Predictions,
 ) -> Faster | None:  # fmt: skip
     """What coupling gains from memory that is left, with what is advised; None where that is not enough or nothing."""
-    if not config.couple.recompute or (advice is not None and advice.stuck is not None):
+    if (
+        "couple" not in config.stages
+        or not config.couple.recompute
+        or (advice is not None and advice.stuck is not None)
+    ):
         return None
     now = _advised(config, advice)
     both = [_coupling(one, length, memory) for one in (now, changed(now, KEPT))]

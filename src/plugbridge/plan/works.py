@@ -160,7 +160,17 @@ def _length(config: RunConfig, asked: int | None, small: PreTrainedConfig, large
 
 
 def works_of(s: Subjects) -> Iterator[Work]:
-    """Our stages in order. Stages that read the full weights do so whatever `load_in` says."""
+    """Our stages that the run does, in order."""
+    yield from (work for work in _works(s) if _stage_of(work) in s.config.stages)
+
+
+def _stage_of(work: Work) -> str:
+    """The run's stage that a step is part of."""
+    return work.row.method.partition(":")[0].partition(" ")[0]
+
+
+def _works(s: Subjects) -> Iterator[Work]:
+    """All our stages. Those that read the full weights do so whatever `load_in` says."""
     config, hidden = s.config, s.hidden
     full = replace(s.large.alone(), bits=None)
     coupled = s.large if s.large.bits is None else replace(s.large, streamed=False)
@@ -223,7 +233,7 @@ def works_of(s: Subjects) -> Iterator[Work]:
 def _evaluations(s: Subjects, large: Case, bridged: Case) -> Iterator[Work]:
     """What scoring the models takes: all rows where `evaluate.limit` says how many, else a batch of them.
 
-    A model that is not scored is left out, and so are the small ones, which take less than their tuning does.
+    A model that is not scored is left out, and so are the small ones where the small model is tuned, which takes more.
     """
     config, batch = s.config.evaluate, s.config.evaluate.batch_size
     names = config.models if config.models is not None else [*LARGE_MODELS, "bridge_coupled"]
@@ -234,6 +244,8 @@ def _evaluations(s: Subjects, large: Case, bridged: Case) -> Iterator[Work]:
     if any(name.startswith("large_") for name in names):
         scored = 1 if config.limit is None else max(1, len(LARGE_MODELS & set(names)))
         yield Work(row, scored * batches, 0, scored * batches, scored * rows, note=note)
+    elif "tune" not in s.config.stages:
+        yield Work(replace(row, case=replace(s.small.alone(), batch=min(batch, rows))), batches, 0, 0, 0, note=note)
     mode = find_mode(s.config.couple.mode)
     if mode.trains_bridge and "bridge_coupled" in names:
         step = STEPS["evaluate, ladder" if mode.runs_large else "evaluate, bridge"]
@@ -267,7 +279,12 @@ def on_card(config: RunConfig) -> bool:
 
 
 def references_of(s: Subjects) -> Iterator[Work]:
-    """What a run makes only to compare with, where it is asked for; only a ladder's large model is streamed."""
+    """What a run makes only to compare with, where it is asked for."""
+    yield from (work for work in _references(s) if _stage_of(work) in s.config.stages)
+
+
+def _references(s: Subjects) -> Iterator[Work]:
+    """All references that have a section; only a ladder's large model is streamed."""
     cases = {"small": replace(s.small, micro_batch=None), "large": _resident(s)}
     if s.config.ceiling is not None:
         yield _reference("ceiling", "tuned", cases["large"], s.config.ceiling, large=True)

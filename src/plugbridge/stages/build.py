@@ -26,8 +26,11 @@ BIG = 2**26
 """Bytes of a large model from which memory matters more than the time that it takes to return it."""
 
 
-def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Stage]:
-    """All stages of a run, in order, with what each depends on."""
+def build_stages(prepared: Prepared, root: Path, progress: Progress, only: str | None = None) -> list[Stage]:
+    """The stages of a run in order, with what each depends on: those that make the models to be scored.
+
+    Where `only` one will be run, all that the configuration has.
+    """
     config, baseline, here = prepared.config, baseline_memory(), os.getpid()  # libraries and rows are loaded, no model
     common = {
         "seed": config.seed,
@@ -132,6 +135,8 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
     for name, depends, work, room in _baselines(prepared):
         stages.append(stage(name, (), depends, work, room))
         results = (*results, name)
+    asked = config.stages
+    results = tuple(name for name in results if name in asked)
     limited = {} if config.evaluate.limit is None else {"rows": "drawn alike"}  # earlier versions took the first
     stages.append(
         stage(
@@ -141,7 +146,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress) -> list[Sta
             evaluate,
         )
     )
-    return stages
+    return stages if only is not None else [stage for stage in stages if stage.name in asked]
 
 
 Baseline = tuple[str, dict[str, Any], Callable[[Work], dict[str, Any]], Callable[[], int]]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from plugbridge.cost import Cost, measure, settle
 from plugbridge.families.spec import Layout
 from plugbridge.files import write_atomically
+from plugbridge.models import load_model, parameter_count
 from plugbridge.probe import MOST, fit_option_probe, fit_probe, option_states, prompt_states
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
 from plugbridge.stages.couple import read_coupled
@@ -71,7 +72,15 @@ def evaluate(work: Work) -> dict[str, Any]:
     right = [source_of(row) for row in _limited(p.large_rows[config.split], config.limit)]
     common = majority(p.task.form(p.large_encoder.kind), right)
     facts["majority"] = {"metrics": metrics_of(p.task.metrics, common)}
+    facts["models"] = {size: _described(work, subject_of(work, size).source) for size in SIZES}
     return facts
+
+
+def _described(work: Work, source: str) -> dict[str, Any]:
+    """Where a model was, and how many parameters it has."""
+    remote = work.prepared.config.trust_remote_code
+    shape = load_model(source, device="meta", trust_remote_code=remote)
+    return {"source": source, "parameters": parameter_count(shape)}
 
 
 def _limited(rows: Sequence[T], limit: int | None) -> list[T]:

@@ -107,7 +107,7 @@ def test_a_shuffled_bridge_and_a_probe(call: Call, run: Callable[..., Raw], tmp_
     for again in (False, True):
         if again:
             for stage in ("prune", "couple"):
-                words = (stage, "run.yaml", "--out", "run", "--quiet", "--set", "prune.shuffle=false")
+                words = (stage, "run.yaml", "--out", "run", "--quiet", "--redo", "--set", "prune.shuffle=false")
                 assert call(*words) == (0, f"{stage}: done, in run/{stage}\n", "")
         bridges.append(load_file(str(tmp_path / "run" / "prune" / "bridge" / "model.safetensors")))
         losses.append(json.loads((tmp_path / "run" / "couple" / "losses.json").read_text()))
@@ -123,7 +123,7 @@ def test_a_run_that_scores_some_models_reports_these(call: Call, run: Callable[.
     found = run(couple={"mode": "standalone"}, ceiling=train, evaluate={"models": ["large_tuned", "large_plugged"]})
     assert [row["name"] for row in found["rows"]] == ["large_plugged", "large_tuned"]
     assert found["pgr"] is None
-    words = ("evaluate", "run.yaml", "--out", "run", "--quiet", "--set")
+    words = ("evaluate", "run.yaml", "--out", "run", "--quiet", "--redo", "--set")
     for models in (["bridge_coupled"], ["small_tuned", "large_tuned"]):
         assert call(*words, f"evaluate.models={models}")[0] == 0
         code, out, _ = call("report", "run", "--json")

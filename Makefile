@@ -11,13 +11,13 @@ help:  ## show the targets
 
 setup: $(READY)  ## create the virtual environment
 
-# torch first and by version: a plain `torch` may bring several GB of CUDA; what is imported is compiled when it is
+# torch first and by version: a plain `torch` may bring several GB of CUDA
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=python3.x (3.11 or newer)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch (CPU is enough) and the tested versions of the rest into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)  ## the main job on the embedded models, in a few minutes

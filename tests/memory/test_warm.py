@@ -47,6 +47,5 @@ def _kept(dtype: torch.dtype) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_find_the_matrix_librarys_buffers_made(dtype: torch.dtype) -> None:
     with workers(1) as pool:
-        cold, *warm = pool.submit(_kept, dtype).result()
-    assert cold > 2**20
-    assert max(warm) < 2**18
+        _, *warm = pool.submit(_kept, dtype).result()
+    assert max(warm) < 2**18  # what the first one keeps differs by processor, in float32 it may be nothing

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from plugbridge.run import facts_of, read_marker
+from plugbridge.markers import read_marker
+from plugbridge.run import facts_of
 
 Raw = dict[str, Any]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere stages share the command's process")
@@ -23,9 +25,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere stage
 def begin(run_config: Callable[..., Raw], toy: Raw, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start a run in a session of its own, as from a terminal."""
 
-    def start(steps: int) -> subprocess.Popen[str]:
+    def start(steps: int, every: int = 5) -> subprocess.Popen[str]:
         train = {"steps": 2, "batch_size": 4}
-        couple = {"steps": steps, "batch_size": 4, "checkpoint_every": 5}
+        couple = {"steps": steps, "batch_size": 4, "checkpoint_every": every}
         raw = run_config(tune=train, couple=couple, ceiling=None, evaluate={"limit": 8}, task=dict(toy))
         (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
         words = [sys.executable, "-m", "plugbridge", "run", "toy.yaml", "--out", "run"]
@@ -45,6 +47,14 @@ def _stage_of(parent: subprocess.Popen[str], checkpoint: Path) -> int:
         assert parent.poll() is None, parent.communicate()
         time.sleep(0.05)
     raise AssertionError("no checkpoint")
+
+
+def _child_of(parent: subprocess.Popen[str]) -> None:
+    """Wait for the process of the first stage."""
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not children.read_text().split():
+        assert parent.poll() is None, parent.communicate()
+        time.sleep(0.001)
 
 
 def test_stages_do_not_count_each_others_memory(begin: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
@@ -71,13 +81,46 @@ def test_a_stage_that_is_killed_is_told_and_resumed(
     assert run.returncode == 2
     assert "error: stage 'couple' was killed, by the system if memory ran out" in err
     assert "Traceback" not in err + out
-    again = begin(steps=4000)
-    couple = _stage_of(again, tmp_path / "run" / "couple" / "checkpoint.pt")
-    os.killpg(again.pid, signal.SIGINT)  # as a terminal's Ctrl-C
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 130
-    assert "interrupted; run the same command again to resume" in err
-    assert "Traceback" not in err
-    assert not Path(f"/proc/{couple}").exists()
-    assert "resuming at step" in err
     assert json.loads((tmp_path / "run" / "tune" / "done.json").read_text())["stage"] == "tune"
+
+
+def test_an_interrupt_keeps_the_step_it_is_at(begin: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "couple" / "checkpoint.pt"
+    run = begin(steps=4000, every=3)
+    couple = _stage_of(run, checkpoint)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert err.endswith("interrupted; run the same command again to resume\n")
+    assert "Traceback" not in err + out
+    assert not Path(f"/proc/{couple}").exists()
+    kept = len(torch.load(checkpoint, weights_only=True)["losses"])
+    assert f"stopped behind step {kept}, which is kept" in err
+    again = begin(steps=4000, every=4000)
+    for line in again.stderr:
+        if "resuming at step" in line:
+            break
+    os.kill(again.pid, signal.SIGTERM)  # the command alone, as a scheduler does
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 143, err
+    assert f"resuming at step {kept} from" in line
+    assert len(torch.load(checkpoint, weights_only=True)["losses"]) >= kept
+
+
+@pytest.mark.parametrize("moment", ["import", "stage"])
+def test_an_early_interrupt_leaves_no_traceback(
+    begin: Callable[..., subprocess.Popen[str]], tmp_path: Path, moment: str
+) -> None:
+    run = begin(steps=4)
+    if moment == "import":
+        for _ in range(600):
+            if "torch" in Path(f"/proc/{run.pid}/maps").read_text():
+                break
+            time.sleep(0.01)
+    else:
+        _child_of(run)
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert "Traceback" not in err + out
+    assert err.endswith("interrupted; run the same command again to resume\n")

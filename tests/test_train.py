@@ -1,6 +1,8 @@
 """The training loop: every row once an epoch, the schedule's numbers, exact resume, no step past a bad loss."""
 
 import math
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +15,10 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from plugbridge.config.stages import OptimizerName
-from plugbridge.cost import measure
 from plugbridge.errors import ModelError, TrainingDiverged
+from plugbridge.interrupts import raise_stopped
 from plugbridge.progress import Silent
-from plugbridge.train import Schedule, batch_indices, fit, make_optimizer, rate_factor, rate_of
+from plugbridge.train import Schedule, _seal, batch_indices, fit, make_optimizer, rate_factor, rate_of
 
 SCHEDULE = Schedule(
     steps=7, batch_size=4, learning_rates={"": 0.05, "wide/": 0.2}, warmup=0.3, weight_decay=0.01, clip=0.5,
@@ -151,15 +153,120 @@ def test_resume_does_only_the_steps_that_are_left(tmp_path: Path) -> None:
     assert len(train(third, tmp_path, loss_of(third, stop=2))) == 7  # now one was left
 
 
-def test_a_checkpoint_from_before_costs_were_kept_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("where", ["step", "update"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_an_interrupt_keeps_the_step_it_is_at(
+    tmp_path: Path, number: signal.Signals, where: str, name: OptimizerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, changes = signal.signal(signal.SIGTERM, raise_stopped), {"checkpoint_every": 100, "optimizer": name}
+    hup = signal.signal(signal.SIGHUP, raise_stopped)
+    whole = parameters()
+    losses = train(whole, tmp_path / "whole", loss_of(whole), **changes)
     p = parameters()
+    kill = signalling(number, 4)
+    with monkeypatch.context() as patch:
+        loss = loss_of(p)
+        if where == "step":
+            noisy, loss = loss, lambda rows: kill() or noisy(rows)
+        else:
+            patch.setattr("plugbridge.train.make_optimizer", lambda *args: killing_optimizer(kill, *args))
+        with pytest.raises(KeyboardInterrupt):
+            train(p, tmp_path, loss, **changes)
+    p = parameters()
+    said: list[str] = []
+    monkeypatch.setattr("plugbridge.train.log.info", lambda text, *args: said.append(text % args))
+    assert train(p, tmp_path, loss_of(p), **changes) == losses
+    assert said[0].startswith(f"resuming at step {3 if where == 'step' else 4}")  # an update in progress is ended
+    assert all(torch.equal(p[key], whole[key]) for key in whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGHUP, hup)
+
+
+def signalling(number: signal.Signals, call: int) -> Callable[[], None]:
+    """What sends this process a signal when it is called so often."""
+    calls = iter(range(1, 100))
+    return lambda: os.kill(os.getpid(), number) if next(calls) == call else None
+
+
+def killing_optimizer(kill: Callable[[], None], *args: Any) -> torch.optim.Optimizer:
+    """An optimizer that is signalled when the first tensor of an update has its new value."""
+    optimizer = make_optimizer(*args)
+    step = optimizer.step
+
+    def update() -> None:
+        step()
+        kill()
+
+    optimizer.step = update
+    return optimizer
+
+
+def test_a_second_interrupt_of_a_kind_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for an update that would be half, nor for the checkpoint."""
+    p = parameters()
+    begun: list[int] = []
+
+    def impatient() -> None:
+        begun.append(1)
+        if len(begun) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("plugbridge.train.make_optimizer", lambda *args: killing_optimizer(impatient, *args))
+        with pytest.raises(KeyboardInterrupt):
+            train(p, tmp_path, loss_of(p))
+    losses = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]
+    assert len(losses) == 2  # the one from before: half an update is none
+    q = parameters()
+    whole = parameters()
+    assert train(q, tmp_path, loss_of(q)) == train(whole, tmp_path / "whole", loss_of(whole))
+
+
+def test_an_interrupt_of_another_kind_leaves_time_for_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is interrupted sends SIGTERM to the process of its stage, which has seen Ctrl-C as well."""
+    p, save = parameters(), torch.save
+
+    def slow(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr("plugbridge.train.torch.save", slow)
+    kill, loss = signalling(signal.SIGINT, 2), loss_of(p)
+    with pytest.raises(KeyboardInterrupt):
+        train(p, tmp_path, lambda rows: kill() or loss(rows), checkpoint_every=100)
+    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]) == 1
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "shape", "names", "losses", "optimizer", "no seal", "text"])
+def test_a_checkpoint_of_something_else_is_named(tmp_path: Path, damage: str) -> None:
+    p, path = parameters(), tmp_path / "checkpoint.pt"
     with pytest.raises(Killed):
-        train(p, tmp_path, loss_of(p, stop=6))
-    state = torch.load(tmp_path / "checkpoint.pt")
-    assert state.pop("cost") is None  # no cost was given
-    torch.save(state, tmp_path / "checkpoint.pt")
-    with measure("cpu") as cost:
-        assert len(fit(p, ROWS, loss_of(p), SCHEDULE, tmp_path / "checkpoint.pt", Silent(), "toy", cost=cost)) == 7
+        train(p, tmp_path, loss_of(p, stop=4))
+    if damage == "zeroed":
+        content = bytearray(path.read_bytes())
+        kept = torch.load(path, weights_only=True)["parameters"]["wide/a"]
+        at = content.index(kept.detach().numpy().tobytes())
+        content[at : at + 4] = bytes(4)
+        path.write_bytes(bytes(content))
+    else:
+        state = torch.load(path, weights_only=True)
+        seal = state.pop("seal")
+        spoiled: dict[str, Any] = {
+            "shape": {"parameters": {**state["parameters"], "b": torch.zeros(1)}},
+            "names": {"parameters": {"b": state["parameters"]["b"]}},
+            "losses": {"losses": None},
+            "optimizer": {"optimizer": {"state": {}, "param_groups": []}},
+        }
+        state |= spoiled.get(damage, {})
+        found = {**state, "seal": _seal(state) if damage != "no seal" else seal[:-1]}
+        torch.save("checkpoint" if damage == "text" else found, path)
+    with pytest.raises(ModelError, match="is damaged or of another training; delete it"):
+        train(parameters(), tmp_path, loss_of(p))
 
 
 def test_no_gradient_stays(tmp_path: Path) -> None:
@@ -171,7 +278,7 @@ def test_no_gradient_stays(tmp_path: Path) -> None:
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     p = parameters()
-    with pytest.raises(ModelError, match=r"checkpoint.pt is not a readable checkpoint; delete it to start"):
+    with pytest.raises(ModelError, match=r"checkpoint.pt is damaged or of another training; delete it to start"):
         train(p, tmp_path, loss_of(p))
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from plugbridge.errors import PlugbridgeError, RunError
 from plugbridge.files import content_digest, digest_of, disk_errors, write_json, write_text
+from plugbridge.parsing import one_line, read_json
 from plugbridge.version import __version__
 
 RUN = "run.json"
@@ -42,8 +43,7 @@ def reading(path: Path, remedy: str = "remove its stage's folder and run again")
     except PlugbridgeError:
         raise
     except Exception as error:
-        why = (str(error).strip().splitlines() or [""])[0]
-        found = f"{type(error).__name__}: {why}" if why else type(error).__name__
+        found = f"{type(error).__name__}: {one_line(error)}"
         raise RunError(f"{path} cannot be read, it is damaged or of another version ({found}); {remedy}") from error
 
 
@@ -65,14 +65,14 @@ def write_marker(path: Path, value: Mapping[str, Any]) -> None:
 def _read(path: Path, parts: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
     """A marker with these parts; only runs from before there was a ``run.json`` have any without a seal."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path, RunError)
         if not isinstance(value, dict):
             return None
         found = cast(dict[str, Any], value)
         seal = found.pop("seal", None)
         if seal != digest_of(found) and (seal is not None or (path.parent.parent / RUN).exists()):
             return None
-    except (OSError, ValueError, RecursionError):
+    except (RunError, ValueError):
         return None
     whole = all(type(found.get(name)) in kinds for name, kinds in parts.items())
     return found if whole else None

@@ -4,9 +4,11 @@ Every step's data and randomness follow from (seed, step) alone, so a run that w
 resumed does the same steps as one that was not.
 """
 
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from plugbridge.config.stages import OptimizerName
 from plugbridge.cost import Cost, trim
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.files import write_atomically
+from plugbridge.interrupts import Interrupts, listening
 from plugbridge.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -113,7 +116,11 @@ def fit(
     optimizer = make_optimizer(schedule.optimizer, groups, schedule.weight_decay)
     losses = _resume(checkpoint, parameters, optimizer, cost)
     trim()  # what building the models left free between their parts
-    with progress.bar(title, schedule.steps, len(losses)) as advance:
+
+    def save() -> None:
+        _checkpoint(checkpoint, parameters, optimizer, losses, cost)
+
+    with progress.bar(title, schedule.steps, len(losses)) as advance, _saved_when_stopped(losses, save) as signals:
         for step in range(len(losses), schedule.steps):
             torch.manual_seed(schedule.seed * 1_000_003 + step)
             chosen = batch_indices(len(rows), step, schedule.batch_size, schedule.seed)
@@ -127,18 +134,33 @@ def fit(
                 del loss
             norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip))
             _require_finite("gradient's norm", norm, title, step, schedule, base)
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * rate_factor(step, schedule)
-            optimizer.step()
-            losses.append(value)
+            with signals.held():
+                for group, rate in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = rate * rate_factor(step, schedule)
+                optimizer.step()
+                losses.append(value)
             advance(1)
             if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
-                _checkpoint(checkpoint, parameters, optimizer, losses, cost)
+                save()
     optimizer.zero_grad(set_to_none=True)
     for name, tensor in parameters.items():
         if not bool(tensor.isfinite().all()):
             raise TrainingDiverged(f"{title}: '{name}' is NaN or infinite after the last step; {_slower(base)}")
     return losses
+
+
+@contextmanager
+def _saved_when_stopped(losses: list[float], save: Callable[[], None]) -> Generator[Interrupts]:
+    """Where an interrupt ends the block, save the step that it is at, unless a second one broke an update off."""
+    with listening() as signals:
+        before = len(losses)
+        try:
+            yield signals
+        except KeyboardInterrupt:
+            if signals.whole and len(losses) > before:
+                save()
+                log.info("stopped behind step %d, which is kept", len(losses))
+            raise
 
 
 def shares(rows: list[T], micro_batch: int | None, weight_of: Callable[[T], int]) -> Iterator[tuple[list[T], float]]:
@@ -169,12 +191,13 @@ def _checkpoint(
     losses: list[float],
     cost: Cost | None,
 ) -> None:
-    state = {
+    state: dict[str, Any] = {
         "parameters": {name: tensor.detach() for name, tensor in parameters.items()},
         "optimizer": optimizer.state_dict(),
         "losses": losses,
         "cost": cost.so_far() if cost is not None else None,
     }
+    state["seal"] = _seal(state)
     with write_atomically(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)  # to an open file: torch's own writer hides a full disk's error
 
@@ -186,14 +209,42 @@ def _resume(
         return []
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        if (seal := state.pop("seal")) != _seal(state):
+            raise ValueError(f"seal {seal}")
+        shapes = {name: tensor.shape for name, tensor in state["parameters"].items()}
+        if shapes != {name: tensor.shape for name, tensor in parameters.items()}:
+            raise ValueError("of other tensors")
+        losses: list[float] = list(map(float, state["losses"]))
+        optimizer.load_state_dict(state["optimizer"])
+        if cost is not None and (earlier := state["cost"]) is not None:
+            cost.go_on(earlier)
     except Exception as error:
-        raise ModelError(f"{path} is not a readable checkpoint; delete it to start the stage anew") from error
+        raise ModelError(f"{path} is damaged or of another training; delete it to start the stage anew") from error
     with torch.no_grad():
         for name, tensor in parameters.items():
             tensor.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    if cost is not None and (earlier := state.get("cost")) is not None:
-        cost.go_on(earlier)
-    losses: list[float] = list(state["losses"])
     log.info("resuming at step %d from %s", len(losses), path)
     return losses
+
+
+def _seal(state: Mapping[str, Any]) -> str:
+    """SHA-256 of a checkpoint's tensors and numbers, in their order."""
+    digest = hashlib.sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(f"{flat.dtype} {tuple(value.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                digest.update(repr(key).encode())
+                take(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                take(inner)
+        else:
+            digest.update(repr(value).encode())
+
+    take(state)
+    return digest.hexdigest()

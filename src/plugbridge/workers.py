@@ -8,16 +8,19 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import connection
-from typing import Any, Literal, TypeVar
+from types import TracebackType
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from plugbridge.errors import RunError
+from plugbridge.interrupts import block_handled, blocked, unblock
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-PATIENCE = 20
-"""Seconds in which a process that is told to end must have ended."""
+PATIENCE = 120
+"""Seconds in which a process that is told to end must have ended, its checkpoint written."""
 
 NOISY = {
     **dict.fromkeys(("httpx", "httpx2", "urllib3", "matplotlib", "filelock"), logging.WARNING),
@@ -32,15 +35,49 @@ def quiet_loggers() -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def workers(
-    count: int, start: Literal["spawn", "fork"] = "spawn", ready: Callable[[], Any] | None = None
-) -> ProcessPoolExecutor:
+class Workers(ProcessPoolExecutor):
+    """Processes that are interrupted at their work only, with nothing to say of it, and end with this one."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        with blocked():  # a process begins here, and has its signals blocked until it works
+            return super().submit(_interruptible, fn, *args, **kwargs)
+
+    def end(self) -> None:
+        """Tell the processes to end; those that do not, or are not waited for, are killed."""
+        self.shutdown(wait=False, cancel_futures=True)
+        children = multiprocessing.active_children()
+        try:
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.join(PATIENCE)
+        finally:
+            for child in children:
+                child.kill()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if isinstance(error, KeyboardInterrupt):
+            self.end()
+        return super().__exit__(kind, error, trace)
+
+
+def workers(count: int, start: Literal["spawn", "fork"] = "spawn", ready: Callable[[], Any] | None = None) -> Workers:
     """So many new processes, which end when this one does, however it ends.
 
     They begin anew, or as a copy of this process, which must not have begun to compute. `ready` is called in each
     before it imports any work.
     """
-    return ProcessPoolExecutor(count, multiprocessing.get_context(start), _begin, (ready,))
+    return Workers(count, multiprocessing.get_context(start), _begin, (ready,))
+
+
+def _interruptible(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    try:
+        unblock()
+        return fn(*args, **kwargs)
+    finally:
+        block_handled()
 
 
 def apart(work: Callable[[], T], what: str = "the stage") -> T:
@@ -51,7 +88,8 @@ def apart(work: Callable[[], T], what: str = "the stage") -> T:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     copy = context.Process(target=_answer, args=(work, there))
-    copy.start()
+    with blocked():
+        copy.start()
     there.close()
     try:
         found, error, trace = here.recv()
@@ -80,18 +118,28 @@ class _Elsewhere(Exception):
         return f"\n{self.args[0]}"
 
 
+Answer = tuple[Any, BaseException | None, str]
+
+
 def _answer(work: Callable[[], Any], there: "connection.Connection[Any, Any]") -> None:
     _begin()
     try:
-        answer: tuple[Any, BaseException | None, str] = (work(), None, "")
+        answer = _outcome(work)
+    except KeyboardInterrupt as error:  # one more, while the first was noted
+        answer = (None, error, "")
+    there.send(answer)
+
+
+def _outcome(work: Callable[[], Any]) -> Answer:
+    try:
+        return _interruptible(work), None, ""
     except BaseException as error:
         trace = traceback.format_exc()
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # such as one whose arguments are not those of its class
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        answer = (None, error, trace)
-    there.send(answer)
+            return None, RuntimeError(f"{type(error).__name__}: {error}"), trace
+        return None, error, trace
 
 
 def _ended(what: str, code: int) -> str:
@@ -108,8 +156,6 @@ def _ended(what: str, code: int) -> str:
 
 def _begin(ready: Callable[[], Any] | None = None) -> None:
     quiet_loggers()
-    if ready is not None:
-        ready()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -118,3 +164,6 @@ def _begin(ready: Callable[[], Any] | None = None) -> None:
         os._exit(1)  # rather than work on unseen
 
     threading.Thread(target=watch, daemon=True).start()
+    block_handled()
+    if ready is not None:
+        ready()

@@ -3,12 +3,14 @@
 import gc
 import logging
 import os
+import signal
 import sys
 from contextlib import suppress
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
+from typer.core import TyperGroup
 
 from plugbridge import __version__
 from plugbridge.cli.bench import bench_app
@@ -22,9 +24,29 @@ from plugbridge.cli.streams import GONE, OutputError, drop_output, standard_stre
 from plugbridge.cli.sweep import sweep
 from plugbridge.cli.terminal import err, out
 from plugbridge.errors import PlugbridgeError
+from plugbridge.interrupts import ENDING, Stopped, raise_stopped
 from plugbridge.parsing import one_line
 
+RESUMING = ("run", *STAGES, "sweep", "bench", "reproduce")
+"""Commands that go on where they were when they are given again."""
+
+
+class Commands(TyperGroup):
+    """The commands, of which none ends in a traceback when it is interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            for number in ENDING:  # one more would cut the end short
+                signal.signal(number, signal.SIG_IGN)
+            again = "; run the same command again to resume" if ctx.invoked_subcommand in RESUMING else ""
+            err.print(f"\ninterrupted{again}")
+            raise typer.Exit(128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -82,6 +104,10 @@ def main() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
     # peft imports bitsandbytes wherever it is installed, which then logs of kernels and casts nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # a scheduler's end, or a closed terminal's, is as good as Ctrl-C
+    ending = [n for n in ENDING if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, raise_stopped)
     try:
         with standard_streams():
             _run()
@@ -91,4 +117,6 @@ def main() -> None:
             sys.exit(GONE)
         _fail(error)
     finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
         gc.freeze()  # the libraries' objects end with the process: looking through them first takes long

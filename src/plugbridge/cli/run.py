@@ -7,11 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, RedoOption, SetOption
 from plugbridge.cli.report import print_loading, print_table
-from plugbridge.cli.terminal import announcer, err, progress, say, setup
+from plugbridge.cli.terminal import announcer, progress, say, setup
 from plugbridge.config import RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -52,14 +50,10 @@ def execute_stages(
     if alone:
         import sklearn.metrics  # pyright: ignore  # noqa: F401  # or it would count as the memory of stages that score
     check_stages(root, stages, only, redo)
-    try:
-        with locked(root, config_path, redo):
-            _describe(root, config)
-            do = partial(_by_itself, prepared.dtype) if alone else _here
-            execute(root, stages, only, announcer(quiet), do, redo)
-    except KeyboardInterrupt:
-        err.print("\ninterrupted; run the same command again to resume")
-        raise typer.Exit(130) from None
+    with locked(root, config_path, redo):
+        _describe(root, config)
+        do = partial(_by_itself, prepared.dtype) if alone else _here
+        execute(root, stages, only, announcer(quiet), do, redo)
     return root
 
 

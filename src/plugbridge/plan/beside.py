@@ -26,6 +26,9 @@ def second_process(copied: bool = False) -> Generator[Executor | None]:
     try:
         pool.submit(_get_ready)
         yield pool
+    except KeyboardInterrupt:
+        pool.end()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -69,7 +70,8 @@ def by_row(values: Sequence[float], rows: Sequence[Encoded]) -> list[list[float]
 
 def ours(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Encoded], batch_size: int) -> Scorer:
     """What `plugbridge` does."""
-    return lambda: option_scores(model, encoder, rows, batch_size, Silent(), "")
+    means = [replace(row, score="mean") for row in rows]
+    return lambda: option_scores(model, encoder, means, batch_size, Silent(), "")
 
 
 def naive(model: PreTrainedModel, encoder: Encoder, rows: Sequence[Encoded], batch_size: int) -> Scorer:

@@ -244,7 +244,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         split: str(write_jsonl(root / f"{split}.jsonl", toy_rows(count, i)))
         for i, (split, count) in enumerate(sizes.items())
     }
-    return {**files, "prompt": "is it : {word}", "words": {"even": "yes", "odd": "no"}}
+    return {**files, "prompt": "is it : {word}", "words": {"even": " yes", "odd": " no"}}
 
 
 @pytest.fixture

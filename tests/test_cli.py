@@ -147,7 +147,7 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     assert (code, err) == (0, "")
     assert set(found) == {
         "task", "split", "method", "mode", "rows", "majority", "pgr", "stages", "models", "checkpoint", "versions",
-        "seed", "peak", "coupling",
+        "seed", "cut", "peak", "coupling",
     }  # fmt: skip
     assert [row["name"] for row in found["rows"]] == ROWS
     for row in found["rows"]:
@@ -463,7 +463,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "empty file": (rows("test", ""), "split 'test' is empty"),
     "blank file": (rows("train", "\n \n"), "split 'train' is empty"),
     "file too short to split": (one_file(3), "split 'validation' is empty"),
-    "label without a word": (put("task.words", {"even": "yes"}), "label 'odd' has no label word"),
+    "label without a word": (put("task.words", {"even": "yes", "uneven": "no"}), "label 'odd' has no label word"),
     "cache": (put("couple.cache", True), "couple.cache: Input should be 'off', 'memory' or 'disk'"),
     "empty word": (put("task.words", {"even": "yes", "odd": " "}), "the label word of 'odd' is empty"),
     "equal words": (put("task.words", {"even": "yes", "odd": "yes"}), "'even' and 'odd' have the same word 'yes'"),
@@ -472,8 +472,11 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
         "'perhaps' and 'maybe' are the same tokens (unknown to the tokenizer)",
     ),
     "prompt too long": (LONG, "train.jsonl:1: the prompt takes 160 tokens but the model has room for 31"),
-    "passage missing": (both(LONG, put("task.passage", "text")), "train.jsonl:1: field 'text' is missing"),
-    "prompt empty": (put("task.prompt", ""), "train.jsonl:1: the prompt has no tokens"),
+    "passage missing": (
+        both(LONG, put("task.passage", "text")),
+        "task.passage is 'text', which task.prompt does not name",
+    ),
+    "prompt empty": (put("task.prompt", ""), "task.prompt is '', without a field, so all rows would be alike"),
     "prompt broken": (put("task.prompt", "{word"), "prompt template '{word' is not usable"),
     "prompt by number": (put("task.prompt", "{}"), "must use plain {field} names"),
     "prompt with a format": (put("task.prompt", "{word:d}"), "must use plain {field} names"),

@@ -1,5 +1,7 @@
 """Option scores against a plain loop, one unpadded forward pass per option."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,11 +9,13 @@ import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from conftest import FAMILIES, METHODS, VOCAB, make_model, make_tokenizer, randomise
+from plugbridge.config.inputs import Score
 from plugbridge.errors import NotFinite
 from plugbridge.evaluate import log_likelihood, mean_loss, option_scores, predictions
 from plugbridge.models import layout_for
 from plugbridge.progress import Silent
 from plugbridge.tasks.encode import Encoded, Encoder, collate, gold
+from plugbridge.train import shares
 from plugbridge.tuners.module import attach
 from plugbridge.tuners.table import MethodSettings, find_method
 
@@ -44,13 +48,14 @@ def tuned(family: str, method: str | None) -> Any:
 
 
 def naive(model: Any, kind: str, row: Encoded, option: tuple[int, ...], end: bool) -> float:
-    """Mean log-probability of the option's tokens, with or without a seq2seq option's end mark."""
+    """What an option is ranked by, with or without a seq2seq option's end mark."""
     if kind == "causal":
         logits = model(input_ids=torch.tensor([[*row.prompt, *option]])).logits[0, -len(option) - 1 : -1]
     else:
         logits = model(input_ids=torch.tensor([row.prompt]), labels=torch.tensor([option])).logits[0]
     chosen = torch.log_softmax(logits.double(), -1)[torch.arange(len(option)), list(option)]
-    return float((chosen if end or kind == "causal" else chosen[:-1]).mean())
+    chosen = chosen if end or kind == "causal" else chosen[:-1]
+    return float({"sum": chosen.sum(), "mean": chosen.mean(), "first": chosen[0]}[row.score])
 
 
 class Plain(torch.nn.Module):
@@ -77,11 +82,13 @@ def test_scores_equal_a_plain_loop_whatever_the_batch(family: str, method: str |
     kind, model, (lengths, opening) = KIND[family], tuned(family, method), ROWS[shape]
     rows = rows_of(kind, lengths, opening=opening)
     end = shape != "one token"  # among single tokens the end mark does not count
-    expected = [[naive(model, kind, row, option, end) for option in row.options] for row in rows]
     encoder = Encoder(make_tokenizer(), kind, None)
-    for batch_size in (1, 7, 100):
+    for batch_size, rank in ((1, "first"), (7, "sum"), (100, "mean")):
+        rows = [replace(row, score=rank) for row in rows]
+        expected = [[naive(model, kind, row, option, end) for option in row.options] for row in rows]
         found = option_scores(model, encoder, rows, batch_size, Silent(), "")
-        assert predictions(found) == predictions(expected)
+        if rank != "first":  # options that share their opening are equals there
+            assert predictions(found) == predictions(expected)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
@@ -108,7 +115,7 @@ def test_a_row_that_fills_all_positions_is_batched_with_longer_options() -> None
     other = Encoded((3, 4), (tuple(range(3, 31)), (4,)), 0)
     found = option_scores(model, Encoder(make_tokenizer(), "causal", 32), [full, other], 100, Silent(), "")
     for row, ours in zip((full, other), found, strict=True):
-        assert ours == pytest.approx([naive(model, "causal", row, option, True) for option in row.options], abs=1e-5)
+        assert ours == pytest.approx([naive(model, "causal", row, option, True) for option in row.options], rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -129,9 +136,76 @@ def test_virtual_tokens_before_the_prompt_are_passed_over(family: str, shape: st
 def test_mean_loss_is_the_models_own_loss(family: str) -> None:
     kind, model = KIND[family], make_model(family)
     encoder = Encoder(make_tokenizer(), kind, None)
-    batch = gold(encoder, rows_of(kind, SOME))
+    batch = gold(encoder, [replace(row, options=(row.target,), answer=0) for row in rows_of(kind, SOME)])
     own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     assert float(mean_loss(model, batch, kind)) == pytest.approx(float(own), abs=1e-6)
+
+
+@pytest.mark.parametrize("rank", ["sum", "mean", "first"])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_training_raises_what_choices_are_made_on(family: str, rank: Score) -> None:
+    """The gradient of a batch is that of the right options' scores, each row as often; in parts it is the same."""
+    kind, model = KIND[family], make_model(family).double()
+    lengths = [(1, 4), (2, 4), (4, 4), (4, 3)]  # as of label words: the longest is the same in every row
+    rows = [replace(row, score=rank) for row in rows_of(kind, lengths)]
+    encoder, parameters = Encoder(make_tokenizer(), kind, None), list(model.parameters())
+
+    def direction(total: torch.Tensor) -> torch.Tensor:
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+    def score_of(row: Encoded) -> torch.Tensor:
+        target = row.options[row.answer][: 1 if rank == "first" else None]
+        value = log_likelihood(model, collate(encoder, [(row.prompt, target)]), kind).sum()
+        return value / len(target) if rank == "mean" else value
+
+    whole = mean_loss(model, gold(encoder, rows), kind)
+    longest = 4 + (kind == "seq2seq") if rank == "sum" else 1
+    wanted = -torch.stack([score_of(row) for row in rows]).mean() / longest
+    torch.testing.assert_close(whole, wanted)
+    torch.testing.assert_close(direction(whole), direction(wanted))
+    parts = [
+        mean_loss(model, gold(encoder, part), kind) * share for part, share in shares(rows, 3, lambda row: row.weight)
+    ]
+    torch.testing.assert_close(sum(parts), wanted)
+    scores = option_scores(model, encoder, [replace(row, options=(row.options[row.answer],)) for row in rows], 3,
+                           Silent(), "")  # fmt: skip
+    assert float(whole.detach()) * longest == pytest.approx(-sum(row[0] for row in scores) / len(rows))
+
+
+def test_single_tokens_are_trained_as_ever() -> None:
+    """Where words are single tokens, nothing is weighed: the loss is the mean over tokens, bit for bit."""
+    for kind in ("causal", "seq2seq"):
+        for rank in ("sum", "mean"):
+            rows = [replace(row, score=rank) for row in rows_of(kind, ONE)]
+            assert gold(Encoder(make_tokenizer(), kind, None), rows).weights is None
+
+
+def test_the_sum_chooses_where_the_mean_is_misled_by_late_pieces() -> None:
+    """A word of one likely token against a word whose later tokens are nearly certain."""
+    found = {}
+    for rank in ("sum", "mean", "first"):
+        row = Encoded((3,), ((4,), (5, 6, 7)), 0, score=rank)
+        found[rank] = predictions(option_scores(_certain(), Encoder(make_tokenizer(), "causal", None), [row], 4,
+                                                Silent(), ""))  # fmt: skip
+    assert found == {"sum": [0], "mean": [1], "first": [0]}
+
+
+def _certain() -> Plain:
+    """Token 4 has twice the odds of 5; 6 and 7 are certain after it."""
+    table = torch.zeros(len(VOCAB), len(VOCAB))
+    table[3, 4], table[3, 5], table[5, 6], table[6, 7] = 2.0, 1.3, 50.0, 50.0
+
+    class Bigrams(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(table)
+
+        def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | None = None, **_: Any) -> Any:
+            logits = self.table[input_ids]
+            return SimpleNamespace(logits=logits if logits_to_keep is None else logits[:, logits_to_keep])
+
+    return Plain(Bigrams())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

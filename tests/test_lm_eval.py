@@ -1,13 +1,14 @@
 """The same choices and the same accuracy as lm-eval's scorer, from text to answer, where lm-eval is installed.
 
-lm-eval sums an option's log-probability and chooses by the sum (`acc`); ours is the mean per token. So its sums are
-compared with our means times the number of tokens, and both rules are applied to both. A seq2seq option's end mark,
+lm-eval sums an option's log-probability and chooses by the sum (`acc`); ours is the sum or the mean per token, and both
+rules are applied to both. A seq2seq option's end mark,
 which lm-eval does not add, is written behind the option for it; among single tokens ours does not count it either.
 """
 
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,13 @@ def agree(task: Task, rows: list[Row], scorers: tuple[Any, Encoder, Score]) -> N
     """Assert the same likelihoods, choices and accuracy."""
     model, encoder, score = scorers
     encoded = [encoder.encode(task, task.form(encoder.kind), row) for row in rows]
-    means = option_scores(model, encoder, encoded, 7, Silent(), "")
+    ways = [[replace(row, score=rank) for row in encoded] for rank in ("sum", "mean")]
+    ours, means = (option_scores(model, encoder, way, 7, Silent(), "") for way in ways)
     single = encoder.kind == "seq2seq" and all(len(option) == 2 for row in encoded for option in row.options)
     end = "</s>" if encoder.kind == "seq2seq" and not single else ""
     found = iter(score([(row.prompt, option + end) for row in rows for option in row.options]))
     sums = [[next(found) for _ in row.options] for row in rows]
     counts = [[1 if single else len(option) for option in row.options] for row in encoded]
-    ours = [[mean * n for mean, n in zip(*both, strict=True)] for both in zip(means, counts, strict=True)]
     theirs = [[total / n for total, n in zip(*both, strict=True)] for both in zip(sums, counts, strict=True)]
     for mine, other in zip(ours, sums, strict=True):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-4)

@@ -49,9 +49,11 @@ def log_likelihood(forward: Forward, batch: Batch, kind: str) -> Tensor:
 
 
 def mean_loss(forward: Forward, batch: Batch, kind: str) -> Tensor:
-    """Cross-entropy per target token, averaged over the batch's target tokens."""
-    total = log_likelihood(forward, batch, kind).sum()
-    return -total / (batch.labels != IGNORE).sum()
+    """Negative log-likelihood of the targets, as the batch weighs its rows: without weights, the mean over tokens."""
+    values = log_likelihood(forward, batch, kind)
+    if batch.weights is None:
+        return -values.sum() / (batch.labels != IGNORE).sum()
+    return -(values * batch.weights.to(values.dtype)).sum()
 
 
 @torch.no_grad()
@@ -63,7 +65,9 @@ def option_scores(
     progress: Progress,
     title: str,
 ) -> list[list[float]]:
-    """Mean log-probability per token of every option of every row, in the rows' order.
+    """What choices are made on (`Encoded.score`), of every option of every row, in the rows' order.
+
+    That is the sum or the mean of its tokens' log-probabilities, or the first one's.
 
     A prompt is read once, with what its options begin with, and the options continue from there; where they differ in
     the last token only, that reading scores them all. Where all options of all rows are single tokens before a seq2seq
@@ -73,6 +77,7 @@ def option_scores(
     """
     device = next(model.parameters()).device
     end = 1 if encoder.kind == "seq2seq" else 0
+    rows = [replace(row, options=tuple(o[:1] for o in row.options)) if row.score == "first" else row for row in rows]
     single = all(len(option) == 1 + end for row in rows for option in row.options)
     if (base := base_of(model)) is not None:
         rows = [replace(row, options=tuple(option[:1] for option in row.options)) for row in rows] if single else rows
@@ -110,9 +115,13 @@ def _score_shared(
         logits = go_on(base, reading, owners[chosen], [options[k][:-1] for k in chosen])
         labels = pad_right([options[k][1:] for k in chosen], IGNORE).to(device)
         total[chosen] += _chosen_log_probabilities(logits, labels).sum(-1)
-    total /= torch.tensor([opening + len(option) for option in options], device=device)
+    total /= torch.tensor([_divisor(row, option) for row in rows for option in row.options], device=device)
     values = iter(total.tolist())
     return [[next(values) for _ in row.options] for row in rows]
+
+
+def _divisor(row: Encoded, option: tuple[int, ...]) -> int:
+    return len(option) if row.score == "mean" else 1
 
 
 def _opening(options: Sequence[tuple[int, ...]]) -> int:
@@ -135,12 +144,12 @@ def _score_single(
 def _score_full(model: nn.Module, encoder: Encoder, rows: Sequence[Encoded], device: torch.device) -> list[list[float]]:
     """Prompt and option in full for every option."""
     pairs = [(row.prompt, option) for row in rows for option in row.options]
+    divisors = [_divisor(row, option) for row in rows for option in row.options]
     values: list[float] = []
     step = max(1, len(rows))
     for start in range(0, len(pairs), step):
-        batch = collate(encoder, pairs[start : start + step]).to(device)
-        total = log_likelihood(model, batch, encoder.kind)
-        values.extend((total / (batch.labels != IGNORE).sum(-1)).tolist())
+        total = log_likelihood(model, collate(encoder, pairs[start : start + step]).to(device), encoder.kind)
+        values.extend((total / torch.tensor(divisors[start : start + step], device=device)).tolist())
     grouped: list[list[float]] = []
     for row in rows:
         grouped.append(values[: len(row.options)])

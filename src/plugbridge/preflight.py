@@ -14,6 +14,7 @@ from plugbridge.families.spec import Family, Layout, check_families, check_numbe
 from plugbridge.files import file_digest
 from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.sources import check_files, read_model_config
+from plugbridge.tasks.check import check_rows
 from plugbridge.tasks.hub import from_hub, hub_rows
 from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_rows, own_task
@@ -27,7 +28,8 @@ from plugbridge.tuners.table import Method, MethodSettings, find_method
 class Checked:
     """A run's configuration with its defaults written out, its method, its task and the rows, and what they came from.
 
-    `kind` is that of both models; `digests` are those of the task's files, by name.
+    `kind` is that of both models; `digests` are those of the task's files, by name; `said` is what a reader of the
+    results should know of the rows, a line each.
     """
 
     config: RunConfig
@@ -37,6 +39,7 @@ class Checked:
     task: Task
     rows: Mapping[Split, list[Row]]
     digests: Mapping[str, str]
+    said: tuple[str, ...] = ()
 
 
 def preflight(config: RunConfig, data: Path | None) -> Checked:
@@ -46,8 +49,9 @@ def preflight(config: RunConfig, data: Path | None) -> Checked:
     task, rows, digests = _read_task(config, data, kind)
     check_metrics(task.metrics)
     check_probe(config, task, kind)
+    said = tuple(check_rows(task, kind, rows))
     method = find_method(config.method.name)
-    return Checked(config, method, settings_of(config), kind, task, rows, digests)
+    return Checked(config, method, settings_of(config), kind, task, rows, digests, said)
 
 
 def check_config(config: RunConfig) -> RunConfig:

@@ -1,7 +1,7 @@
 """Everything a run depends on, read and checked before anything is written."""
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
 from plugbridge.streaming import load_converted, load_streamed
 from plugbridge.tasks.alike import encode_alike
 from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.remarks import Cut, cut_of, remarks
 from plugbridge.tasks.spec import SPLITS, Split, Task
 from plugbridge.tensors.checkpoint import Checkpoint
 from plugbridge.transfer.couple import find_mode
@@ -71,6 +72,11 @@ class Prepared:
         """Bytes of the large model's safetensors files; 0 where its weights are in another format."""
         checkpoint = self.checkpoints.get(self.config.large_path)
         return 0 if checkpoint is None else checkpoint.nbytes
+
+    def cut(self) -> dict[str, dict[Split, Cut]]:
+        """What was cut of the rows of each split, by model."""
+        models = {"small": self.rows, "large": self.large_rows}
+        return {name: {split: cut_of(found) for split, found in rows.items()} for name, rows in models.items()}
 
     def require_unchanged(self) -> None:
         """Raise ModelError if a model's files have changed: the memory of one on the CPU may be its files'."""
@@ -152,7 +158,7 @@ def prepare_checked(checked: Checked) -> Prepared:
         check_vocabulary(source, tokenizer, model)
     checkpoints, streams = _check_weights(config, device)
     encoders = [
-        Encoder(tokenizer, kind, room_in(config, positions_of(model)))
+        Encoder(tokenizer, kind, room_in(config, positions_of(model)), config.special_tokens)
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
     form = task.form(kind)
@@ -160,6 +166,10 @@ def prepare_checked(checked: Checked) -> Prepared:
     large_rows: dict[Split, list[Encoded]] = {
         s: encode_alike(task, form, checked.rows[s], rows[s], *encoders) for s in SPLITS
     }
+    said = [*checked.said, *remarks(task, encoders[0], rows)]
+    said += [f"large: {line}" for line in remarks(task, encoders[1], large_rows) if line not in said]
+    for line in said:
+        log.warning("%s", line)
     return Prepared(
         config=config,
         task=task,
@@ -174,7 +184,12 @@ def prepare_checked(checked: Checked) -> Prepared:
         inputs={
             "small": _model_digest(config, config.small),
             "large": _model_digest(config, config.large_path),
-            "task": {"spec": task.model_dump(mode="json"), "files": dict(checked.digests), **most_of(config)},
+            "task": {
+                "spec": task.model_dump(mode="json"),
+                "files": dict(checked.digests),
+                **most_of(config),
+                **_read(encoders[0], rows, large_rows),
+            },
         },
         streamed=checkpoints[config.large_path] if streams else None,
         checkpoints=checkpoints,
@@ -239,6 +254,13 @@ def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> d
     if not find_mode(config.couple.mode).reads_tokens:
         names -= layout.vocabulary()
     return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
+
+
+def _read(encoder: Encoder, *read: Mapping[Split, Sequence[Encoded]]) -> dict[str, Any]:
+    """How prompts are read where that is not as it stands: what they begin with, and that some were cut."""
+    front = {"front": list(encoder.front)} if encoder.front else {}
+    cut = any(row.kept < 1 for rows in read for found in rows.values() for row in found)
+    return {**front, **({"cut": "tokens"} if cut else {})}
 
 
 def _model_digest(config: RunConfig, source: str) -> dict[str, Any]:

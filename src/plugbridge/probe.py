@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
 """Inverse strengths of the squared penalty to choose from."""
 MOST = 10_000
-"""Training rows that a probe is fitted on at most, the first ones: every one of them is read."""
+"""Training rows that a probe is fitted on at most: every one of them is read."""
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ def read_report(root: Path) -> dict[str, Any]:
     model that is as it was, null where nothing bounds it), `size` the method's own setting (LoRA's rank, an adapter's
     bottleneck, a prefix's tokens; 0 where no module was added). `peak` {stage, bytes, memory, reserved_bytes} is the
     whole job's, `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
+    `cut` {small, large: {split: {rows, cut, emptied}}} counts the rows whose passage lost its end, or all of it.
     Also `pgr` (performance gap recovered: (plugged - small) / (ceiling - small), null without a ceiling or a
     gap beyond chance), `stages`, `models`, `versions`, `seed`. What the run did not do, because `evaluate.models` needs
     none of it, is null. What was done is read from the stages' markers, not from the run's config, which may be newer.
@@ -125,6 +126,7 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         if coupled
         else None,
         "rows": rows,
+        "cut": facts.get("cut", {}),  # absent from older runs
         "majority": _ordered(markers, facts["majority"]),
         "pgr": recovered(values, rows[0]["n"], rows[0]["metric"]),
         "stages": [

@@ -25,8 +25,10 @@ class _Enough(Exception):
 @pytest.fixture
 def prepared(run_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Prepared]:
     """A run whose 1,200 rows are sorted by label."""
-    rows = [{"word": WORDS[i % 24], "label": label} for label in ("even", "odd") for i in range(600)]
-    files = {split: str(write_jsonl(tmp_path / f"{split}.jsonl", rows)) for split in ("train", "validation", "test")}
+    files: dict[str, str] = {}
+    for k, split in enumerate(("train", "validation", "test")):
+        rows = [{"word": WORDS[(i + k) % 24], "label": label} for label in ("even", "odd") for i in range(600)]
+        files[split] = str(write_jsonl(tmp_path / f"{split}.jsonl", rows))
 
     def make(**changes: Any) -> Prepared:
         task = {**files, "prompt": "is it : {word}", "words": {"even": "yes", "odd": "no"}}
@@ -97,3 +99,23 @@ def test_rows_that_are_scored_are_the_same_whatever_the_seed_and_in_their_own_or
 def test_digests_tell_drawn_rows_from_first_ones(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
     stages = build_stages(prepared(evaluate={"limit": 5}), tmp_path, Silent())
     assert [stage.name for stage in stages if "rows" in stage.depends] == ["score", "couple", "evaluate"]
+
+
+def test_a_probe_is_fitted_on_drawn_rows(
+    prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, seen = prepared(evaluate={"probe": True, "limit": 20, "models": ["small_probe"]}), dict[str, list[int]]()
+
+    def fit(_states: Any, right: dict[str, list[int]]) -> list[int]:
+        seen.update(right)
+        raise _Enough
+
+    monkeypatch.setattr(evaluate, "MOST", 40)
+    monkeypatch.setattr(evaluate, "prompt_states", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "fit_probe", fit)
+    work, subject = _work(p, tmp_path), evaluate.subject_of(_work(p, tmp_path), "small")
+    with pytest.raises(_Enough):
+        evaluate._probe(work, subject, evaluate._limited(p.rows["test"], 20))
+    assert (len(seen["train"]), len(seen["chosen"])) == (40, 20)
+    assert 10 < sum(seen["train"]) < 30
+    assert 3 < sum(seen["chosen"]) < 17

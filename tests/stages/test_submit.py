@@ -144,8 +144,7 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     assert [line["idx"] for line in found] == list(range(5, 12))
     # rows 5 to 9 stand in the validation file too, where the run answered them
     scored = lines_of(tmp_path / "runs" / "rte" / "evaluate" / "predictions" / "large_plugged.jsonl")
-    names = ("entailment", "not_entailment")
-    assert [line["label"] for line in found[:5]] == [names[p["prediction"]] for p in scored[5:]]
+    assert [line["label"] for line in found[:5]] == [p["prediction"] for p in scored[5:]]
     elsewhere = tmp_path / "official"
     (elsewhere / "RTE").mkdir(parents=True)
     (elsewhere / "RTE" / "test.jsonl").write_text((data / "RTE" / "test.jsonl").read_text())

@@ -135,8 +135,8 @@ def test_the_same_tokenizer_reads_no_row_twice(monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_is_refused_before_anything_is_written(run_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     large = save_model("gpt2", tmp_path / "large", hidden=16, layers=3, heads=4, seed=2)
     changed(lowercase).save_pretrained(large)
-    rows = str(write_jsonl(tmp_path / "rows.jsonl", [{"word": "IT", "label": "even"}] * 20))
-    task = {"train": rows, "validation": rows, "test": rows, "prompt": "is it : {word}", "words": {"even": "yes"}}
-    task["words"] = {"even": "yes", "odd": "no"}
+    words = [*(f"w{i}" for i in range(19)), "IT"]
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", [{"word": word, "label": "even"} for word in words]))
+    task = {"file": rows, "prompt": "is it : {word}", "words": {"even": "yes", "odd": "no"}}
     with pytest.raises(ModelError, match=r"reads .is it : IT. as \[…, 6, 7, 2\], large.s as \[…, 6, 7, 6\];"):
         prepare(parse_config(run_config(large=str(large), task=task), "test"), None)

@@ -11,6 +11,7 @@ from plugbridge.config import parse_config
 from plugbridge.errors import DataError
 from plugbridge.prepare import prepare
 from plugbridge.tasks.encode import IGNORE, Encoded, Encoder, TooLong, collate, gold
+from plugbridge.tasks.remarks import unequal_words
 from plugbridge.tasks.rows import Row, make_row
 from plugbridge.tasks.spec import Task, parse_task
 
@@ -166,3 +167,22 @@ def test_an_answer_that_leaves_no_room_is_not_the_prompts_fault(positions: int) 
         "positions, or max_length); lower max_new_tokens or shorten the options, raise max_length, or take a model "
         "with more positions"
     )
+
+
+def test_words_of_unequal_length_are_said() -> None:
+    task = task_of("is it : {word}", words={"even": "yes", "odd": "no no"})
+    row = encode(encoder(), task, word="w3")
+    assert unequal_words(task.causal, [row]) == (
+        "the label words differ in tokens ('yes' 1, 'no no' 2); they are ranked by the sum of their tokens' "
+        "log-probabilities (task.score: sum)"
+    )
+    plain = task_of("is it : {word}")
+    assert unequal_words(plain.causal, [encode(encoder(), plain, word="w3")]) is None
+
+
+def test_words_that_begin_alike_cannot_be_told_apart_by_the_first_token() -> None:
+    task = task_of("is it : {word}", words={"even": "no yes", "odd": "no no"})
+    first = task.model_copy(update={"causal": task.causal.model_copy(update={"score": "first"})})
+    assert encode(encoder(), task, word="w3").score == "sum"
+    with pytest.raises(DataError, match="'no yes' and 'no no' begin with the same token, and `score` is first; choose"):
+        encode(encoder(), first, word="w3")

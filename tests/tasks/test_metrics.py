@@ -128,13 +128,38 @@ def test_squad_normalisation(text: str, plain: str) -> None:
     ],
 )
 def test_record_by_hand(text: str, accepted: list[str], f1: float, exact: float) -> None:
-    found = metrics_of(("token_f1", "exact_match"), [wrote(text, *accepted)])
-    assert found == pytest.approx({"token_f1": f1, "exact_match": exact})
+    found = metrics_of(("squad_f1", "squad_match"), [wrote(text, *accepted)])
+    assert found == pytest.approx({"squad_f1": f1, "squad_match": exact})
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted", "exact", "f1"),
+    [
+        ("", ["A"], 0, 0), ("3", ["-3"], 0, 0), ("15", ["1.5"], 0, 0), ("C", ["C++"], 0, 0), ("a", ["A"], 0, 0),
+        ("New  York", ["New York"], 0, 1), (" A\n", ["B", " A"], 1, 1), ("the fox", ["The fox"], 0, 1 / 2),
+    ],
+)  # fmt: skip
+def test_texts_are_matched_as_they_are_written(text: str, accepted: list[str], exact: float, f1: float) -> None:
+    """SQuAD's rule, which ReCoRD has by name, takes all of the first four for right, or for half right."""
+    assert metrics_of(("exact_match", "token_f1"), [wrote(text, *accepted)]) == {
+        "exact_match": exact, "token_f1": f1,
+    }  # fmt: skip
+
+
+def test_squads_rule_is_a_choice_by_name() -> None:
+    pairs = [("", "A"), ("3", "-3"), ("15", "1.5"), ("C", "C++")]
+    assert METRICS["squad_match"]([wrote(text, gold) for text, gold in pairs]) == 1.0
+    assert METRICS["squad_f1"]([wrote(text, gold) for text, gold in pairs]) == 3 / 4  # nothing has no words
+
+
+def test_any_right_option_is_right() -> None:
+    row = Row("", (" Bhutto", " Zardari", " Benazir Bhutto"), 2, {}, "", (0,))
+    assert METRICS["accuracy"]([chosen(row, i) for i in range(3)]) == pytest.approx(2 / 3)
 
 
 def test_texts_are_averaged_over_rows() -> None:
     rows = [wrote("Chelsea", "Chelsea"), wrote("x", "y"), wrote("Olimpija", "Olimpija Ljubljana"), wrote("z", "z")]
-    assert METRICS["token_f1"](rows) == pytest.approx((1 + 0 + 2 / 3 + 1) / 4)
+    assert METRICS["token_f1"](rows) == METRICS["squad_f1"](rows) == pytest.approx((1 + 0 + 2 / 3 + 1) / 4)
     assert METRICS["exact_match"](rows) == pytest.approx(2 / 4)
 
 
@@ -206,7 +231,7 @@ def test_wsc_is_judged_by_span() -> None:
 
 def test_what_a_model_wrote_is_an_option_or_none() -> None:
     form, row = PromptForm(prompt="{q}", generate="{a}"), Row("", (" New York", "NYC"), 0, {}, "", (1,))
-    assert [written(form, row, text).choice for text in ("New  York", "NYC ", "York")] == [0, 1, NONE]
+    assert [written(form, row, text).choice for text in ("New York ", "NYC", "New  York")] == [0, 1, NONE]
 
 
 @pytest.mark.parametrize("right", [[1, 1, 0], [0, 0, 1]])

@@ -41,7 +41,7 @@ def test_metrics_are_superglues() -> None:
         "boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc", "ax-b", "ax-g",
     )} == {
         "boolq": ["accuracy"], "cb": ["accuracy", "macro_f1"], "copa": ["accuracy"],
-        "multirc": ["f1a", "question_match"], "record": ["token_f1", "exact_match"], "rte": ["accuracy"],
+        "multirc": ["f1a", "question_match"], "record": ["squad_f1", "squad_match"], "rte": ["accuracy"],
         "wic": ["accuracy"], "wsc": ["accuracy"], "ax-b": ["matthews", "accuracy"],
         "ax-g": ["accuracy", "gender_parity"],
     }  # fmt: skip
@@ -308,7 +308,8 @@ def test_later_keys_do_not_touch_the_digest_of_a_task_without_them() -> None:
     assert set(load_task("record").model_dump(mode="json")) == old | {"unfold", "group"}
     assert set(load_task("multirc").model_dump(mode="json")) == old | {"unfold", "group"}
     forms = {"prompt", "prompts", "prompt_by", "words", "options"}
-    assert set(load_task("rte").causal.model_dump(mode="json")) == forms
+    assert load_task("rte").causal.model_dump(mode="json").keys() == forms | {"score"}  # which was the mean
+    assert set(load_task("copa").causal.model_dump(mode="json")) == forms
     assert set(load_task("record").causal.model_dump(mode="json")) == forms | {"options_from", "option"}
     assert set(load_task("wsc").form("seq2seq").model_dump(mode="json")) == forms | {
         "generate", "judge", "max_new_tokens",
@@ -321,7 +322,7 @@ def test_later_keys_do_not_touch_the_digest_of_a_task_without_them() -> None:
 
 
 def test_one_file_of_own_rows_is_split_by_the_seed(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "all.jsonl", toy_rows(50, 0))
+    path = write_jsonl(tmp_path / "all.jsonl", [{**row, "word": f"{i}"} for i, row in enumerate(toy_rows(50, 0))])
     config = TaskConfig.model_validate({"file": str(path), "prompt": "{word}", "words": {"even": "yes", "odd": "no"}})
 
     def where(seed: int) -> dict[str, list[str]]:
@@ -505,3 +506,30 @@ def test_the_hold_out_of_real_rows_follows_the_seed() -> None:
 
     assert held(0) == held(0)
     assert held(0) != held(1)
+
+
+def test_how_options_are_ranked() -> None:
+    """Fixed words by the sum; the options that COPA's and ReCoRD's rows bring by the mean; T5's COPA has words."""
+    for name in task_names():
+        task = load_task(name)
+        for kind in ("causal", "seq2seq"):
+            own = name in ("copa", "record") and kind == "causal"
+            assert task.form(kind).decision == ("mean" if own else "sum"), (name, kind)
+    raw = {"file": "f", "prompt": "{x}", "words": {"a": " a", "b": " b"}}
+    ranks = [own_task(TaskConfig.model_validate({**raw, **more})).causal.decision for more in ({}, {"score": "first"})]
+    assert ranks == ["sum", "first"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"words": {"a": " a"}}, "`words` has one label, so every answer is right; give at least two"),
+        ({"max_new_tokens": 5}, "`max_new_tokens` is for texts that are written; it needs `generate`"),
+        ({"words": None, "generate": "{label}", "score": "sum"}, "`score` ranks options; it does not go with"),
+        ({"score": "product"}, "Input should be 'sum', 'mean' or 'first'"),
+    ],
+)
+def test_keys_of_own_rows_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    raw = {"file": "f", "prompt": "{x}", "words": {"a": " a", "b": " b"}, **changes}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TaskConfig.model_validate(raw)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +107,21 @@ def print_table(found: dict[str, Any]) -> None:
         out.print(
             f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
         )
+    if (line := cut_line(found["cut"])) is not None:
+        out.print(line)
     out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
+
+
+def cut_line(cut: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str | None:
+    """Which rows were cut to fit the models; None where none were."""
+    found = [
+        f"{counts['cut']:,} of {counts['rows']:,} {split} rows for {model}"
+        + (f" ({counts['emptied']:,} to nothing)" if counts["emptied"] else "")
+        for model, splits in cut.items()
+        for split, counts in splits.items()
+        if counts["cut"]
+    ]
+    return f"passages were cut to fit: {', '.join(found)}" if found else None
 
 
 def print_loading(root: Path, found: dict[str, Any]) -> None:

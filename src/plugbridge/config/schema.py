@@ -36,6 +36,11 @@ class RunConfig(StrictConfig):
         description="tokens of a row at most, an autoregressive model's longest answer included; "
         "the task's passage is cut to fit, never its question. By default what its positions hold (T5: no limit)",
     )
+    special_tokens: bool = Field(
+        default=True,
+        description="begin every prompt with the special tokens that the tokenizer puts in front of a text, such as "
+        "`<bos>`, once; many models read text badly without. T5's prompts and answers end with `</s>` in any case",
+    )
     method: MethodConfig = Field(default_factory=MethodConfig)
     tune: PartsConfig = Field(default_factory=PartsConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)

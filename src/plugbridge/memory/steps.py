@@ -98,7 +98,7 @@ def training(
             optimizer.zero_grad(set_to_none=True)
 
     phases: dict[str, Callable[[], None]] = {}
-    for i, (part, share) in enumerate(shares(case.rows(), case.micro_batch, lambda row: row.targets)):
+    for i, (part, share) in enumerate(shares(case.rows(), case.micro_batch, lambda row: row.weight)):
         number = f" {i + 1}" if i > 0 else ""
         phases[f"forward{number}"] = partial(forward, part, share, i == 0)
         phases[f"backward{number}"] = backward

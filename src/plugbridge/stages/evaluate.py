@@ -1,6 +1,5 @@
 """Scoring every model of a run."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +11,15 @@ from transformers import PreTrainedModel
 
 from plugbridge.cost import Cost, measure, settle
 from plugbridge.families.spec import Layout
-from plugbridge.files import write_atomically
 from plugbridge.models import load_model, parameter_count
 from plugbridge.probe import MOST, fit_option_probe, fit_probe, option_states, prompt_states
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
 from plugbridge.stages.couple import read_coupled
+from plugbridge.stages.predictions import write_predictions
 from plugbridge.stages.work import Work, answers_of, source_of
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.metrics import Answer, chosen, majority, metrics_of
+from plugbridge.tasks.rows import TEST_SEED
 from plugbridge.tasks.spec import Split
 from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
@@ -71,6 +70,7 @@ def evaluate(work: Work) -> dict[str, Any]:
             facts[name] = _note(work, name, answers, cost)
     right = [source_of(row) for row in _limited(p.large_rows[config.split], config.limit)]
     common = majority(p.task.form(p.large_encoder.kind), right)
+    facts["cut"] = p.cut()
     facts["majority"] = {"metrics": metrics_of(p.task.metrics, common)}
     facts["models"] = {size: _described(work, subject_of(work, size).source) for size in SIZES}
     return facts
@@ -83,32 +83,25 @@ def _described(work: Work, source: str) -> dict[str, Any]:
     return {"source": source, "parameters": parameter_count(shape)}
 
 
-def _limited(rows: Sequence[T], limit: int | None) -> list[T]:
-    """So many of the rows, in their own order; the same ones whatever the seed, so that runs can be compared."""
-    return [rows[i] for i in sorted(drawn(range(len(rows)), limit, 0))]
+def _limited(rows: Sequence[T], limit: int | None, seed: int = TEST_SEED) -> list[T]:
+    """So many of the rows, in their own order; without a seed the same ones in every run, so that runs compare."""
+    return [rows[i] for i in sorted(drawn(range(len(rows)), limit, seed))]
 
 
 def _note(work: Work, name: str, answers: list[Answer], cost: Cost) -> dict[str, Any]:
     """A model's facts; its predictions go into a file."""
     form = work.prepared.task.form(work.prepared.encoder.kind)
-    with write_atomically(work.folder / "predictions" / f"{name}.jsonl") as path:
-        path.write_text("".join(json.dumps(_line(form, answer)) + "\n" for answer in answers), encoding="utf-8")
+    write_predictions(work.folder / "predictions" / f"{name}.jsonl", work.prepared.task, form, answers)
     metrics = metrics_of(work.prepared.task.metrics, answers)
     return {"metrics": metrics, "n": len(answers), "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
-
-
-def _line(form: PromptForm, answer: Answer) -> dict[str, Any]:
-    found = {"prediction": answer.choice, "right": answer.row.answer, "scores": list(answer.scores)}
-    if form.generate is not None:
-        found |= {"text": answer.text, "accepted": list(answer.row.accepted)}
-    return found
 
 
 def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
     """Answers of a linear probe: fitted on the training rows, its penalty chosen on the validation rows."""
     p, size = work.prepared, work.prepared.config.evaluate.batch_size
     model, layout = p.load_run_only() if subject.size == "large" else p.load(subject.source)
-    parts = {"train": subject.rows["train"][:MOST], "validation": subject.rows["validation"], "chosen": chosen}
+    train = _limited(subject.rows["train"], MOST, p.config.seed)
+    parts = {"train": train, "validation": subject.rows["validation"], "chosen": chosen}
     head, encoder = layout.family.head, subject.encoder
 
     def read(states: Callable[..., T]) -> dict[str, T]:

@@ -30,13 +30,14 @@ def polish(work: Work) -> dict[str, Any]:
     wrapped.eval()
     rows = drawn(p.large_rows["train"], settings.rows, p.config.seed)
     chunks = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+    weights = [sum(row.weight for row in chunk) for chunk in chunks]
     batches = [gold(p.large_encoder, chunk).to(p.device) for chunk in chunks]
 
     @torch.no_grad()
     def loss_of(factors: Factors) -> float:
         load_state(wrapped, pack(p.method, large, scaled(p.method, module, factors)))
         total = [float(mean_loss(wrapped, batch, p.large_encoder.kind)) for batch in batches]
-        return sum(value * len(chunk) for value, chunk in zip(total, chunks, strict=True)) / len(rows)
+        return sum(value * weight for value, weight in zip(total, weights, strict=True)) / sum(weights)
 
     with work.progress.bar("polish", settings.evaluations) as advance, explained(wrapped):
         factors, losses = search(

@@ -86,7 +86,7 @@ def units_of(
     """
 
     def likelihood(row: Encoded) -> Tensor:
-        return log_likelihood(model, gold(encoder, [row]).to(model.device), encoder.kind).sum()
+        return log_likelihood(model, gold(encoder, [row]).to(model.device), encoder.kind).sum() / row.divisor
 
     streams = window_of(model) is not None
     chunk = len(rows) if shelf is not None else at_once if at_once is not None else 1

@@ -85,7 +85,7 @@ def train(
     with explained(*models):
         return fit(
             parameters, rows, _watching(work.prepared, loss_of), schedule, work.folder / CHECKPOINT, work.progress,
-            title, lambda row: row.targets, work.cost,
+            title, lambda row: row.weight, work.cost,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from plugbridge.config.inputs import Score
 from plugbridge.errors import ConfigError, DataError
 from plugbridge.parsing import one_line
 
@@ -26,7 +27,8 @@ class PromptForm(BaseModel):
     - `words`: label to label word.
     - `options`: templates; the label is then the right option's number.
     - `options_from`: the field that lists a row's options, each put into the template `option`; the label is then the
-      right option's text, or a list of them.
+      right option's text, a list of such texts, or the option's number.
+      Options are ranked by `score` (`decision`).
     - `generate`: the model writes a text of at most `max_new_tokens`. The template is filled once for every text of
       the label field, and training writes the first. With `judge` the label is one of `words` instead, and what was
       written is judged against the template's text (`metrics.JUDGES`).
@@ -43,6 +45,7 @@ class PromptForm(BaseModel):
     option: str = "{option}"
     generate: str | None = None
     judge: Literal["referent"] | None = None
+    score: Score | None = None
     max_new_tokens: PositiveInt = 32
 
     @model_validator(mode="after")
@@ -54,6 +57,8 @@ class PromptForm(BaseModel):
         _check_answers(self)
         if self.words is not None:
             _check_words(self.words)
+        if self.options_from is not None and "option" not in template_fields(self.option):
+            raise ValueError(f"`option` is {self.option!r}; it must hold {{option}}, the option's text")
         if self.judge == "referent" and set(self.words or ()) != {"true", "false"}:
             raise ValueError("`judge = referent` needs `words` for true and false")
         return self
@@ -65,8 +70,19 @@ class PromptForm(BaseModel):
         later = {
             "options_from": self.options_from is None, "option": self.options_from is None,
             "generate": self.generate is None, "judge": self.judge is None, "max_new_tokens": self.generate is None,
+            "score": self.generate is not None or self.decision == "mean",
         }  # fmt: skip
-        return {key: value for key, value in found.items() if not later.get(key, False)}
+        return {key: value for key, value in {**found, "score": self.decision}.items() if not later.get(key, False)}
+
+    @property
+    def decision(self) -> Score:
+        """How options are ranked where the form does not say.
+
+        Of fixed label words by the sum: it is the word's probability, while the mean favours words of many tokens,
+        whose later ones are nearly certain. Of options that rows bring, whose lengths differ freely, by the mean, as a
+        sum would favour the short ones (Brown et al. 2020, section 2.4).
+        """
+        return self.score or ("mean" if self.words is None and self.generate is None else "sum")
 
     @property
     def same_options(self) -> bool:
@@ -82,6 +98,8 @@ def _check_answers(form: PromptForm) -> None:
             raise ValueError("give either `words` or `options` (or `options_from`, or `generate`)")
         if form.judge is not None:
             raise ValueError("`judge` reads what a model wrote; it needs `generate`")
+    elif form.score is not None:
+        raise ValueError("`score` ranks options; it does not go with `generate`")
     elif given != (1 if form.judge is not None else 0) or (form.judge is not None and form.words is None):
         raise ValueError("`generate` stands alone, or with `judge` and `words`")
 

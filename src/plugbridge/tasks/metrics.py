@@ -19,7 +19,7 @@ NONE = -1  # the choice of a model whose text is none of the options
 class Answer:
     """A model's answer to a row: the position of the option it chose, that option's text or the text it wrote.
 
-    `scores` has the mean log-probability per token of every option, and is empty for a text that was written.
+    `scores` has what the choice was made on, of every option, and is empty for a text that was written.
     """
 
     row: Row
@@ -38,7 +38,7 @@ def written(form: PromptForm, row: Row, text: str) -> Answer:
     if form.judge is not None:
         verdict = "true" if JUDGES[form.judge](text, row) else "false"
         return Answer(row, list(form.words or ()).index(verdict), text)
-    same = [i for i, option in enumerate(row.options) if option.split() == text.split()]
+    same = [i for i, option in enumerate(row.options) if option.strip() == text.strip()]
     return Answer(row, same[0] if same else NONE, text)
 
 
@@ -74,6 +74,11 @@ def _names_the_target(text: str, row: Row) -> bool:
 JUDGES: dict[str, Callable[[str, Row], bool]] = {"referent": _names_the_target}
 
 
+def is_right(answer: Answer) -> bool:
+    """Whether a model's choice is a right one: there may be several."""
+    return answer.choice in (answer.row.answer, *answer.row.also)
+
+
 def _right(answers: Sequence[Answer]) -> list[int]:
     return [answer.row.answer for answer in answers]
 
@@ -83,10 +88,8 @@ def _choices(answers: Sequence[Answer]) -> list[int]:
 
 
 def accuracy(answers: Sequence[Answer]) -> float:
-    """Share of rows answered right."""
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(_right(answers), _choices(answers)))
+    """Share of rows answered right, with any of the right options where there are several."""
+    return sum(map(is_right, answers)) / len(answers)
 
 
 def macro_f1(answers: Sequence[Answer]) -> float:
@@ -137,19 +140,37 @@ def normalised(text: str) -> str:
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of texts that equal an accepted one after normalisation (ReCoRD's EM)."""
-    hits = [normalised(a.text) in {normalised(text) for text in a.row.accepted} for a in answers]
+    """Share of texts that are an accepted one as it is written, blanks at the ends aside."""
+    return _share_of(str.strip, answers)
+
+
+def squad_match(answers: Sequence[Answer]) -> float:
+    """Share of texts that equal an accepted one after SQuAD's normalisation (ReCoRD's EM)."""
+    return _share_of(normalised, answers)
+
+
+def _share_of(form: Callable[[str], str], answers: Sequence[Answer]) -> float:
+    hits = [form(answer.text) in {form(text) for text in answer.row.accepted} for answer in answers]
     return sum(hits) / len(hits)
 
 
 def token_f1(answers: Sequence[Answer]) -> float:
-    """F1 of the normalised words against the accepted text that fits best, mean over rows (ReCoRD's F1)."""
+    """F1 of the words as they are written against the accepted text that fits best, mean over rows."""
     return sum(_best(words_in_common, answer) for answer in answers) / len(answers)
 
 
+def squad_f1(answers: Sequence[Answer]) -> float:
+    """F1 of the words after SQuAD's normalisation against the accepted text that fits best, mean (ReCoRD's F1)."""
+    return sum(_best(_normalised_in_common, answer) for answer in answers) / len(answers)
+
+
+def _normalised_in_common(text: str, accepted: str) -> float:
+    return words_in_common(normalised(text), normalised(accepted))
+
+
 def words_in_common(text: str, accepted: str) -> float:
-    """F1 of two texts' normalised words, each as often as it occurs (Rajpurkar et al. 2016); 0 if they share none."""
-    found, wanted = normalised(text).split(), normalised(accepted).split()
+    """F1 of two texts' words, each as often as it occurs (Rajpurkar et al. 2016); 0 if they share none."""
+    found, wanted = text.split(), accepted.split()
     shared = sum((Counter(found) & Counter(wanted)).values())
     return 2 * shared / (len(found) + len(wanted)) if shared else 0.0
 
@@ -187,10 +208,14 @@ METRICS: dict[str, Metric] = {
     "gender_parity": gender_parity,
     "exact_match": exact_match,
     "token_f1": token_f1,
+    "squad_match": squad_match,
+    "squad_f1": squad_f1,
     "rouge_l": rouge_l,
 }
 LABEL_METRICS = frozenset({"accuracy", "macro_f1", "f1", "matthews"})
-TEXT_METRICS = frozenset({"exact_match", "token_f1", "rouge_l"})
+TEXT_METRICS = frozenset({"exact_match", "token_f1", "squad_match", "squad_f1", "rouge_l"})
+OPTION_METRICS = frozenset({"accuracy"})
+"""Of options that rows list: the first of one row is no class with the first of another."""
 
 
 def check_metrics(names: Sequence[str]) -> None:

@@ -1,24 +1,30 @@
-"""The user's own rows: jsonl files with a prompt, and label words or a text to write, from the configuration."""
+"""The user's own rows: jsonl files with a prompt, and how it is answered, from the configuration. Needs no torch."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plugbridge.errors import ConfigError, DataError
-from plugbridge.tasks.metrics import LABEL_METRICS, TEXT_METRICS
+from plugbridge.tasks.form import template_fields
+from plugbridge.tasks.metrics import LABEL_METRICS, OPTION_METRICS, TEXT_METRICS
 from plugbridge.tasks.read import read_jsonl
-from plugbridge.tasks.rows import Row, make_row
-from plugbridge.tasks.spec import Split, Task, parse_task
+from plugbridge.tasks.rows import Row, check_id, make_row
+from plugbridge.tasks.spec import SPLITS, Split, Task, parse_task
 
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.8), ("validation", 0.1), ("test", 0.1))
 
 
 def own_task(config: Any) -> Task:
-    """A task from a run's `task:` table (`config.TaskConfig`). Raises ConfigError."""
+    """A task from a run's `task:` table (`config.TaskConfig`). Raises ConfigError, also for a useless prompt."""
+    _check_prompt(config)
     if config.words is not None:
-        metrics, answer = ["accuracy", "macro_f1"], {"words": dict(config.words)}
+        metrics, answer = ["accuracy", "macro_f1"], {"words": dict(config.words), "score": config.score}
         known = LABEL_METRICS if len(config.words) == 2 else LABEL_METRICS - {"f1"}
+    elif config.options is not None:
+        metrics, known = ["accuracy"], OPTION_METRICS
+        answer = {"options_from": config.options, "option": config.option, "score": config.score}
     else:
         metrics = ["exact_match", "token_f1"]
         answer = {"generate": config.generate, "max_new_tokens": config.max_new_tokens}
@@ -35,6 +41,7 @@ def own_task(config: Any) -> Task:
             "folder": "",
             "files": {},
             "label": config.label,
+            "id": config.id,
             "passage": config.passage,
             "metrics": config.metrics or metrics,
             "causal": {"prompt": config.prompt, **answer},
@@ -43,26 +50,42 @@ def own_task(config: Any) -> Task:
     )
 
 
+def _check_prompt(config: Any) -> None:
+    fields = template_fields(config.prompt)
+    if not fields:
+        raise ConfigError(
+            f"task.prompt is {config.prompt!r}, without a field, so all rows would be alike; put a field of the rows "
+            "in braces, such as {text}"
+        )
+    if config.label in fields:
+        raise ConfigError(f"task.prompt has the label in it, {{{config.label}}}: the model would be told the answer")
+    if config.passage is not None and config.passage not in fields:
+        raise ConfigError(
+            f"task.passage is '{config.passage}', which task.prompt does not name; only a part of the prompt can be cut"
+        )
+
+
 def own_rows(config: Any, task: Task, kind: str, seed: int) -> tuple[dict[Split, list[Row]], dict[str, Path]]:
     """Rows by split and the files they came from. Raises DataError.
 
-    One `file` is shuffled by the seed and cut 80/10/10.
+    One `file` is shuffled by the seed and cut 80/10/10, rows of one prompt staying together.
     """
     form = task.form(kind)
+    _check_files(config)
 
     def rows(path: Path) -> list[Row]:
-        return [make_row(task, form, where, raw) for where, raw in read_jsonl(path, "task file")]
+        seen: dict[str, str] = {}
+        found: list[Row] = []
+        for where, raw in read_jsonl(path, "task file"):
+            if task.id is not None:
+                check_id(task.id, raw, where, seen)
+            found.append(make_row(task, form, where, raw))
+        return found
 
+    splits: dict[Split, list[Row]]
     if config.file is not None:
         path = Path(config.file)
-        everything = rows(path)
-        order = [int(i) for i in np.random.default_rng(seed).permutation(len(everything))]
-        splits: dict[Split, list[Row]] = {}
-        start = 0
-        for split, share in _SHARES:
-            end = len(order) if split == "test" else start + round(share * len(order))
-            splits[split] = [everything[i] for i in order[start:end]]
-            start = end
+        splits = split_by_prompt(rows(path), seed)
         paths = {"file": path}
     else:
         names: tuple[Split, ...] = ("train", "validation", "test")
@@ -71,5 +94,51 @@ def own_rows(config: Any, task: Task, kind: str, seed: int) -> tuple[dict[Split,
     for split, found in splits.items():
         if not found:
             where = paths.get(split, paths.get("file"))
-            raise DataError(f"task: split '{split}' is empty ({where}); it needs at least one row")
+            raise DataError(
+                f"task: split '{split}' is empty ({where}); it needs at least one row{_few(config, splits)}"
+            )
     return splits, paths
+
+
+def _few(config: Any, splits: Mapping[Split, Sequence[Row]]) -> str:
+    if config.file is None:
+        return ""
+    found = [row.prompt for rows in splits.values() for row in rows]
+    return f", and the file has {len(found)} rows of {len(set(found))} prompts"
+
+
+def _check_files(config: Any) -> None:
+    """Refuse two splits of one file."""
+    seen: dict[Path, str] = {}
+    for split in SPLITS:
+        if (path := getattr(config, split)) is None:
+            continue
+        place = Path(path).resolve()
+        if place in seen:
+            raise ConfigError(
+                f"task: {seen[place]} and {split} are the same file, {path}; a score on rows that were trained or "
+                "chosen on says nothing: give a file each, or one `file` to be split"
+            )
+        seen[place] = split
+
+
+def split_by_prompt(rows: Sequence[Row], seed: int) -> dict[Split, list[Row]]:
+    """Rows in the order of a seeded permutation, cut 80/10/10; all rows of one prompt go where the first of them goes.
+
+    So no prompt of a test row is trained on. Without such rows, the shares are exact.
+    """
+    order = [int(i) for i in np.random.default_rng(seed).permutation(len(rows))]
+    together: dict[str, list[int]] = {}
+    for i in order:
+        together.setdefault(rows[i].prompt, []).append(i)
+    ends: list[tuple[Split, int]] = []
+    for split, share in _SHARES:
+        start = ends[-1][1] if ends else 0
+        ends.append((split, len(rows) if split == "test" else start + round(share * len(rows))))
+    splits: dict[Split, list[Row]] = {name: [] for name, _ in ends}
+    place = 0
+    for chosen in together.values():
+        home: Split = next(name for name, end in ends if place < end)
+        splits[home] += [rows[i] for i in chosen]
+        place += len(chosen)
+    return splits

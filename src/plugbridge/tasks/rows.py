@@ -185,7 +185,9 @@ def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any], l
     elif form.options_from is not None:
         texts = _texts(raw, form.options_from, where)
         options = tuple(fill(form.option, {**raw, "option": text}, where, task.blank) for text in texts)
-        right = _numbers_of_texts(texts, _texts(raw, task.label, where), where) if labelled else ()
+        right = (
+            _numbers_of_texts(texts, _right_texts(raw, task.label, form.options_from, where), where) if labelled else ()
+        )
     else:
         texts = _texts(raw, task.label, where) if labelled else ()
         options = tuple(fill(form.generate or "", {**raw, task.label: text}, where, task.blank) for text in texts)
@@ -214,6 +216,25 @@ def _number_of_option(label: str, count: int, where: str) -> int:
     if not label.isdecimal() or len(label) > 9 or int(label) >= count:
         raise DataError(f"{where}: label {shown(label)} is not the number of an option (0 to {count - 1})")
     return int(label)
+
+
+def _right_texts(raw: Mapping[str, Any], label: str, options: str, where: str) -> tuple[str, ...]:
+    """The right options' texts: the label's, or that of the option whose number it is.
+
+    Raises DataError for a number that is none of an option, or could as well be another option's text.
+    """
+    number = raw.get(label)
+    if not isinstance(number, int) or isinstance(number, bool):
+        return _texts(raw, label, where)
+    listed = cast(list[Any], raw[options]) if isinstance(raw[options], list) else [raw[options]]
+    if not 0 <= number < len(listed):
+        raise DataError(f"{where}: label {number} is not the number of an option (0 to {len(listed) - 1})")
+    if str(number) in listed and listed[number] != str(number):
+        raise DataError(
+            f"{where}: label {number} is an option's number and another option's text; give the right option's text, "
+            "in quotes"
+        )
+    return (str(listed[number]),)
 
 
 def _numbers_of_texts(options: Sequence[str], right: Sequence[str], where: str) -> tuple[int, ...]:

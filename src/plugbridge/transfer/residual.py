@@ -39,7 +39,7 @@ class Width:
 
 
 def head_loss(model: PreTrainedModel, layout: Layout, last: Tensor, batch: Batch, kind: str) -> Tensor:
-    """Mean cross-entropy from the last hidden state: final norm and head, label positions only.
+    """The batch's loss (`evaluate.mean_loss`) from the last hidden state: final norm and head, label positions only.
 
     last: (n, length, hidden). Differentiable in it, and exact.
     """
@@ -55,4 +55,7 @@ def head_loss(model: PreTrainedModel, layout: Layout, last: Tensor, batch: Batch
     if scale is not None and getattr(model.config, scale.flag, False):
         state = state * layout.sizes[scale.axis] ** scale.power
     logits = model.get_submodule(layout.family.head)(state)
-    return nn.functional.cross_entropy(at_least_float32(logits), labels)
+    if batch.weights is None:
+        return nn.functional.cross_entropy(at_least_float32(logits), labels)
+    losses = nn.functional.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    return (losses * batch.weights[wanted.nonzero()[:, 0]].to(losses.dtype)).sum()

@@ -1,0 +1,52 @@
+"""What the rows of a run tell before any model is there: tasks that cannot work, and what is worth a line."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from plugbridge.errors import DataError
+from plugbridge.tasks.rows import Row
+from plugbridge.tasks.spec import SPLITS, Split, Task
+
+
+def check_rows(task: Task, kind: str, rows: Mapping[Split, Sequence[Row]]) -> list[str]:
+    """Refuse rows that nothing can be learnt from or told by; returns what else is to be said of them, a line each.
+
+    Raises DataError where all train prompts are alike, no row has anything to choose, or two splits hold the same rows.
+    """
+    form = task.form(kind)
+    train = rows["train"]
+    if len(train) > 1 and len({_question(row, form.generate is not None) for row in train}) == 1:
+        raise DataError(
+            f"task '{task.name}': all {len(train):,} train rows read alike, {train[0].prompt[:80]!r}; nothing can be "
+            "learnt from them; is the prompt's field the right one?"
+        )
+    if form.generate is None and all(len(row.options) == 1 for found in rows.values() for row in found):
+        raise DataError(f"task '{task.name}': every row has one option, so there is nothing to choose")
+    said = [f"every train row's answer is '{answer}'" for answer in _only_answer(train, form.judge is not None)]
+    for one, other in combinations(SPLITS, 2):
+        left, right = ([_whole(row) for row in rows[split]] for split in (one, other))
+        if left == right and len(left) > 1:
+            raise DataError(
+                f"task '{task.name}': {one} and {other} hold the same {len(left):,} rows; a score on rows that were "
+                "trained or chosen on says nothing"
+            )
+        known = {_question(row, form.generate is not None) for row in rows[one]}
+        again = sum(_question(row, form.generate is not None) in known for row in rows[other])
+        if again:
+            said.append(f"{again:,} of {len(rows[other]):,} {other} rows ask what a {one} row asks, word by word")
+    return said
+
+
+def _only_answer(rows: Sequence[Row], judged: bool) -> list[str]:
+    """The answer that all rows have, if there is one; a judge's rows all have the verdict that training needs."""
+    found = {row.options[row.answer].strip() for row in rows}
+    return list(found) if len(found) == 1 and len(rows) > 1 and not judged else []
+
+
+def _question(row: Row, written: bool) -> tuple[str, ...]:
+    """What a model is asked: its prompt, and the options that it has to choose from."""
+    return (row.prompt,) if written else (row.prompt, *row.options)
+
+
+def _whole(row: Row) -> tuple[object, ...]:
+    return row.prompt, row.options, row.answer

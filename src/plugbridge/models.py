@@ -1,6 +1,7 @@
 """Loading Hugging Face models and tokenizers, with the checks that come before any work."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,13 +23,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import NewGELUActivation
+from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from plugbridge.errors import ModelError
-from plugbridge.families.spec import Layout, check_families, family_of, layout_of
-from plugbridge.sources import check_source
+from plugbridge.families.spec import Layout, check_families, check_numbers, family_of, known_family, layout_of
+from plugbridge.parsing import one_line, shown
+from plugbridge.sources import check_source, missing_for_sentencepiece, read_model_config
 from plugbridge.tensors.checkpoint import AGAIN, DTYPES, Checkpoint, open_checkpoint, read_index
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ log = logging.getLogger(__name__)
 PRECISIONS = ("F32", "BF16", "F16", "F64")
 """How safetensors names the types in which weights are stored as they are."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ACTIVATIONS = ("activation_function", "hidden_act", "dense_act_fn")
+"""Where configurations name the function between two linear layers."""
+_ADVICE = "weights_only"
+_NO_TENSORS = f"it is no file of tensors that torch.save wrote; {AGAIN}"
 MODEL_CLASS = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 
 
@@ -97,11 +103,20 @@ def quiet_transformers() -> None:
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """A model's configuration. Raises ModelError."""
-    check_source(source)
+    raw = read_model_config(source)
+    family = known_family(raw.get("model_type"))
+    if family is not None:  # before anything is built by them
+        check_numbers(source, family, raw)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"cannot read the configuration of {source}: {first_line(error)}") from error
+        raise ModelError(f"cannot read the configuration of {source}: {reason_of(error)}") from error
+    for name in ACTIVATIONS:
+        value = getattr(config, name, None)
+        if value is not None and (not isinstance(value, str) or value not in ACT2FN):
+            raise ModelError(f"config.json of {source}: {name} is {shown(value)}, which transformers does not know; "
+                             "expected an activation such as gelu_new")  # fmt: skip
+    return config
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -110,7 +125,9 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"cannot read the tokenizer of {source}: {first_line(error)}") from error
+        missing = missing_for_sentencepiece() if "tiktoken" in str(error) else ""
+        why = f"its sentencepiece model needs {missing}" if missing else reason_of(error)
+        raise ModelError(f"cannot read the tokenizer of {source}: {why}") from error
     tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers makes one up
         raise ModelError(f"{source} has no tokenizer; expected tokenizer.json or the like beside config.json")
@@ -152,7 +169,7 @@ def load_model(
             quantization_config=quantisation,
         )
     except Exception as error:
-        why = _misshapen(source, config) or first_line(error)
+        why = _misshapen(source, config) or _unpickled(source) or reason_of(error)
         raise ModelError(f"cannot load the model in {source}: {why}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -273,9 +290,32 @@ def _find_file(source: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _unpickled(source: str) -> str | None:
+    """What is wrong with weights that `torch.save` wrote; transformers does not say of which file it speaks."""
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        try:
+            torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:
+            return f"{path.name}: {reason_of(error) if _ADVICE in str(error) else _NO_TENSORS}"
+    return None
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's exception says, in one line of bounded length."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if _ADVICE in text:  # torch's message ends in how to run what the file holds
+        asked = re.search(r"GLOBAL (\S+)", text)
+        if asked is None:
+            return _NO_TENSORS
+        return (
+            f"it holds more than tensors ({shown(asked[1])}), which may run any code, so it is not read; "
+            "convert it to safetensors where you trust it"
+        )
+    said = one_line(text)
+    return said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".strip()
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

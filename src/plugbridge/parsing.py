@@ -40,6 +40,17 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
+def path_of(text: str, what: str, kind: type[PlugbridgeError]) -> Path:
+    """A path that a user wrote, `~` expanded, whether there is something or not. Raises `kind` if it can be none."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle, `~` of no user
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise kind(f"{what}: {shown(text)} can be no path: {one_line(why)}") from error
+    return path
+
+
 def read_bytes(path: Path, kind: type[PlugbridgeError], what: str = "", most: int | None = None) -> bytes:
     """A whole file, `what` it is to the reader. Raises `kind` where it is no file, too large or not readable."""
     name = f"{what} {path}".strip()

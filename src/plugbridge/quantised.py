@@ -16,7 +16,7 @@ from plugbridge.config import LoadIn
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
 from plugbridge.imports import bring_back_bitsandbytes
-from plugbridge.models import first_line, layout_for, load_model
+from plugbridge.models import layout_for, load_model, reason_of
 from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 
 LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
@@ -83,7 +83,7 @@ def _read(
             quantization_config=settings,
         )
     except Exception as error:
-        raise ModelError(f"cannot load the model in {source}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the model in {source}: {reason_of(error)}") from error
     model.name_or_path = model.config.name_or_path = whole.name_or_path
     model.generation_config = whole.generation_config
     return cast(PreTrainedModel, model.eval())
@@ -108,7 +108,7 @@ def check_load_in(source: str, whole: PreTrainedModel, layout: Layout, load_in: 
         library = bring_back_bitsandbytes()
     except ImportError as error:
         raise ModelError(
-            f"large.load_in is '{load_in}', but bitsandbytes cannot be imported ({first_line(error)}); "
+            f"large.load_in is '{load_in}', but bitsandbytes cannot be imported ({reason_of(error)}); "
             "pip install 'plugbridge[quantised]', or leave load_in out"
         ) from error
     try:
@@ -116,7 +116,7 @@ def check_load_in(source: str, whole: PreTrainedModel, layout: Layout, load_in: 
     except Exception as error:
         raise ModelError(
             f"bitsandbytes {library.__version__} cannot run {load_in} layers on device '{device}': "
-            f"{first_line(error)}; use another device or load_in"
+            f"{reason_of(error)}; use another device or load_in"
         ) from error
     check_blocks(source, whole, layout, load_in, device)
 

@@ -3,11 +3,12 @@
 Knows no model and imports nothing heavy: what these files tell is told before anything is loaded.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.errors import ModelError
-from plugbridge.parsing import one_line, read_json
+from plugbridge.parsing import one_line, path_of, read_json
 
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -15,6 +16,8 @@ WEIGHTS = (
 """Files of which a model directory has one."""
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """Files of which a tokenizer has one."""
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+"""Modules that transformers reads a sentencepiece model with, and their packages' names."""
 
 
 def check_source(source: str) -> None:
@@ -22,10 +25,10 @@ def check_source(source: str) -> None:
 
     Without this, a mistyped path costs 23 seconds of retries and five tracebacks.
     """
-    path = Path(source).expanduser()
+    path = path_of(source, "model", ModelError)
     looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not path_of(str(path / "config.json"), "model", ModelError).exists():
             raise ModelError(f"{source} has no config.json; expected a Hugging Face model directory")
         return
     if path.exists():
@@ -46,6 +49,32 @@ def check_files(source: str, *, own_tokenizer: bool = False) -> None:
         raise ModelError(f"{source} has no weights; expected model.safetensors or the like beside config.json")
     if not own_tokenizer and not any(next(folder.glob(name), None) for name in VOCABULARIES):
         raise ModelError(f"{source} has no tokenizer; expected tokenizer.json or the like beside config.json")
+    vocabulary = next((path for path in sorted(folder.glob("*.model")) if is_sentencepiece(path)), None)
+    missing = missing_for_sentencepiece()
+    if vocabulary is not None and not (folder / "tokenizer.json").is_file() and missing:
+        raise ModelError(f"cannot read the tokenizer of {source}: {vocabulary.name} needs {missing}")
+
+
+def is_sentencepiece(path: Path) -> bool:
+    """Whether a vocabulary is a sentencepiece model, by its first byte: others of the same name are texts."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"\n"  # the tag of a list of pieces
+    except OSError:
+        return False
+
+
+def missing_for_sentencepiece() -> str:
+    """What has to be installed before a sentencepiece model can be read, with the command; empty if nothing has to."""
+    missing = [name for module, name in SENTENCEPIECE.items() if not _is_installed(module)]
+    return f"{' and '.join(missing)}; pip install {' '.join(missing)}, or add tokenizer.json" if missing else ""
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # nor the package that it would be in
+        return False
 
 
 def read_model_config(source: str) -> dict[str, Any]:

@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
-from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path
 from plugbridge.cli.terminal import out, progress, say, setup
 from plugbridge.errors import ConfigError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
 
-GridArg = Annotated[Path, typer.Argument(help="the grid's YAML file, such as configs/quality.yaml", show_default=False)]
+GridArg = Annotated[
+    Path, typer.Argument(parser=path, help="the grid's YAML file, such as configs/quality.yaml", show_default=False)
+]
 JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="processes at a time, one thread each")]
 TableOption = Annotated[
     Path | None,
-    typer.Option("--table", help="Markdown file to write, JSON and PNG beside it  [default: <out>/quality.md]",
-                 show_default=False),
+    typer.Option("--table", parser=path, show_default=False,
+                 help="Markdown file to write, JSON and PNG beside it  [default: <out>/quality.md]"),
 ]  # fmt: skip
 
 
@@ -91,8 +93,8 @@ def memory(
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
-        typer.Option("--table", help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]",
-                     show_default=False),
+        typer.Option("--table", parser=path, show_default=False,
+                     help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]"),
     ] = None,
     budget: Annotated[
         str | None,

@@ -5,18 +5,33 @@ from typing import Annotated
 
 import typer
 
-ConfigArg = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
-RunArg = Annotated[Path, typer.Argument(help="a finished run's directory", show_default=False)]
+from plugbridge.errors import ConfigError
+from plugbridge.parsing import path_of
+
+
+def path(text: str) -> Path:
+    """A path on the command line, `~` expanded: shells leave it in `--out=~/run`. Raises ConfigError."""
+    return path_of(text, "path", ConfigError)
+
+
+ConfigArg = Annotated[Path, typer.Argument(parser=path, help="the run's YAML file", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(parser=path, help="a finished run's directory", show_default=False)]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", help="run directory  [default: runs/<config's name>]", show_default=False)
+    Path | None,
+    typer.Option("--out", parser=path, help="run directory  [default: runs/<config's name>]", show_default=False),
 ]
 RunsOption = Annotated[
-    Path | None, typer.Option("--out", help="directory for the runs and what they give  [default: a folder of runs/]",
-                              show_default=False),
+    Path | None,
+    typer.Option(
+        "--out", parser=path, show_default=False,
+        help="directory for the runs and what they give  [default: a folder of runs/]",
+    ),
 ]  # fmt: skip
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", envvar="PLUGBRIDGE_DATA", help="directory of task files, or `hub`", show_default=False),
+    typer.Option(
+        "--data", parser=path, envvar="PLUGBRIDGE_DATA", help="directory of task files, or `hub`", show_default=False
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg
+from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path
 from plugbridge.cli.terminal import out, progress, setup
 from plugbridge.config import load_config
 from plugbridge.errors import ConfigError
@@ -30,7 +30,9 @@ def report(root: RunArg, as_json: JsonOption = False) -> None:
 
 def submit(
     root: RunArg,
-    out_dir: Annotated[Path, typer.Option("--out", help="directory of the leaderboard's files", show_default=False)],
+    out_dir: Annotated[
+        Path, typer.Option("--out", parser=path, help="directory of the leaderboard's files", show_default=False)
+    ],
     data: DataOption = None,
     model: Annotated[str, typer.Option("--model", help="a model of the run's report")] = "large_plugged",
     task: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path
 from plugbridge.cli.terminal import announcer, out, progress, say, setup
 from plugbridge.errors import ConfigError
 
@@ -24,7 +24,7 @@ def reproduce(
     seed: Annotated[int | None, typer.Option(min=0, help="one seed for every run  [default: 0]")] = None,
     out_dir: RunsOption = None,
     target: Annotated[
-        Path | None, typer.Option("--table", help="Markdown file to write; LaTeX and JSON beside it")
+        Path | None, typer.Option("--table", parser=path, help="Markdown file to write; LaTeX and JSON beside it")
     ] = None,
     data: DataOption = None,
     sets: SetOption = None,

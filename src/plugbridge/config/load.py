@@ -12,7 +12,7 @@ from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, TaskConfi
 from plugbridge.config.schema import RunConfig
 from plugbridge.config.strict import members, takes_null, takes_text
 from plugbridge.errors import ConfigError
-from plugbridge.parsing import one_line, read_text, require_characters, shown
+from plugbridge.parsing import one_line, path_of, read_text, require_characters, shown
 
 TEXT = "constrained-str"
 """Pydantic's name of the branch that takes a name."""
@@ -26,11 +26,17 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+def _is_meant(branch: Any, found: Any) -> bool:
+    if isinstance(found, str):
+        return not any(name in str(branch) for name in BRANCHES)
+    return branch != TEXT
+
+
 def first_fault(error: ValidationError, source: str) -> str:
     """The first problem of a configuration in one line: where, what, and what to write instead."""
     problems = error.errors()
-    # `task` and `large` may be a string or a table: for a table the string branch's complaint says nothing
-    first = next((p for p in problems if (p["loc"][-1:] == (TEXT,)) == isinstance(p["input"], str)), problems[0])
+    # `task` and `large` may be a string or a table: what the branch complains of that was not meant says nothing
+    first = next((p for p in problems if _is_meant(p["loc"][-1], p["input"])), problems[0])
     # pydantic names the branch of a union too: `TaskConfig`, or the validator behind it
     location = tuple(part for part in first["loc"] if not any(name in str(part) for name in (*BRANCHES, TEXT)))
     where = one_line(".".join(str(part) for part in location), 200)
@@ -151,13 +157,8 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     """Make relative paths absolute that exist beside the config file; hub ids stay as they are. Raises ConfigError."""
 
     def absolute(key: str, source: str) -> Path:
-        try:
-            path = (folder / Path(source).expanduser()).resolve()
-            path.exists()
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, `~` of no user, links in a circle
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"{key}: {shown(source)} can be no path: {one_line(why)}") from error
-        return path
+        path = folder / path_of(source, key, ConfigError)
+        return path_of(str(path), key, ConfigError).resolve()
 
     def model(key: str, source: str) -> str:
         path = absolute(key, source)

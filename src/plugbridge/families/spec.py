@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plugbridge.errors import ConfigError, ModelError, ShapeError, first_problem
+from plugbridge.parsing import one_line
 from plugbridge.tensors.patterns import axis_names, infer_sizes, parse
 
 Scope = Literal["model", "stack", "layer"]
@@ -142,9 +143,9 @@ class Weight:
 @cache
 def load_family(name: str) -> Family:
     """Read ``families/<name>.toml``. Raises ConfigError for unknown names, keys or axes."""
+    if name not in family_names():
+        raise ConfigError(f"no family '{one_line(name, 80)}'; known: {', '.join(family_names())}")
     path = files("plugbridge.families") / f"{name}.toml"
-    if not path.is_file():
-        raise ConfigError(f"no family '{name}'; known: {', '.join(family_names())}")
     return parse_family(tomllib.loads(path.read_text(encoding="utf-8")), f"{name}.toml")
 
 
@@ -178,15 +179,19 @@ def family_names() -> list[str]:
     return sorted(p.name.removesuffix(".toml") for p in root.iterdir() if p.name.endswith(".toml"))
 
 
+def known_family(model_type: Any) -> Family | None:
+    """The family of a Hugging Face `model_type`, if there is one."""
+    return next((found for found in map(load_family, family_names()) if found.model_type == model_type), None)
+
+
 def family_of(model_type: str) -> Family:
     """The family of a Hugging Face `model_type`. Raises ModelError if none is known."""
-    for name in family_names():
-        family = load_family(name)
-        if family.model_type == model_type:
-            return family
+    family = known_family(model_type)
+    if family is not None:
+        return family
     known = ", ".join(family_names())
     raise ModelError(
-        f"model type '{model_type}' is of no known family (known: {known}); "
+        f"model type '{one_line(model_type, 80)}' is of no known family (known: {known}); "
         "a family is one TOML file, see docs/architecture.md"
     )
 

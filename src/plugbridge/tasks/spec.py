@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from plugbridge.errors import ConfigError, first_problem
+from plugbridge.parsing import one_line
 from plugbridge.tasks.form import PromptForm, template_fields
 from plugbridge.tasks.read import Format, Jsonl
 from plugbridge.tasks.unfold import Unfolding
@@ -155,11 +156,10 @@ def task_names() -> list[str]:
 @cache
 def load_task(name: str) -> Task:
     """Read ``tasks/<name>.toml``. Raises ConfigError."""
+    if name not in task_names():
+        known = ", ".join(task_names())
+        raise ConfigError(f"no task '{one_line(name, 80)}'; known: {known}; your own rows go in a table under `task:`")
     path = files("plugbridge.tasks") / f"{name}.toml"
-    if not path.is_file():
-        raise ConfigError(
-            f"no task '{name}'; known: {', '.join(task_names())}; your own rows go in a table under `task:`"
-        )
     return parse_task(tomllib.loads(path.read_text(encoding="utf-8")), f"{name}.toml")
 
 

@@ -1,0 +1,72 @@
+"""What stands on the command line and can be no path, amount or name is one line, before anything is done."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from plugbridge.cli import main
+
+LONG = "a" * 5000
+CONFIG = "small: a\nlarge: b\ntask: rte\n"
+
+
+def told(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", ["plugbridge", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert len(said) < 2100
+    return said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", LONG], "can be no path: File name too long"),
+        (["run", "c.yaml", "--out=~nosuchuser/x"], "'~nosuchuser/x' can be no path: Could not determine home"),
+        (["run", "c.yaml", "--data", LONG], "can be no path: File name too long"),
+        (["tune", "c.yaml", "--out", LONG], "can be no path: File name too long"),
+        (["report", LONG], "can be no path: File name too long"),
+        (["submit", "run", "--out", LONG], "can be no path: File name too long"),
+        (["sweep", "c.yaml", "--out", LONG, "--vary", "seed=1,2"], "can be no path: File name too long"),
+        (["bench", "quality", LONG], "can be no path: File name too long"),
+        (["bench", "memory", "--table", LONG], "can be no path: File name too long"),
+        (["reproduce", "table1", "--table", LONG], "can be no path: File name too long"),
+        (["run", "c.yaml", "--set", f"task={LONG[:4000]}"], "error: "),
+        (["run", "c.yaml", "--set", f"method.name={LONG[:4000]}"], "error: no method "),
+        (["run", "pipe"], "cannot read config pipe: it is a pipe, not a file"),
+        (["plan", "c.yaml", "--memory", "9" * 400 + "GB"], "is no amount of memory; expected one such as 8GB"),
+        (["bench", "memory", "--budget", "0.0000000000001"], "is no amount of memory; expected one such as 8GB"),
+        (["reproduce", LONG], "error: no table "),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_it_is_one_line(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(CONFIG, encoding="utf-8")
+    os.mkfifo("pipe")
+    before = sorted(tmp_path.rglob("*"))
+    assert message in told(words, monkeypatch, capfd)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_directory_is_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A shell leaves the ~ of `--out=~/run` alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(CONFIG, encoding="utf-8")
+    said = told(["run", "~/c.yaml", "--out=~/file"], monkeypatch, capfd)
+    assert said == f"error: {tmp_path}/file is a file; --out must name a run directory\n"

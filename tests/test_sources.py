@@ -1,0 +1,62 @@
+"""Where models come from: what can be no directory, and what a vocabulary needs to be read."""
+
+from pathlib import Path
+
+import pytest
+
+from conftest import save_model
+from plugbridge import sources
+from plugbridge.errors import ModelError
+from plugbridge.sources import check_files, check_source, missing_for_sentencepiece
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("~nosuchuser/x", "'~nosuchuser/x' can be no path: Could not determine home directory."),
+        ("/" + "a" * 5000, "can be no path: File name too long"),
+        ("/dev/null", "/dev/null is a file; expected a Hugging Face model directory"),
+    ],
+)
+def test_what_can_be_no_directory_is_one_line(source: str, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        check_source(source)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.fixture
+def pieces(tmp_path: Path) -> Path:
+    """A T5 as it was released: its vocabulary is a sentencepiece model, and nothing else."""
+    source = save_model("t5", tmp_path / "model", hidden=8, layers=1, heads=2)
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    (source / "spiece.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\2")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("installed", "wanted"),
+    [
+        (
+            (),
+            "spiece.model needs sentencepiece and protobuf; pip install sentencepiece protobuf, or add tokenizer.json",
+        ),
+        (("sentencepiece",), "spiece.model needs protobuf; pip install protobuf, or add tokenizer.json"),
+        (("sentencepiece", "google.protobuf"), None),
+    ],
+)
+def test_what_a_sentencepiece_model_needs_is_said(
+    pieces: Path, installed: tuple[str, ...], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that it is a file for tiktoken, as transformers has it."""
+    monkeypatch.setattr(sources, "_is_installed", lambda module: module in installed)
+    assert bool(missing_for_sentencepiece()) == (wanted is not None)
+    if wanted is None:
+        check_files(str(pieces))
+        return
+    with pytest.raises(ModelError) as caught:
+        check_files(str(pieces))
+    assert str(caught.value) == f"cannot read the tokenizer of {pieces}: {wanted}"
+    (pieces / "spiece.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's format
+    check_files(str(pieces))

@@ -271,8 +271,9 @@ def test_a_row_during_which_a_call_was_stopped_is_not_begun_again(
     assert counts["Adapter"].measured
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "counts.json").write_text('{"a": 1}')
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", '[{"model": 1}]', "[NaN]", "[" * 100_000, "", '"\\ud800"'])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "counts.json").write_text(text)
     with pytest.raises(ConfigError, match=r"counts\.json holds no counts"):
         _counts(tmp_path, 0, "LoRA")
 

@@ -501,3 +501,12 @@ def test_a_mistake_in_the_grid_is_one_line_and_writes_nothing(
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"prediction": 1}', '{"right": NaN}'])
+def test_predictions_that_are_none_are_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "evaluate" / "predictions" / "large_plugged.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(RunError, match=r"large_plugged\.jsonl holds no predictions as a run leaves them"):
+        answers(tmp_path, "large_plugged")

@@ -1,6 +1,5 @@
 """Memory and time of our stages and of what else one could do, side by side: measured where it fits, else predicted."""
 
-import json
 import logging
 import re
 import time
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from plugbridge.errors import ConfigError, PlugbridgeError
 from plugbridge.files import write_json
@@ -22,6 +22,7 @@ from plugbridge.memory.rows import LORA, QLORA, Row, baselines, common_stages, c
 from plugbridge.memory.shapes import Shape
 from plugbridge.memory.weights import keep_only, write_weights
 from plugbridge.models import parameter_count
+from plugbridge.parsing import read_json
 from plugbridge.progress import Progress
 from plugbridge.tensors.writer import NAMES
 
@@ -267,7 +268,7 @@ def read_counts(path: Path) -> Mapping[Key, Count]:
     if not path.is_file():
         return {}
     try:
-        counts = [Count(**row) for row in list(json.loads(path.read_text(encoding="utf-8")))]
-    except (ValueError, TypeError) as error:
+        counts = TypeAdapter(list[Count]).validate_python(read_json(path, ConfigError))
+    except (ConfigError, ValidationError) as error:
         raise ConfigError(f"{path} holds no counts of `bench memory`; move it away or name another --table") from error
     return {key_of(count): count for count in counts}

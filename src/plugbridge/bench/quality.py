@@ -1,6 +1,5 @@
 """Quality of the transfer over a grid: run it, resume it, and reduce it to cells with intervals."""
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -13,15 +12,18 @@ from numpy.typing import NDArray
 
 from plugbridge.bench.grid import Grid, Group
 from plugbridge.config import RunConfig, parse_config
+from plugbridge.errors import DataError, RunError
 from plugbridge.files import write_json
 from plugbridge.imports import leave_out_bitsandbytes
 from plugbridge.markers import read_marker, write_own
+from plugbridge.parsing import read_json
 from plugbridge.preflight import resolve
 from plugbridge.prepare import prepare
 from plugbridge.progress import Progress, Silent
 from plugbridge.run import borrow, execute, facts_of, locked
 from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.shrink import rows_scored
+from plugbridge.tasks.read import read_jsonl
 from plugbridge.workers import workers
 
 REFERENCES = {
@@ -129,8 +131,11 @@ def answers(root: Path, model: str) -> Answers | None:
     path = root / "evaluate" / "predictions" / f"{model}.jsonl"
     if not path.is_file():
         return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return np.array([row["prediction"] == row["right"] for row in rows])
+    try:
+        rows = [row for _, row in read_jsonl(path)]
+        return np.array([row["prediction"] == row["right"] for row in rows])
+    except (DataError, KeyError) as error:
+        raise RunError(f"{path} holds no predictions as a run leaves them; run its variant again ({error})") from error
 
 
 def finished(group: Group, name: str, out: Path) -> bool:
@@ -138,7 +143,7 @@ def finished(group: Group, name: str, out: Path) -> bool:
     root = out / group.name / slug(name)
     if read_marker(root / "evaluate") is None:
         return False
-    written = parse_config(json.loads((root / "config.yaml").read_text(encoding="utf-8")), str(root))
+    written = parse_config(read_json(root / "config.yaml", RunError), str(root))
     return same_result(resolve(written), resolve(dict(group.variants)[name]))
 
 

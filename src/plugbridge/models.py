@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 PRECISIONS = ("F32", "BF16", "F16", "F64")
 """How safetensors names the types in which weights are stored as they are."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate", "attention_dropout")
+"""Shares that the families' configurations give for dropout."""
 ACTIVATIONS = ("activation_function", "hidden_act", "dense_act_fn")
 """Where configurations name the function between two linear layers."""
 _ADVICE = "weights_only"
@@ -369,6 +371,11 @@ def check_vocabulary(source: str, tokenizer: Tokenizer, config: PreTrainedConfig
 def check_pair(small: PreTrainedConfig, large: PreTrainedConfig) -> None:
     """Refuse a pair of two families. Raises ModelError."""
     check_families(family_of(small.model_type), family_of(large.model_type))
+
+
+def drops_out(config: PreTrainedConfig) -> bool:
+    """Whether a model in training drops some of its numbers, drawn anew in every forward pass."""
+    return any(getattr(config, name, None) for name in DROPOUTS)
 
 
 def pick_device(name: str) -> str:

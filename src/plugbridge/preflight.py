@@ -20,6 +20,7 @@ from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.rows import Row, input_files, load_rows
 from plugbridge.tasks.spec import Split, Task, load_task
+from plugbridge.transfer.acting import check_acting
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import Method, MethodSettings, find_method
 
@@ -145,8 +146,7 @@ def check_settings(config: RunConfig) -> None:
     """Refuse what does not go together, once the mode's defaults are written out (`resolve`). Raises ConfigError."""
     _check_bridge_use(config)
     _check_models(config)
-    if config.method.name != "lora" and config.method.dropout > 0:
-        raise ConfigError(f"method.dropout is {config.method.dropout}, but only lora has dropout; set it to 0")
+    check_acting(config)
 
 
 def check_probe(config: RunConfig, task: Task, kind: str) -> None:
@@ -197,6 +197,8 @@ def _check_models(config: RunConfig) -> None:
     }
     for name in BaselinesConfig.model_fields:
         needs[name] = (getattr(config.baselines, name) is not None, f"a `baselines.{name}:` section")
+    mode = find_mode(config.couple.mode)
+    needs["bridge_coupled"] = (mode.trains_bridge, f"a mode whose Bridge trains; in '{mode.name}' it is no model")
     for name in config.evaluate.models or ():
         given, section = needs.get(name, (True, ""))
         if not given:

@@ -12,8 +12,9 @@ from plugbridge.bench.grid import Group, groups_of, load_grid, nested
 from plugbridge.bench.quality import slug
 from plugbridge.config import RunConfig
 from plugbridge.errors import ConfigError
-from plugbridge.preflight import _check_bridge_use, resolve
+from plugbridge.preflight import _check_bridge_use, check_settings, resolve
 from plugbridge.tasks.spec import load_task
+from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import find_method
 
 QUALITY = Path(__file__).parents[2] / "configs" / "quality.yaml"
@@ -240,7 +241,8 @@ def test_the_first_variant_is_whole_and_the_others_score_what_is_new(tmp_path: P
     assert (first.evaluate.models, first.evaluate.probe) == (None, True)
     assert len(others) == 2
     for config in others:
-        assert (config.evaluate.models, config.evaluate.probe) == (["large_plugged", "bridge_coupled"], False)
+        scored = ["large_plugged", *(["bridge_coupled"] if find_mode(config.couple.mode).trains_bridge else [])]
+        assert (config.evaluate.models, config.evaluate.probe) == (scored, False)
         assert config.evaluate.batch_size == first.evaluate.batch_size
 
 
@@ -284,7 +286,12 @@ def test_every_run_of_the_shipped_grid_is_valid(shipped: dict[bool, list[Group]]
         first, *others = [config for _, config in group.variants]
         assert (first.evaluate.models, first.evaluate.probe) == (None, True)
         assert first.ceiling is not None
-        assert all(config.evaluate.models == ["large_plugged", "bridge_coupled"] for config in others)
+        for config in (first, *others):
+            check_settings(resolve(config))
+        for config in others:
+            assert config.evaluate.models is not None
+            alone = find_mode(config.couple.mode).trains_bridge
+            assert config.evaluate.models == ["large_plugged", "bridge_coupled"][: 1 + alone]
         shared = {(c.small, c.large, c.seed, str(c.tune), str(c.ceiling)) for c in (first, *others)}
         assert len(shared) == 1  # so that the first variant's stages serve all
         assert load_task(group.task).name == group.task

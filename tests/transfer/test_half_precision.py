@@ -50,6 +50,22 @@ def test_a_bfloat16_large_model_gives_the_float32_direction(family: str, method:
     assert cosine(found, wanted) > 0.995
 
 
+@pytest.mark.parametrize("mode", ["feedback", "ladder_delta"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norm_weights_of_zero_change_no_direction(family: str, mode: str) -> None:
+    """An unpruned Bridge in float32 and the large model in bfloat16, some of both's norm weights 0 or nearly."""
+    found: list[dict[str, Tensor]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        large, coupling = large_model(family), coupling_of(family, "lora", reduction=1)
+        for model in (large, coupling.bridge):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.dim() == 1 and name.endswith("weight"):
+                        parameter[[1, 6, 15]] = torch.tensor([0.0, 0.0, 1e-30])
+        found.append(gradient_of(replace(coupling, large_model=large.to(dtype), train_bridge=False), mode)[1])
+    assert cosine(*found) > 0.995
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bridge_is_repaired_in_float32_by_a_bfloat16_large_model(family: str) -> None:
     rows = [Encoded((*range(3 + i, 9 + 2 * i), 1), ((3, 1), (4, 1)), 0) for i in range(10)]  # a few would round apart

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from plugbridge.config import RunConfig, apply_override, parse_config, read_yaml, resolve_paths, set_value
 from plugbridge.config.strict import StrictConfig
 from plugbridge.errors import ConfigError, first_problem
+from plugbridge.transfer.couple import find_mode
 
 OWN = ("small", "large", "task", "seed", "method.name")
 """Keys that a grid fills in for each run."""
@@ -136,15 +137,21 @@ def _group(
             **block.set,
             **grid.variants[name].set,
         }
+        config = _config(settings, overrides, name)
         if number > 0:  # the rest is known from the first variant
-            settings["evaluate.models"] = ["large_plugged", "bridge_coupled"]
+            alone = find_mode(config.couple.mode).trains_bridge
+            settings["evaluate.models"] = ["large_plugged", *(["bridge_coupled"] if alone else [])]
             settings["evaluate.probe"] = False
-        raw: Any = nested(settings)
-        for text in overrides:
-            raw = apply_override(raw, text)
-        config = parse_config(raw, f"variant '{name}'")
+            config = _config(settings, overrides, name)
         variants.append((name, resolve_paths(config, folder)))
     return Group(pair, method, task, seed, tuple(variants))
+
+
+def _config(settings: Settings, overrides: Sequence[str], name: str) -> RunConfig:
+    raw: Any = nested(settings)
+    for text in overrides:
+        raw = apply_override(raw, text)
+    return parse_config(raw, f"variant '{name}'")
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

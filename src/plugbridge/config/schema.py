@@ -77,6 +77,11 @@ class RunConfig(StrictConfig):
         found = {stage for name in asked for stage in MADE_BY[name] if sections.get(stage, stage) is not None}
         return {*found, "evaluate"}
 
+    def makes(self, model: str) -> bool:
+        """Whether the run does the stages that a model is made by."""
+        last = MADE_BY[model][-1:]
+        return set(last) <= self.stages
+
     @property
     def large_path(self) -> str:
         """The large model's id or directory, however `large` was written."""

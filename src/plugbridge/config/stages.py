@@ -206,7 +206,7 @@ ScoredModel = Literal[
 
 TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
 """The method's stages in order; repair and polish where the configuration has them."""
-MADE_BY: dict[ScoredModel, tuple[str, ...]] = {
+MADE_BY: dict[str, tuple[str, ...]] = {
     "small_zero_shot": (),
     "small_probe": (),
     "small_tuned": ("tune",),

@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from plugbridge.config import RunConfig, TrainConfig
+from plugbridge.config import PartsConfig, RunConfig
 from plugbridge.cost import baseline_memory, measure, return_blocks, settle
+from plugbridge.models import drops_out, load_config
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import Stage, StageResult
@@ -73,7 +74,18 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress, only: str |
     tune_rate = rate_of_training(config.tune, prepared.method)
     couple_rate = rate_of_training(config.couple, prepared.method)
     stages = [
-        stage("tune", (), {"small": small, "method": method, "tune": _dump(config.tune), "rate": tune_rate}, tune),
+        stage(
+            "tune",
+            (),
+            {
+                "small": small,
+                "method": method,
+                "tune": _dump(config.tune),
+                "rate": tune_rate,
+                **_parts(prepared, config.tune, config.small),
+            },
+            tune,
+        ),
         stage(
             "score",
             (),
@@ -110,6 +122,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress, only: str |
                 "couple": _dump(config.couple),
                 "rate": couple_rate,
                 **({"rows": DRAWN} if alignment_passes(config) else {}),
+                **_parts_of_coupling(prepared),
                 **(bits if uses_large(config) else {}),
             },
             couple,
@@ -129,6 +142,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress, only: str |
             "method": method,
             "ceiling": _dump(config.ceiling),
             "rate": rate_of_training(config.ceiling, prepared.method),
+            **_parts(prepared, config.ceiling, config.large_path),
         }
         stages.append(stage("ceiling", (), depends, ceiling))
         results = (*results, "ceiling")
@@ -158,12 +172,14 @@ def _baselines(prepared: Prepared) -> list[Baseline]:
     found: list[Baseline] = []
     for size in ("small", "large"):
         for kind, work in (("finetuned", finetune), ("ladder", climb)):
-            settings: TrainConfig | None = getattr(config.baselines, f"{size}_{kind}")
+            settings: PartsConfig | None = getattr(config.baselines, f"{size}_{kind}")
             if settings is None:
                 continue
             name = f"{size}_{kind}"
             rate = rate_of_baseline(kind, settings)
+            source = config.small if size == "small" else config.large_path
             depends = {"model": prepared.inputs[size], "baseline": _dump(settings), "rate": rate}
+            depends |= _parts(prepared, settings, source, with_module=False)
             if kind == "ladder":
                 depends |= {"score": _dump(config.score), "rows": DRAWN}
             room = partial(baseline_room, prepared, size, kind, settings)
@@ -174,9 +190,31 @@ def _baselines(prepared: Prepared) -> list[Baseline]:
 DRAWN = "drawn by the seed"
 """How some training rows are chosen; earlier versions took the first, and their results are not these."""
 UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute")
-"""Keys that change no result, beyond rounding."""
+"""Keys that change no result, beyond rounding; `micro_batch` does with dropout, and is then named beside them."""
 LATER = {"optimizer": "adamw"}
 """Keys that came later, and what they are where a run from before them has none: such a run need not be done anew."""
+
+
+def _parts(prepared: Prepared, settings: PartsConfig, source: str, with_module: bool = True) -> dict[str, Any]:
+    """How many rows go through a model at a time, where they drop other numbers together than one by one."""
+    dropout = prepared.settings.dropout if with_module else 0.0
+    config = load_config(source, trust_remote_code=prepared.config.trust_remote_code)
+    return _micro_batch(settings) if dropout > 0 or drops_out(config) else {}
+
+
+def _parts_of_coupling(prepared: Prepared) -> dict[str, Any]:
+    """The same for coupling, where the Bridge has the large model's dropout as far as it trains."""
+    config, settings = prepared.config, prepared.config.couple
+    if not find_mode(settings.mode).trains_bridge:
+        return {}
+    if settings.bridge == "freeze":
+        return _micro_batch(settings) if prepared.settings.dropout > 0 else {}
+    return _parts(prepared, settings, config.large_path)
+
+
+def _micro_batch(settings: PartsConfig) -> dict[str, Any]:
+    some = settings.micro_batch
+    return {} if some is None or some >= settings.batch_size else {"micro_batch": some}
 
 
 def _dump(section: Any) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def submit(
         raise ConfigError(f"task '{task.name}' has no leaderboard; `plugbridge submit` is for the tasks of SuperGLUE")
     if form != p.task.form(kind):
         raise ConfigError(f"the run is of task '{p.task.name}', which asks otherwise than '{task.name}'; run that task")
-    found = {candidate.name: candidate for candidate in candidates(Work(p, root, root / "evaluate", progress, Cost()))}
+    every = candidates(Work(p, root, root / "evaluate", progress, Cost()))
+    found = {candidate.name: candidate for candidate in every if p.config.makes(candidate.name)}
     if model not in found:
         raise ConfigError(f"the run has no model '{model}'; known: {', '.join(found)}")
     check_needs(root, build_stages(p, root, progress), "evaluate")

@@ -35,6 +35,9 @@ def bridge_loss(coupling: Coupling, during: Callable[[list[Encoded]], AbstractCo
     for parameter in named.values():  # peft froze them
         parameter.requires_grad_(coupling.train_bridge)
     wrapped.train(coupling.train_bridge)
+    for name, part in wrapped.named_modules():
+        if name.endswith(".lora_dropout.default"):  # the module trains, whether the Bridge does or not
+            part.train()
     if recompute:
         _run_blocks_again(coupling)
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from plugbridge.bench.grid import Group, groups_of, load_grid, nested
-from plugbridge.bench.quality import slug
+from plugbridge.bench.grid import Group, groups_of, load_grid, nested, slug
 from plugbridge.config import RunConfig
 from plugbridge.errors import ConfigError
 from plugbridge.preflight import _check_bridge_use, check_settings, resolve
@@ -109,6 +108,16 @@ MISTAKES: dict[str, tuple[Callable[[Raw], Any], str]] = {
     "empty": (lambda _: "", "Input should be a valid dictionary or instance of Grid"),
     "a list": (lambda _: "- pairs", "Input should be a valid dictionary or instance of Grid"),
     "not YAML": (lambda _: "pairs: [", "is not YAML"),
+    "a pair that is a path": (
+        put("pairs", "../x", to={"small": "a", "large": "b"}),
+        "pair '../x': expected 1 to 100 letters",
+    ),
+    "a variant without letters": (
+        put("variants", "../", to={}),
+        "variant '../': expected 1 to 100 characters, a letter",
+    ),
+    "a name too long": (put("variants", "a" * 5000, to={}), "expected 1 to 100 characters"),
+    "variants of one folder": (put("variants", "half-way", to={}), "'half way' and 'half-way' would share a folder"),
     "a key twice": (lambda _: "seeds: [0]\nseeds: [1]", "line 2: key 'seeds' stands twice"),
     "a tag": (lambda _: "pairs: !!map {}", "line 1: tag"),
     "a number that is a text": (put("seeds", to=["1"]), "seeds.0: Input should be a valid integer"),

@@ -1,5 +1,6 @@
 """A grid of runs as data: pairs x methods x tasks x seeds, each in several variants of one configuration."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from pydantic import Field, ValidationError
 from plugbridge.config import RunConfig, apply_override, parse_config, read_yaml, resolve_paths, set_value
 from plugbridge.config.strict import StrictConfig
 from plugbridge.errors import ConfigError, first_problem
+from plugbridge.parsing import shown
 from plugbridge.transfer.couple import find_mode
 
+_PAIR = r"[\w+=][\w .+=-]{0,99}"
 OWN = ("small", "large", "task", "seed", "method.name")
 """Keys that a grid fills in for each run."""
 Settings = dict[str, Any]
@@ -79,6 +82,7 @@ def load_grid(path: Path) -> Grid:
         grid = Grid.model_validate(read_yaml(path, "grid"))
     except ValidationError as error:
         raise ConfigError(first_problem(error, str(path))) from error
+    _check_names(grid, path)
     blocks = (*grid.default, *grid.full)
     for where, settings in (
         ("base", grid.base),
@@ -98,6 +102,26 @@ def load_grid(path: Path) -> Grid:
                 if name not in known:
                     raise ConfigError(f"{path}: no {kind} '{name}'; known: {', '.join(known)}")
     return grid
+
+
+def slug(name: str) -> str:
+    """A variant's folder."""
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
+
+
+def _check_names(grid: Grid, path: Path) -> None:
+    """Refuse names of pairs and variants of which no folders can be made, or not one for each. Raises ConfigError."""
+    for name in grid.pairs:
+        if not re.fullmatch(_PAIR, name):
+            raise ConfigError(f"{path}: pair {shown(name)}: expected 1 to 100 letters, digits, blanks, and . _ + = -")
+    seen: dict[str, str] = {}
+    for name in grid.variants:
+        folder = slug(name)
+        if not folder or len(name) > 100:
+            raise ConfigError(f"{path}: variant {shown(name)}: expected 1 to 100 characters, a letter or digit in it")
+        if folder in seen:
+            raise ConfigError(f"{path}: variants {shown(seen[folder])} and {shown(name)} would share a folder")
+        seen[folder] = name
 
 
 def groups_of(grid: Grid, folder: Path, full: bool, overrides: Sequence[str] = ()) -> list[Group]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from plugbridge.bench.grid import Grid, Group
+from plugbridge.bench.grid import Grid, Group, slug
 from plugbridge.config import RunConfig, parse_config
 from plugbridge.errors import DataError, RunError
 from plugbridge.files import write_json
@@ -99,11 +99,6 @@ def run_group(group: Group, data: Path | None, out: Path, grid: Path | None = No
             execute(root, stages, None, lambda _stage, _what: None, redo=True)
         donors.append(root)
     return group.name
-
-
-def slug(name: str) -> str:
-    """A variant's folder."""
-    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
 def run_groups(

@@ -33,7 +33,14 @@ def run(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, **streams: Text
     return code
 
 
-COMMANDS = [("methods",), ("explain",), ("explain", "--markdown"), ("--version",), ("run", "--help")]
+COMMANDS = [
+    ("methods",),
+    ("methods", "--json"),
+    ("explain",),
+    ("explain", "--markdown"),
+    ("--version",),
+    ("run", "--help"),
+]
 
 
 @needs_full

@@ -35,7 +35,11 @@ def standard_streams() -> Generator[None]:
     try:
         if closed:
             raise OutputError("standard output is closed; send it to a file, or to /dev/null")
-        yield
+        try:
+            yield
+        except SystemExit:  # which is how commands end, well or not
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     finally:
         sys.stdout, sys.stderr = before

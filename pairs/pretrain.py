@@ -539,6 +539,8 @@ def pretrain(
     tokenizer = tokenizer_for(recipe, data, out, words, seed)
     target = out / recipe.family / recipe.size
     work = out / recipe.family / f"{recipe.size}-work"
+    if target.exists() and not work.exists():
+        raise SystemExit(f"error: {target} was not made here; move it away, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
     pieces = text.plain_pieces(data, seed)
     prose = [next(pieces) for _ in range(recipe.pieces)]

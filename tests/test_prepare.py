@@ -1,10 +1,24 @@
 """What a run depends on of its models: configuration, tokenizer and weights, no more."""
 
+import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from conftest import make_model, save_model
-from plugbridge.models import model_files
+from plugbridge.config import parse_config
+from plugbridge.errors import RunError
+from plugbridge.models import load_model, model_files
+from plugbridge.prepare import Prepared, prepare
+from plugbridge.progress import Silent
+from plugbridge.report import read_report
+from plugbridge.run import Stage, execute, locked
+from plugbridge.sources import HubId
+from plugbridge.stages.build import build_stages
 
 Raw = dict[str, Any]
 OWN = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -29,3 +43,60 @@ def test_weights_are_the_shards_that_the_index_names(tmp_path: Path) -> None:
     assert len(shards) > 1
     (tmp_path / "model-of-before.safetensors").touch()
     assert {path.name for path in model_files(tmp_path)} == {"config.json", "model.safetensors.index.json", *shards}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int], None]:
+    """Puts a model into a cache of the hub at a commit, and its `main` there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def put(name: str, commit: str, seed: int) -> None:
+        folder = tmp_path / "hub" / f"models--org--{name}"
+        if not (folder / "snapshots" / commit).is_dir():
+            save_model("gpt2", folder / "snapshots" / commit, hidden=8, layers=1, heads=2, seed=seed)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit, encoding="utf-8")
+
+    return put
+
+
+def test_a_hub_model_is_of_its_commit(
+    hub: Callable[[str, str, int], None], run_config: Callable[..., Raw], tmp_path: Path
+) -> None:
+    old, new = "a" * 40, "b" * 40
+    hub("small", old, 1)
+    hub("large", old, 2)
+    raw = run_config(small="org/small", large="org/large", ceiling=None, evaluate={"limit": 8})
+
+    def stages() -> tuple[Prepared, list[Stage]]:
+        prepared = prepare(parse_config(raw, "test"), None)
+        return prepared, build_stages(prepared, tmp_path / "run", Silent())
+
+    before, first = stages()
+    assert before.inputs["large"] == {"source": "org/large", "commit": old}
+    with locked(tmp_path / "run"):
+        execute(tmp_path / "run", first, None, lambda _stage, _what: None)
+    adapter = json.loads((tmp_path / "run" / "plug" / "checkpoint" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "org/large"
+    found = read_report(tmp_path / "run")["models"]
+    assert (found["small"]["commit"], found["large"]["commit"]) == (old, old)
+    assert found["large"]["source"] == "org/large"
+    # main moves while the first run holds its models
+    hub("large", new, 3)
+    weights = [model.load(model.config.large_path)[0].state_dict() for model in (before, stages()[0])]
+    assert not all(torch.equal(a, b) for a, b in zip(*(found.values() for found in weights), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), _of(tmp_path, old).values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights[1].values(), _of(tmp_path, new).values(), strict=True))
+    with pytest.raises(RunError, match=r"done again \(score, prune, couple, plug, evaluate\): large\.commit has other"):
+        execute(tmp_path / "run", stages()[1], None, lambda _stage, _what: None)
+
+
+def _of(folder: Path, commit: str) -> dict[str, torch.Tensor]:
+    return load_model(str(folder / "hub" / "models--org--large" / "snapshots" / commit)).state_dict()
+
+
+def test_a_pinned_id_is_the_id() -> None:
+    pinned = HubId("org/large", "a" * 40)
+    again = pickle.loads(pickle.dumps(pinned))
+    assert (again, again.commit, json.dumps(again)) == ("org/large", "a" * 40, '"org/large"')

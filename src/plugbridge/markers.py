@@ -36,10 +36,10 @@ State = Literal["absent", "started", "done", "damaged", "other"]
 
 
 @contextmanager
-def reading(path: Path, remedy: str = "remove its stage's folder and run again") -> Generator[None]:
+def reading(path: Path, remedy: str = "move its stage's folder away and run again") -> Generator[Path]:
     """Turn whatever goes wrong in reading something of a run directory into one clear error."""
     try:
-        yield
+        yield path
     except PlugbridgeError:
         raise
     except Exception as error:

@@ -30,7 +30,7 @@ from transformers.utils.hub import cached_file
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, check_families, check_numbers, family_of, known_family, layout_of
 from plugbridge.parsing import one_line, shown
-from plugbridge.sources import check_source, missing_for_sentencepiece, read_model_config
+from plugbridge.sources import check_source, missing_for_sentencepiece, read_model_config, revision
 from plugbridge.tensors.checkpoint import AGAIN, DTYPES, Checkpoint, open_checkpoint, read_index
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
     if family is not None:  # before anything is built by them
         check_numbers(source, family, raw)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **revision(source))
     except Exception as error:
         raise ModelError(f"cannot read the configuration of {source}: {reason_of(error)}") from error
     for name in ACTIVATIONS:
@@ -125,7 +125,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Tokenizer
     """A model's tokenizer. Raises ModelError."""
     check_source(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **revision(source))
     except Exception as error:
         missing = missing_for_sentencepiece() if "tiktoken" in str(error) else ""
         why = f"its sentencepiece model needs {missing}" if missing else reason_of(error)
@@ -169,6 +169,7 @@ def load_model(
             attn_implementation="sdpa" if family.kind == "causal" else None,
             device_map={"": device} if device == "meta" or quantisation is not None else None,
             quantization_config=quantisation,
+            **revision(source),
         )
     except Exception as error:
         why = _misshapen(source, config) or _unpickled(source) or reason_of(error)
@@ -287,7 +288,11 @@ def _find_file(source: str, name: str) -> Path | None:
         path = Path(source) / name
         return path if path.is_file() else None
     found = cached_file(
-        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **revision(source),
     )
     return None if found is None else Path(found)
 

@@ -13,7 +13,7 @@ from plugbridge.errors import ConfigError, ModelError
 from plugbridge.families.spec import Family, Layout, check_families, check_numbers, family_of, layout_of_config
 from plugbridge.files import file_digest
 from plugbridge.shrink.sizes import reduced_sizes
-from plugbridge.sources import check_files, read_model_config
+from plugbridge.sources import check_files, pinned, read_model_config
 from plugbridge.tasks.check import check_rows
 from plugbridge.tasks.hub import from_hub, hub_rows
 from plugbridge.tasks.metrics import check_metrics
@@ -45,7 +45,7 @@ class Checked:
 
 def preflight(config: RunConfig, data: Path | None) -> Checked:
     """Refuse what needs no model, tokenizer or device to be refused. Raises ConfigError, ModelError, DataError."""
-    config = check_config(config)
+    config = _pinned(check_config(config))
     kind = check_models(config)
     task, rows, digests = _read_task(config, data, kind)
     check_metrics(task.metrics)
@@ -61,6 +61,13 @@ def check_config(config: RunConfig) -> RunConfig:
     config = resolve(config)
     check_settings(config)
     return config
+
+
+def _pinned(config: RunConfig) -> RunConfig:
+    """The configuration with both models at the commit that the hub's branch is at now, where they are from the hub."""
+    large = pinned(config.large_path)
+    whole = large if isinstance(config.large, str) else config.large.model_copy(update={"path": large})
+    return config.model_copy(update={"small": pinned(config.small), "large": whole})
 
 
 def check_runs(configs: Iterable[RunConfig]) -> None:

@@ -35,6 +35,7 @@ from plugbridge.models import (
 from plugbridge.preflight import Checked, most_of, preflight, room_in
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
+from plugbridge.sources import commit_of
 from plugbridge.streaming import load_converted, load_streamed
 from plugbridge.tasks.alike import encode_alike
 from plugbridge.tasks.encode import Encoded, Encoder
@@ -267,5 +268,5 @@ def _model_digest(config: RunConfig, source: str) -> dict[str, Any]:
     """What makes a model: its configuration, tokenizer and weights. What else lies in its folder changes nothing."""
     folder = Path(source)
     if not folder.is_dir():
-        return {"source": source}
+        return {"source": source, "commit": commit_of(source)}
     return {"files": {path.name: file_digest(path) for path in model_files(folder, code=config.trust_remote_code)}}

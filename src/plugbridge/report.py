@@ -8,6 +8,7 @@ from plugbridge.config.stages import MADE_BY, TRANSFER
 from plugbridge.errors import RunError
 from plugbridge.files import write_atomically
 from plugbridge.markers import RUN, read_marker, reading
+from plugbridge.version import __version__
 
 TITLES = {
     "small_zero_shot": "small, zero-shot",
@@ -140,8 +141,9 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         ],
         "peak": _peak(markers),
         "models": {
-            "small": _model(markers, "small"),
-            "large": _model(markers, "large") | {"load_in": markers.depends("evaluate").get("load_in")},
+            "small": _model(markers, "small") | {"commit": _commit(markers, "small")},
+            "large": _model(markers, "large")
+            | {"load_in": markers.depends("evaluate").get("load_in"), "commit": _commit(markers, "large")},
             "bridge": {
                 "parameters": markers.facts("prune")["bridge_parameters"],
                 "share": markers.facts("prune")["bridge_share"],
@@ -172,6 +174,11 @@ def _model(markers: _Markers, size: str) -> dict[str, Any]:
     if size == "small":
         return {"source": markers.facts("tune")["source"], "parameters": markers.facts("tune")["model_parameters"]}
     return {"source": markers.depends("plug")["source"], "parameters": markers.facts("prune")["large_parameters"]}
+
+
+def _commit(markers: _Markers, size: str) -> str | None:
+    """The commit of a model from the hub; None of a directory."""
+    return markers.depends("evaluate").get(size, {}).get("commit")
 
 
 def _peak(markers: _Markers) -> dict[str, Any]:
@@ -257,6 +264,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """A bar for every model of the run, as a PNG, with Wilson 95 % intervals for accuracy."""
     from matplotlib.figure import Figure
 
+    _check_picture(path)
     rows = report["rows"]
     figure = Figure(figsize=(7.2, 0.55 * len(rows) + 1.4), layout="constrained")
     axes = figure.add_subplot()
@@ -286,7 +294,18 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_title(": ".join(filter(None, (report["task"], how_made(report)))), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     with write_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": _SOFTWARE})
+
+
+_SOFTWARE = f"plugbridge {__version__}"
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse to draw over a picture that is not ours. Raises RunError."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if b"Software\0plugbridge" not in file.read(4096):
+                raise RunError(f"{path} was not made by plugbridge, so it stays; move it away for the report's picture")
 
 
 def wilson(value: float, n: int, z: float = 1.959964) -> tuple[float, float]:

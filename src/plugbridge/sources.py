@@ -20,6 +20,42 @@ SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"
 """Modules that transformers reads a sentencepiece model with, and their packages' names."""
 
 
+class HubId(str):
+    """A model's id on the hub together with the commit that is read: to everybody else it is the id."""
+
+    commit: str
+
+    def __new__(cls, name: str, commit: str) -> "HubId":
+        made = super().__new__(cls, name)
+        made.commit = commit
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return str(self), self.commit
+
+
+def pinned(source: str) -> str:
+    """A hub id with the commit that its branch is at now; a directory stays as it is. Raises ModelError.
+
+    Whatever is loaded from it afterwards is of that commit.
+    """
+    check_source(source)
+    if isinstance(source, HubId) or Path(source).is_dir():
+        return source
+    folder = _hub_file(source, "config.json").parent
+    return HubId(source, folder.name) if folder.parent.name == "snapshots" else source
+
+
+def commit_of(source: str) -> str | None:
+    """The commit that a source is pinned to."""
+    return source.commit if isinstance(source, HubId) else None
+
+
+def revision(source: str) -> dict[str, str]:
+    """What transformers is told of the commit."""
+    return {"revision": source.commit} if isinstance(source, HubId) else {}
+
+
 def check_source(source: str) -> None:
     """Refuse a missing directory before the hub is asked for it. Raises ModelError.
 
@@ -102,7 +138,7 @@ def _hub_file(source: str, name: str) -> Path:
     )
 
     try:
-        return Path(hf_hub_download(source, name))
+        return Path(hf_hub_download(source, name, revision=commit_of(source)))
     except GatedRepoError as error:
         raise ModelError(
             f"{source} is gated on the Hugging Face hub; accept its terms on its page and log in with `hf auth login`"

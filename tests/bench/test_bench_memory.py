@@ -17,14 +17,14 @@ from plugbridge.bench import memory, reproduce
 from plugbridge.bench.memory import Count, Machine, count_shape, read_counts, rows_of, write_counts
 from plugbridge.bench.memory_figure import draw_steps, step_name
 from plugbridge.bench.memory_page import MEMORY, REDUCTION, memory_page, named_runs, paper_bytes, paper_cells
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, RunError
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import Measurement, lasting, run_here
 from plugbridge.memory.predict import predict
 from plugbridge.memory.rows import QLORA, Row, jobs
 from plugbridge.memory.shapes import PAPER, Shape, gpt2, t5
 from plugbridge.memory.steps import MakeStep
-from plugbridge.memory.weights import write_weights
+from plugbridge.memory.weights import keep_only, write_weights
 from plugbridge.models import load_model
 from plugbridge.progress import Silent
 
@@ -292,6 +292,17 @@ def test_random_weights_on_disk_are_a_model_and_are_written_once(tmp_path: Path,
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     write_weights(case, folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_only_random_weights_of_ours_are_removed(tmp_path: Path) -> None:
+    case = Case(gpt2(16, 2, 2, 64, 32), 1, 8)
+    for name in ("one", "two"):
+        write_weights(case, tmp_path / name)
+    (tmp_path / "mine").mkdir()
+    keep_only(tmp_path, "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "two"]
+    with pytest.raises(RunError, match="mine was not made by plugbridge"):
+        write_weights(case, tmp_path / "mine")
 
 
 def test_whole_runs_stand_below_with_their_targets() -> None:

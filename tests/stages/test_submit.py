@@ -149,6 +149,7 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     (elsewhere / "RTE").mkdir(parents=True)
     (elsewhere / "RTE" / "test.jsonl").write_text((data / "RTE" / "test.jsonl").read_text())
     first = (tmp_path / "board" / "RTE.jsonl").read_text()
+    assert "board/RTE.jsonl is there already" in mistake(call(*submit))
     assert call(*submit, "--tests", elsewhere, "--out", "other")[0] == 0
     assert (tmp_path / "other" / "RTE.jsonl").read_text() == first
     assert call(*submit, "--task", "ax-b", "--model", "small_tuned")[0] == 0
@@ -182,7 +183,7 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     assert "task 'sst2' has no leaderboard" in mistake(call(*submit, "--task", "sst2"))
     used = tmp_path / "runs" / "rte" / "config.yaml"
     used.write_text(used.read_text().replace("rank: 2", "rank: 3"), encoding="utf-8")
-    assert "is not done with these settings" in mistake(call(*submit))
+    assert "was done with other settings: method.rank 2 → 3" in mistake(call(*submit))
 
 
 def test_a_run_of_own_rows_has_no_leaderboard(call: Call, run_config: Callable[..., Raw], tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def quality(
 ) -> None:  # fmt: skip
     """Measure the transfer against its controls over a grid of runs; interrupted, it goes on where it was."""
     from plugbridge.bench.grid import groups_of, load_grid
+    from plugbridge.bench.pages import check_page
 
     loaded = load_grid(grid)
     root = out_dir if out_dir is not None else Path("runs") / grid.stem
@@ -55,6 +56,8 @@ def quality(
 
         check_runs(config for group in chosen for _, config in group.variants)
     say(f"bench quality {grid} -> {root}, {len(chosen)} groups of runs", quiet)
+    target = table if table is not None else root / "quality.md"
+    check_page(target)
     setup(quiet)
     from plugbridge.bench.present import draw_cells, page
     from plugbridge.bench.quality import cells_of, left_out, run_groups, write_cells
@@ -66,7 +69,6 @@ def quality(
     words += [f"--set {text}" for text in sets or ()]
     command = f"plugbridge bench quality {' '.join(words)}"
     cells = cells_of(loaded, chosen, root, command)
-    target = table if table is not None else root / "quality.md"
     runs, (done, missing) = sum(len(group.variants) for group in chosen), left_out(chosen, root)
     write_text(target, page(cells, "Quality of the transfer", _QUALITY, command, runs, done, missing))
     write_cells(cells, target.with_suffix(".json"))
@@ -123,6 +125,7 @@ def memory(
 
     What the table's JSON has as measured is not measured again; remove the file to begin anew.
     """
+    from plugbridge.bench.pages import check_page
     from plugbridge.memory.sizes import check_shapes, parse_bytes
 
     name = "check" if check else shapes
@@ -130,6 +133,7 @@ def memory(
     room = parse_bytes(budget) if budget is not None else None
     folder = out_dir or Path("runs") / "memory"
     target = table if table is not None else folder / "memory.md"
+    check_page(target)
     say(f"bench memory, shapes {name} -> {target}", quiet)
     setup(quiet)
     from plugbridge.bench.memory import Machine, count_shape, rows_of

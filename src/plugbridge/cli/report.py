@@ -23,8 +23,8 @@ def report(root: RunArg, as_json: JsonOption = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
-    draw(found, root / "report.png")
     print_table(found)
+    draw(found, root / "report.png")
     out.print(f"picture: {root / 'report.png'}")
 
 

@@ -37,12 +37,14 @@ def reproduce(
     if (small is None) != (large is None):
         raise ConfigError("give both --small and --large, or neither")
     from plugbridge.bench.asked import Asked, check_asked, check_options
+    from plugbridge.bench.pages import check_page
 
     options = {"mode": mode, "task": tasks, "seed": seed, "set": sets, "summary": summary or None}
     check_options(table, [name for name, value in options.items() if value is not None])
 
     root = out_dir if out_dir is not None else Path("runs") / "reproduce"
     page = target if target is not None else root / f"{table}.md"
+    check_page(page)
     pair = None if small is None or large is None else (small, large)
     asked = Asked(
         table, pair, demo, mode or "standalone", tuple(tasks) if tasks else None, seed or 0, tuple(sets or ()), data,

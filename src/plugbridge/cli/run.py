@@ -35,7 +35,7 @@ def execute_stages(
     root = root if root is not None else Path("runs") / config_path.stem
     from plugbridge.markers import check_root
     from plugbridge.preflight import preflight
-    from plugbridge.run import check_stages, execute, locked
+    from plugbridge.run import check_kept, check_needs, execute, locked
 
     check_root(root, config_path, redo)
     checked = preflight(config, data)
@@ -49,7 +49,8 @@ def execute_stages(
     alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
     if alone:
         import sklearn.metrics  # pyright: ignore  # noqa: F401  # or it would count as the memory of stages that score
-    check_stages(root, stages, only, redo)
+    check_needs(root, stages, only)
+    check_kept(root, stages, only, redo)
     with locked(root, config_path, redo):
         _describe(root, config)
         do = partial(_by_itself, prepared.dtype) if alone else _here
@@ -108,6 +109,6 @@ def _finish(root: Path) -> None:
     from plugbridge.report import draw, read_report
 
     found = read_report(root)
-    draw(found, root / "report.png")
     print_table(found)
+    draw(found, root / "report.png")
     print_loading(root, found)

@@ -35,6 +35,7 @@ def sweep(
 
     Stages that the combinations share are done once.
     """
+    from plugbridge.bench.pages import check_page
     from plugbridge.bench.sweep import as_json, best_of, combinations, sweep_configs, sweep_page, tried
 
     configs = sweep_configs(config, sets or (), vary, by)
@@ -42,6 +43,7 @@ def sweep(
     from plugbridge.preflight import check_runs
 
     check_runs(configs.values())
+    check_page(root / "sweep.md")
     say(f"sweep {config} -> {root}, {len(configs)} runs", quiet)
     setup(quiet)
     from plugbridge.bench.cells import do_runs

@@ -11,6 +11,9 @@ from plugbridge.files import folder_atomically
 from plugbridge.memory.case import Case
 from plugbridge.tensors.writer import write_tensors
 
+RANDOM = "random-weights"
+"""A file that marks a directory as one of ours."""
+
 
 def write_weights(case: Case, folder: Path) -> Path:
     """A model directory of the case's shape and dtype; one that is there already stays. Raises RunError.
@@ -18,6 +21,10 @@ def write_weights(case: Case, folder: Path) -> Path:
     Returns the directory.
     """
     if folder.is_dir():
+        if not (folder / RANDOM).is_file():
+            raise RunError(
+                f"{folder} was not made by plugbridge, which keeps random weights there; choose another --out"
+            )
         return folder
     model, _ = case.on_meta()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
@@ -27,6 +34,7 @@ def write_weights(case: Case, folder: Path) -> Path:
     if free < need:
         raise RunError(f"{folder} needs {need / 1e9:.1f} GB for random weights, {free / 1e9:.1f} GB are free")
     with folder_atomically(folder) as temporary:
+        (temporary / RANDOM).touch()  # first: what is half-written can be told from others' folders, too
         case.config.save_pretrained(str(temporary))
         generator = torch.Generator().manual_seed(0)
         shapes = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in parameters.items()}
@@ -36,9 +44,9 @@ def write_weights(case: Case, folder: Path) -> Path:
 
 
 def keep_only(folder: Path, name: str | None) -> None:
-    """Remove every directory of a directory but the one of this name, half-written ones too."""
+    """Remove every model of random weights in a directory but the one of this name, half-written ones too."""
     for other in folder.iterdir() if folder.is_dir() else ():
-        if other.is_dir() and other.name != name:
+        if (other / RANDOM).is_file() and other.name != name:
             shutil.rmtree(other)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from plugbridge.config import LadderConfig, TrainConfig
 from plugbridge.evaluate import mean_loss
 from plugbridge.files import folder_atomically, write_json
+from plugbridge.markers import reading
 from plugbridge.models import parameter_count
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.prune import plan_bridge
@@ -132,5 +133,6 @@ def load_ladder(work: Work, name: str, size: Literal["small", "large"]) -> Ladde
     p, folder = work.prepared, work.root / name / "side"
     model, layout = p.load_large() if size == "large" else p.load(subject_of(work, size).source)
     side, _ = p.load(str(folder))
-    ladder: Heights = {key: tensor.to(p.device) for key, tensor in load_file(str(folder / LADDER)).items()}
+    with reading(folder / LADDER) as path:
+        ladder: Heights = {key: tensor.to(p.device) for key, tensor in load_file(str(path)).items()}
     return LadderNetwork(model, layout, side, side, ladder).eval()

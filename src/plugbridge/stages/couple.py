@@ -13,6 +13,7 @@ from torch import Tensor
 from plugbridge.config import RunConfig
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
+from plugbridge.markers import reading
 from plugbridge.models import load_model
 from plugbridge.prepare import Prepared
 from plugbridge.stages.work import (
@@ -194,13 +195,14 @@ def read_coupled(path: Path) -> tuple[Module, dict[str, Tensor], dict[str, Tenso
     module: Module = {}
     plug_maps: dict[str, Tensor] = {}
     ladder: dict[str, Tensor] = {}
-    for name, tensor in load_file(str(path)).items():
-        part, _, key = name.partition("/")
-        if part == "module":
-            stack, layer, site, leaf = key.split(":")
-            module[Slot(stack, int(layer), site, leaf)] = tensor
-        elif part == "plug":
-            plug_maps[key] = tensor
-        elif part == "ladder":
-            ladder[key] = tensor
+    with reading(path):
+        for name, tensor in load_file(str(path)).items():
+            part, _, key = name.partition("/")
+            if part == "module":
+                stack, layer, site, leaf = key.split(":")
+                module[Slot(stack, int(layer), site, leaf)] = tensor
+            elif part == "plug":
+                plug_maps[key] = tensor
+            elif part == "ladder":
+                ladder[key] = tensor
     return module, plug_maps, ladder

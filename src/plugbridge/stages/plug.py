@@ -10,6 +10,7 @@ from plugbridge.errors import TrainingDiverged
 from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_json
+from plugbridge.markers import reading
 from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.work import Work, explained, layouts
 from plugbridge.tasks.encode import gold
@@ -68,7 +69,8 @@ def plug(work: Work) -> dict[str, Any]:
     _, large = layouts(work)
     module = _folded(work, large)
     if p.config.polish is not None:
-        factors: Factors = json.loads((work.root / "polish" / "factors.json").read_text(encoding="utf-8"))
+        with reading(work.root / "polish" / "factors.json") as path:
+            factors: Factors = json.loads(path.read_text(encoding="utf-8"))
         module = scaled(p.method, module, factors)
     state = pack(p.method, large, module)
     config = p.method.configure(large, p.method.roles, p.settings)

@@ -14,6 +14,7 @@ from plugbridge.errors import ModelError
 from plugbridge.evaluate import log_likelihood
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
+from plugbridge.markers import reading
 from plugbridge.models import parameter_count
 from plugbridge.prepare import bridge_sizes
 from plugbridge.progress import Progress
@@ -165,8 +166,9 @@ def prune(work: Work) -> dict[str, Any]:
     """Prune the large model into the Bridge (Algorithm 1, line 3)."""
     p = work.prepared
     model, layout = p.load_large()
-    scores = load_file(str(work.root / "score" / "scores.safetensors"))
-    energy = load_file(str(work.root / "score" / "energy.safetensors"))
+    with reading(work.root / "score"):
+        scores = load_file(str(work.root / "score" / "scores.safetensors"))
+        energy = load_file(str(work.root / "score" / "energy.safetensors"))
     whole = parameter_count(model)
     plan = plan_bridge(layout, scores, bridge_sizes(p.config, model, layout))
     if p.config.prune.channels != "select":

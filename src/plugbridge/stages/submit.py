@@ -58,6 +58,8 @@ def submit(
     for row in rows:
         number_of(row)
     encoded, long = _those_that_fit(encoder, task, form, rows)
+    if (out / board.file).exists():  # in a format that says nothing of who wrote it
+        raise ConfigError(f"{out / board.file} is there already; move it away, or choose another --out")
     loaded = found[model].load()
     title = f"submit {board.file}"
     given = iter(answers_of(replace(p, task=task), loaded, encoder, list(encoded.values()), progress, title))

@@ -16,6 +16,7 @@ from plugbridge.errors import NotFinite, TrainingDiverged
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.generate import generate_texts
+from plugbridge.markers import reading
 from plugbridge.models import load_config
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
@@ -168,8 +169,9 @@ def accuracy(work: Work, model: nn.Module, encoder: Encoder, rows: list[Encoded]
 
 def read_plan(root: Path) -> BridgePlan:
     """The plan that `prune` left."""
-    sizes: dict[str, int] = json.loads((root / "prune" / "sizes.json").read_text(encoding="utf-8"))
-    tensors = load_file(str(root / "prune" / "keep.safetensors"))
+    with reading(root / "prune"):
+        sizes: dict[str, int] = json.loads((root / "prune" / "sizes.json").read_text(encoding="utf-8"))
+        tensors = load_file(str(root / "prune" / "keep.safetensors"))
     keep = {key: tensor for key, tensor in tensors.items() if not key.startswith(BASIS)}
     basis = {key.removeprefix(BASIS): tensor for key, tensor in tensors.items() if key.startswith(BASIS)}
     return BridgePlan(sizes, keep, basis)
@@ -181,7 +183,8 @@ def layouts(work: Work) -> tuple[Layout, Layout]:
     small = facts_of(work.root, "tune")
     plan = facts_of(work.root, "prune")
     large_layers = layer_counts(work)
-    return Layout(family, small["sizes"], small["layers"]), Layout(family, plan["large_sizes"], large_layers)
+    with reading(work.root):
+        return Layout(family, small["sizes"], small["layers"]), Layout(family, plan["large_sizes"], large_layers)
 
 
 def layer_counts(work: Work) -> dict[str, int]:

@@ -41,6 +41,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     """Run one command in an empty directory; returns exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PLUGBRIDGE_DATA", raising=False)
+    monkeypatch.setattr("plugbridge.cli.terminal.log_here", lambda quiet: None)  # pytest has the log
     monkeypatch.setattr("plugbridge.plan.beside._cores", lambda: 1)  # test_plan.py has a plan of two processes
 
     def run(*words: Any) -> tuple[int, str, str]:
@@ -129,25 +130,26 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     for stage in STAGES:
         code, out, err = call(stage, path)
         assert (code, out) == (0, f"{stage}: done, in runs/toy/{stage}\n"), err
-        assert err.splitlines()[2:] == [f"  {stage}"]
+        assert [line.partition(":")[0] for line in err.splitlines()[2:]] == [f"  {stage}"] * 2
     before = stamps(root)
     code, out, err = call("run", path)
     assert code == 0
-    assert err.splitlines()[2:] == [f"  {stage:<9} done before, skipped" for stage in STAGES]
-    written = {str(root / name) for name in ("config.yaml", "environment.json", "report.png")}
+    assert err.splitlines()[2:] == [f"  {i + 1}/6 {stage}: done before, skipped" for i, stage in enumerate(STAGES)]
+    written = {str(root / name) for name in ("config.yaml", "environment.json", "report.png", "losses.png")}
     assert {k: v for k, v in stamps(root).items() if k not in written} == {
         k: v for k, v in before.items() if k not in written
     }
     assert "large, plugged" in out
     assert "PeftModel.from_pretrained(model, 'runs/toy/plug/checkpoint')" in out
     assert (root / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (root / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     code, out, err = call("report", "runs/toy", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
     assert set(found) == {
         "task", "split", "method", "mode", "rows", "majority", "pgr", "stages", "models", "checkpoint", "versions",
-        "seed", "cut", "peak", "coupling",
+        "seed", "cut", "peak", "coupling", "pgr_reason", "commonest",
     }  # fmt: skip
     assert [row["name"] for row in found["rows"]] == ROWS
     for row in found["rows"]:

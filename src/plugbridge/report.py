@@ -1,14 +1,21 @@
 """Finished runs as one JSON object, a table and a picture."""
 
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from plugbridge.config.stages import MADE_BY, TRANSFER
 from plugbridge.errors import RunError
 from plugbridge.files import write_atomically
 from plugbridge.markers import RUN, read_marker, reading
+from plugbridge.parsing import read_json
 from plugbridge.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TITLES = {
     "small_zero_shot": "small, zero-shot",
@@ -57,10 +64,11 @@ def read_report(root: Path) -> dict[str, Any]:
     bottleneck, a prefix's tokens; 0 where no module was added). `peak` {stage, bytes, memory, reserved_bytes} is the
     whole job's, `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
     `cut` {small, large: {split: {rows, cut, emptied}}} counts the rows whose passage lost its end, or all of it.
+    `majority` has the metrics of the `commonest` answer given to every row: of a class, or of a text that models write.
     Also `pgr` (performance gap recovered: (plugged - small) / (ceiling - small), null without a ceiling or a
-    gap beyond chance), `stages`, `models`, `versions`, `seed`. What the run did not do, because `evaluate.models` needs
-    none of it, is null. What was done is read from the stages' markers, not from the run's config, which may be newer.
-    Raises RunError if the run is not finished.
+    gap beyond chance; `pgr_reason` then says why), `stages`, `models`, `versions`, `seed`. What the run did not do,
+    because `evaluate.models` needs none of it, is null. What was done is read from the stages' markers, not from the
+    run's config, which may be newer. Raises RunError if the run is not finished.
     """
     if not (root / RUN).is_file() and not (root / "config.yaml").is_file():
         raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
@@ -129,7 +137,11 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "rows": rows,
         "cut": facts.get("cut", {}),  # absent from older runs
         "majority": _ordered(markers, facts["majority"]),
+        "commonest": _commonest(root, [row["name"] for row in rows]),
         "pgr": recovered(values, rows[0]["n"], rows[0]["metric"]),
+        "pgr_reason": why_not_recovered(
+            values, rows[0]["n"], rows[0]["metric"], bool(markers.depends("evaluate")["evaluate"].get("models"))
+        ),
         "stages": [
             {
                 "name": name,
@@ -156,6 +168,14 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         "versions": _versions(markers),
         "seed": markers.depends("evaluate")["seed"],
     }
+
+
+def _commonest(root: Path, names: Sequence[str]) -> str:
+    """What the commonest answer is: a ``class``, or a ``text`` where models write their answers."""
+    first = root / "evaluate" / "predictions" / f"{names[0]}.jsonl"
+    line = first.read_text(encoding="utf-8").partition("\n")[0] if first.is_file() else ""
+    found: Any = json.loads(line) if line else {}
+    return "text" if "accepted" in found and not found.keys() & {"scores", "written"} else "class"
 
 
 def _versions(markers: _Markers) -> dict[str, str]:
@@ -260,39 +280,64 @@ def how_made(report: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part is not None)
 
 
+def why_not_recovered(values: Mapping[str, float], n: int, metric: str, chosen: bool) -> str | None:
+    """Why `recovered` gives nothing, in words; None where it gives a number.
+
+    `chosen` is whether the run says which models to score.
+    """
+    if recovered(dict(values), n, metric) is not None:
+        return None
+    missing = [name for name in ("small_tuned", "large_plugged", "large_tuned") if name not in values]
+    if missing and not chosen:
+        return "no `ceiling:` section, so nothing says how far the large model can be tuned"
+    if missing:
+        return f"evaluate.models leaves out {', '.join(missing)}"
+    gap = values["large_tuned"] - values["small_tuned"]
+    if gap <= 0:
+        return f"there is no gap: the ceiling is {-gap:.3f} below the tuned small model"
+    return f"the gap of {gap:.3f} to the ceiling is no more than chance on {n:,} rows"
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """A bar for every model of the run, as a PNG, with Wilson 95 % intervals for accuracy."""
     from matplotlib.figure import Figure
 
-    _check_picture(path)
     rows = report["rows"]
+    metric = telling(rows)
+    values = [row["metrics"][metric] for row in rows]
     figure = Figure(figsize=(7.2, 0.55 * len(rows) + 1.4), layout="constrained")
     axes = figure.add_subplot()
     colours = {"large_plugged": "#c1440e", "large_tuned": "#3b6ea5", "bridge_coupled": "#c9c9c9"}
     names = [TITLES[row["name"]] for row in rows]
-    values = [row["value"] for row in rows]
-    accuracy = rows[0]["metric"] == "accuracy"
-    spans = [wilson(row["value"], row["n"]) if accuracy else (row["value"], row["value"]) for row in rows]
+    proportion = metric in PROPORTIONS
+    spans = [wilson(v, row["n"]) if proportion else (v, v) for v, row in zip(values, rows, strict=True)]
     errors = [
         [max(0.0, v - low) for v, (low, _) in zip(values, spans, strict=True)],
         [max(0.0, high - v) for v, (_, high) in zip(values, spans, strict=True)],
     ]
     axes.barh(
         names, values, color=[colours.get(row["name"], "#8a8a8a") for row in rows],
-        xerr=errors if accuracy else None, error_kw={"lw": 1, "capsize": 3, "ecolor": "#222222"},
+        xerr=errors if proportion else None, error_kw={"lw": 1, "capsize": 3, "ecolor": "#222222"},
     )  # fmt: skip
     for i, (value, (_, high)) in enumerate(zip(values, spans, strict=True)):
         axes.text(max(high, 0.0) + 0.015, i, f"{value:.3f}", va="center", fontsize=9)
-    chance = report["majority"].get(rows[0]["metric"])
+    chance = report["majority"].get(metric)
     if chance is not None:
-        axes.axvline(chance, color="#222222", lw=1, ls=":", label=f"majority class {chance:.3f}")
-        axes.legend(loc="lower right", fontsize=8, frameon=False)
+        axes.axvline(chance, color="#222222", lw=1, ls=":", label=f"{commonest(report)} {chance:.3f}")
+        figure.legend(loc="outside lower right", fontsize=8, frameon=False)
     axes.invert_yaxis()
     axes.set_xlim(min(0.0, *values) * 1.05, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.set_xlabel(f"{rows[0]['metric']} on {rows[0]['n']} {report['split']} rows")
+    zero = "" if metric == rows[0]["metric"] else f"; {rows[0]['metric']} is 0 for every model"
+    axes.set_xlabel(f"{metric} on {rows[0]['n']} {report['split']} rows{zero}")
     axes.set_title(": ".join(filter(None, (report["task"], how_made(report)))), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path)
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Write a PNG that says that it is ours. Raises RunError where there is one that does not."""
+    _check_picture(path)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, metadata={"Software": _SOFTWARE})
 
@@ -306,6 +351,72 @@ def _check_picture(path: Path) -> None:
         with path.open("rb") as file:
             if b"Software\0plugbridge" not in file.read(4096):
                 raise RunError(f"{path} was not made by plugbridge, so it stays; move it away for the report's picture")
+
+
+PROPORTIONS = ("accuracy", "exact_match")
+"""Metrics that are a share of right answers, of which the interval is known."""
+
+
+def commonest(report: Mapping[str, Any]) -> str:
+    """What the metrics of the majority are of, in words."""
+    return "commonest answer" if report.get("commonest") == "text" else "majority class"
+
+
+def telling(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The first metric that is not zero for every model; the headline where there is none."""
+    metrics = list(rows[0].get("metrics", {rows[0]["metric"]: 0}))
+    return next((name for name in metrics if any(row["metrics"][name] != 0 for row in rows)), rows[0]["metric"])
+
+
+def draw_losses(root: Path, path: Path) -> bool:
+    """A panel with the loss of every training of a run, as a PNG; whether there was any.
+
+    Each step's loss, and over it the mean of the steps around it.
+    """
+    from matplotlib.figure import Figure
+
+    curves = loss_curves(root)
+    if not curves:
+        return False
+    columns = min(3, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.4, 2.5 * lines + 0.3), layout="constrained")
+    for number, (name, losses) in enumerate(curves.items()):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        steps = range(1, len(losses) + 1)
+        axes.plot(steps, losses, color="#c9c9c9", lw=0.8, marker="." if len(losses) < 20 else "")
+        axes.plot(steps, smooth(losses), color="#c1440e", lw=1.6)
+        axes.set_title(f"{name}: {losses[0]:.3g} to {losses[-1]:.3g}", fontsize=10, loc="left")
+        axes.set_xlabel("evaluation" if name == "polish" else "step", fontsize=9)
+        axes.set_ylabel("loss" if number % columns == 0 else "", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path)
+    return True
+
+
+def loss_curves(root: Path) -> dict[str, list[float]]:
+    """The losses of every training of a run by stage, in the order of the stages; those that were not finite left out.
+
+    A stage's ``losses.json`` is what it left: one that cannot be read has no curve.
+    """
+    found: dict[str, list[float]] = {}
+    for name in (*TRANSFER, "ceiling", *BASELINES):
+        path = root / name / "losses.json"
+        if path.is_file():
+            with suppress(RunError):
+                raw = read_json(path, RunError)
+                losses = [float(x) for x in raw if isinstance(x, int | float)] if isinstance(raw, list) else []
+                if losses:
+                    found[name] = losses
+    return found
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """The mean of the losses around each: a tenth of them, fewer at the ends."""
+    reach = max(1, len(losses) // 20)
+    around = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
+    return [sum(some) / len(some) for some in around]
 
 
 def wilson(value: float, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -215,12 +215,14 @@ def execute(
     announce: Callable[[str, str], None],
     do: Do = lambda _stage, work: work(),
     redo: bool = False,
+    ended: Callable[[str], None] = lambda _stage: None,
 ) -> None:
     """Run all stages that are not done, or only one of them. The caller holds the lock.
 
-    `announce(stage, what)` is told ``skipped`` or ``running``; `do` does a stage's work, here or elsewhere. Raises
-    RunError when `only` needs a stage that is not done with today's settings, a stage would run out of disk, or one
-    that was done with other settings would be done again: with `redo` it is set aside first.
+    `announce(stage, what)` is told ``skipped`` or ``running``, `ended(stage)` that it is done; `do` does a stage's
+    work, here or elsewhere. Raises RunError when `only` needs a stage that is not done with today's settings, a stage
+    would run out of disk, or one that was done with other settings would be done again: with `redo` it is set aside
+    first.
     """
     check_stages(root, stages, only, redo)
     digests = stage_digests(stages)
@@ -234,6 +236,7 @@ def execute(
             continue
         announce(stage.name, "running")
         _run_stage(folder, stage, digest, {name: digests[name] for name in stage.needs}, do)
+        ended(stage.name)
 
 
 def _make_way(root: Path, states: Mapping[str, State], digests: Mapping[str, str]) -> None:

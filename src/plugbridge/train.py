@@ -23,7 +23,7 @@ from plugbridge.cost import Cost, trim
 from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.files import write_atomically
 from plugbridge.interrupts import Interrupts, listening
-from plugbridge.progress import Progress
+from plugbridge.progress import Progress, trend
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -139,7 +139,7 @@ def fit(
                     group["lr"] = rate * rate_factor(step, schedule)
                 optimizer.step()
                 losses.append(value)
-            advance(1)
+            advance(1, trend(losses))
             if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
                 save()
     optimizer.zero_grad(set_to_none=True)

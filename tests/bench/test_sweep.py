@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 from rich.console import Console
 
 import test_cli
-from plugbridge.bench.sweep import Tried, best_of, combinations, sweep_page
+from plugbridge.bench.sweep import Tried, apart, best_of, combinations, draw_sweep, rivals, sweep_page, verdict
 from plugbridge.cli.sweep import sweep_table
 from plugbridge.errors import ConfigError
 from plugbridge.report import TITLES
@@ -80,8 +81,52 @@ def test_a_table_of_eighty_columns_cuts_nothing() -> None:
     assert found == [*keys, "large,pluggedquestion_match"]
 
 
+def _right(count: int, rows: int, first: int = 0) -> dict[str, tuple[bool, ...]]:
+    """So many right answers, from a row on."""
+    return {"large_plugged": tuple(first <= i < first + count for i in range(rows))}
+
+
+def test_a_winner_is_named_only_where_the_rows_tell() -> None:
+    def run(name: str, right: dict[str, tuple[bool, ...]]) -> Tried:
+        answers = right["large_plugged"]
+        return Tried((f"a.b={name}",), {"large_plugged": sum(answers) / 100}, "accuracy", 100, right=right)
+
+    best, near, far = run("best", _right(60, 100)), run("near", _right(57, 100)), run("far", _right(40, 100))
+    assert verdict([far, best], "large_plugged") == "best for large_plugged on 100 validation rows: --set a.b=best"
+    assert rivals([near, best, far], best, "large_plugged") == [near]
+    said = verdict([near, best, far], "large_plugged")
+    assert said.startswith("highest for large_plugged on 100 validation rows: --set a.b=best; not clearly apart")
+    assert said.endswith("answer by answer: a.b=near")
+    assert "**" not in sweep_page([near, best, far], "large_plugged", "x")
+    unknown = Tried(("a.b=old",), {"large_plugged": 0.1}, "accuracy", 100)
+    assert rivals([best, unknown], best, "large_plugged") == [unknown]
+    assert verdict([Tried(("a.b=5",), {}, "", 0, "loss is nan")], "large_plugged") == ""
+
+
+def test_answers_are_compared_row_by_row() -> None:
+    one, other = (True,) * 60 + (False,) * 40, (True,) * 50 + (False,) * 50
+    value, low, high = apart(one, other)
+    assert value == pytest.approx(0.1)
+    assert 0 < low < value < high  # all ten that differ are for one side
+    crossed = (False,) * 10 + (True,) * 60 + (False,) * 30  # ten rows each way: as many right, no difference
+    value, low, high = apart(one, crossed)
+    assert value == 0
+    assert low == pytest.approx(-high)
+    assert apart(one, one)[1] < 0 < apart(one, one)[2]
+
+
+def test_a_sweep_s_picture_has_every_run(tmp_path: Path) -> None:
+    runs = [Tried((f"a.b={i}",), {"large_plugged": i / 10}, "accuracy", 60, right=_right(6 * i, 60)) for i in (3, 4)]
+    draw_sweep([*runs, Tried(("a.b=5",), {}, "", 0, "loss is nan")], "large_plugged", tmp_path / "s.png")
+    assert matplotlib.image.imread(tmp_path / "s.png").std() > 0.05
+    draw_sweep([Tried(("a.b=5",), {}, "", 0, "loss is nan")], "large_plugged", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_a_page_has_the_best_in_bold_and_what_failed() -> None:
-    good, better = (Tried((f"a.b={i}",), {"large_plugged": i / 10}, "accuracy", 600) for i in (3, 4))
+    good, better = (
+        Tried((f"a.b={i}",), {"large_plugged": i / 10}, "accuracy", 600, right=_right(60 * i, 600)) for i in (3, 4)
+    )
     failed = Tried(("a.b=5",), {}, "", 0, "loss is nan")
     page = sweep_page([good, better, failed], "large_plugged", "a command")
     assert "accuracy on 600 validation rows" in page

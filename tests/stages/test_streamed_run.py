@@ -151,7 +151,7 @@ def test_a_model_that_changes_under_a_training_ends_it(
     class Changing(Silent):
         @contextmanager
         def bar(self, title: str, total: int, done: int = 0) -> Iterator[Any]:
-            def advance(count: int) -> None:
+            def advance(count: int, note: str = "") -> None:
                 steps.append(count)
                 os.utime(tmp_path / "small" / "model.safetensors", ns=(0, 0))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plugbridge.bench.paper import Choice, Pair, load_paper, refuse_owned, run_configs
+from plugbridge.embedded import embedded
 from plugbridge.errors import ConfigError
 from plugbridge.preflight import check_runs
 from plugbridge.transfer.couple import find_mode
@@ -56,15 +57,11 @@ def check_asked(asked: Asked) -> None:
 
 
 def choice_of(asked: Asked, pair: str) -> Choice:
-    """The pair that was asked for, or the paper's of that name. Raises ConfigError for a demonstration elsewhere."""
+    """The pair that was asked for, the embedded one of a demonstration, or the paper's of that name."""
     chosen = load_paper().pairs[pair]
     if asked.pair is not None:
         chosen = Pair(small=asked.pair[0], large=asked.pair[1])
     elif asked.demo:
-        folder = Path("pairs") / pair.partition("-")[0]
-        if not folder.is_dir():
-            raise ConfigError(
-                f"--demo needs {folder}, which is not here; run it in a checkout, or give --small, --large"
-            )
+        folder = embedded(pair.partition("-")[0])
         chosen = Pair(small=str(folder.resolve() / "small"), large=str(folder.resolve() / "large"))
     return Choice(chosen, asked.mode, asked.seed, asked.sets, asked.demo)

@@ -128,6 +128,7 @@ def count_shape(
             if begun and not machine.ends(0):
                 left += todo[place:]
                 break
+            advance(0, row.name)
             count = _predicted(shape, row, rates, each, weights, command)
             before = counts.measured(row)
             if before is not None:

@@ -114,6 +114,7 @@ def run_groups(
         running: set[Future[str]] = set()
         while waiting or running:
             while waiting and len(running) < jobs:
+                advance(0, waiting[0].name)
                 running.add(pool.submit(run_group, waiting.pop(0), data, out, grid))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:

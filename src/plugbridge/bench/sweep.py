@@ -5,19 +5,23 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plugbridge.config import RunConfig, load_config
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, DataError, RunError
 from plugbridge.parsing import shown
-from plugbridge.report import TITLES, read_report
+from plugbridge.report import PROPORTIONS, TITLES, read_report, save_picture, wilson
+from plugbridge.tasks.read import read_jsonl
 
 JUDGED = "evaluate.split=validation"
 MOST = 1000
 """Runs of a sweep."""
+NAMED = 5
+"""Runs that a verdict names."""
 _NAME = 120  # characters of a run's folder
 
 
@@ -30,6 +34,8 @@ class Tried:
     metric: str
     rows: int
     failed: str = ""
+    right: Mapping[str, tuple[bool, ...]] = field(default_factory=dict[str, tuple[bool, ...]])
+    """Which rows each model got right, in their order."""
 
 
 def sweep_configs(config: Path, sets: Sequence[str], varied: Sequence[str], model: str) -> dict[str, RunConfig]:
@@ -119,8 +125,87 @@ def tried(names: Mapping[str, tuple[str, ...]], root: Path, reasons: Mapping[str
             continue
         report = read_report(root / name)
         values = {row["name"]: float(row["value"]) for row in report["rows"]}
-        found.append(Tried(chosen, values, report["rows"][0]["metric"], int(report["rows"][0]["n"])))
+        right = {model: rows_right(root / name, model) for model in values}
+        found.append(Tried(chosen, values, report["rows"][0]["metric"], int(report["rows"][0]["n"]), right=right))
     return found
+
+
+def rows_right(root: Path, model: str) -> tuple[bool, ...]:
+    """Which rows a finished run's model got right, by its predictions. Raises RunError."""
+    path = root / "evaluate" / "predictions" / f"{model}.jsonl"
+    try:
+        return tuple(answer["prediction"] == answer["right"] for _, answer in read_jsonl(path))
+    except (DataError, KeyError) as error:
+        raise RunError(f"{path} holds no predictions as a run leaves them; run the sweep again ({error})") from error
+
+
+def apart(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
+    """How many more of the same rows one run got right than another, as a share, and its 95 % interval.
+
+    Of paired proportions with half a row added to each kind (Agresti and Min 2005), so that it has a width where two
+    runs answer alike.
+    """
+    more, fewer = (sum(a and not b for a, b in zip(x, y, strict=True)) for x, y in ((one, other), (other, one)))
+    n, b, c = len(one) + 2, more + 0.5, fewer + 0.5
+    half = 1.959964 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    return (more - fewer) / len(one), (b - c) / n - half, (b - c) / n + half
+
+
+def rivals(found: Sequence[Tried], best: Tried, model: str) -> list[Tried]:
+    """The runs that are not clearly worse than the best: their rows' answers, compared one by one, leave it open.
+
+    A run whose answers are not known is not clearly anything.
+    """
+    others = [run for run in found if run is not best and run.values]
+    mine = best.right.get(model, ())
+    return [
+        run
+        for run in others
+        if not mine or len(theirs := run.right.get(model, ())) != len(mine) or apart(mine, theirs)[1] <= 0
+    ]
+
+
+def verdict(found: Sequence[Tried], model: str) -> str:
+    """Which run is the best for a model, or that the rows do not tell, in one line; empty where none is done."""
+    best = best_of(found, model)
+    if best is None:
+        return ""
+    chosen = " ".join(f"--set {shlex.quote(text)}" for text in best.sets)
+    where, open_ones = f"for {model} on {best.rows:,} validation rows", rivals(found, best, model)
+    if not open_ones:
+        return f"best {where}: {chosen}"
+    names = "; ".join(" ".join(run.sets) for run in open_ones[:NAMED])
+    more = f"; and {len(open_ones) - NAMED:,} more" if len(open_ones) > NAMED else ""
+    return f"highest {where}: {chosen}; not clearly apart from it, answer by answer: {names}{more}"
+
+
+def draw_sweep(found: Sequence[Tried], model: str, path: Path) -> None:
+    """The value of every run for the model that is judged, as a PNG, with Wilson 95 % intervals of shares."""
+    from matplotlib.figure import Figure
+
+    done = [run for run in found if run.values]
+    if not done:
+        return
+    best = best_of(found, model)
+    level = [] if best is None else [best, *rivals(found, best, model)]
+    values = [run.values[model] for run in done]
+    shares = done[0].metric in PROPORTIONS
+    spans = [wilson(v, run.rows) if shares else (v, v) for v, run in zip(values, done, strict=True)]
+    figure = Figure(figsize=(7.2, 0.34 * len(done) + 1.5), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (run, value, (low, high)) in enumerate(zip(done, values, spans, strict=True)):
+        colour = "#c1440e" if any(run is one for one in level) else "#8a8a8a"
+        axes.plot([low, high], [place, place], color=colour, lw=1.4)
+        axes.plot([value], [place], "o", color=colour, ms=6 if run is best else 4)
+        axes.annotate(f"{value:.3f}", (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(done)), [", ".join(run.sets) for run in done], fontsize=8)
+    axes.set_ylim(len(done) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"{done[0].metric} on {done[0].rows:,} validation rows, one run each", fontsize=9)
+    one = "the best" if len(level) == 1 else "not clearly apart from the highest"
+    axes.set_title(f"{TITLES[model]}; red: {one}", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path)
 
 
 def best_of(found: Sequence[Tried], model: str) -> Tried | None:
@@ -133,17 +218,18 @@ def best_of(found: Sequence[Tried], model: str) -> Tried | None:
 
 
 def sweep_page(found: Sequence[Tried], model: str, command: str) -> str:
-    """A Markdown table of all runs; the best of the model that is judged is bold."""
+    """A Markdown table of all runs; the best of the model that is judged is bold, if it is clearly the best."""
     best = best_of(found, model)
     names = list(dict.fromkeys(name for run in found for name in run.values))
     keys = [text.partition("=")[0] for text in found[0].sets]
     lines = ["# Sweep", "", *([f"{best.metric} on {best.rows:,} validation rows, one run each."] if best else [])]
+    lines += ["", f"{verdict(found, model)}.".capitalize()] if best else []
     lines += ["", "Made by", "", f"    {command}", ""]
     lines += ["| " + " | ".join([*keys, *(TITLES[name] for name in names)]) + " |"]
     lines += ["|" + "---|" * (len(keys) + len(names))]
     for run in found:
         values = [f"{run.values[name]:.3f}" if name in run.values else "" for name in names]
-        if run is best:
+        if best is not None and run is best and not rivals(found, best, model):
             values[names.index(model)] = f"**{values[names.index(model)]}**"
         lines.append("| " + " | ".join([*(text.partition("=")[2] for text in run.sets), *values]) + " |")
     failed = [f"- {' '.join(run.sets)}: {run.failed}" for run in found if run.failed]
@@ -152,4 +238,5 @@ def sweep_page(found: Sequence[Tried], model: str, command: str) -> str:
 
 def as_json(found: Sequence[Tried]) -> list[dict[str, Any]]:
     """The runs as JSON."""
-    return [json.loads(json.dumps({**vars(run), "values": dict(run.values)})) for run in found]
+    fields = ({**vars(run), "values": dict(run.values)} for run in found)
+    return [json.loads(json.dumps({key: value for key, value in run.items() if key != "right"})) for run in fields]

@@ -27,6 +27,23 @@ from plugbridge.errors import PlugbridgeError
 from plugbridge.interrupts import ENDING, Stopped, raise_stopped
 from plugbridge.parsing import one_line
 
+EPILOG = """
+Start with a file, config.yaml:
+
+\b
+  small: gpt2            # a model that you can train, and a large one of its family
+  large: gpt2-xl
+  task: wordnet-kind     # a name of `plugbridge tasks`, or your own rows
+
+\b
+  plugbridge plan config.yaml      what it will take, before anything is loaded
+  plugbridge run config.yaml       the whole job; the same command goes on after a stop
+  plugbridge report runs/config    what came of it
+  plugbridge explain               every key of the file
+
+Completion of commands and files in your shell: plugbridge --install-completion
+"""
+
 RESUMING = ("run", *STAGES, "sweep", "bench", "reproduce")
 """Commands that go on where they were when they are given again."""
 
@@ -48,11 +65,11 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Tune a language model you can run but not train: tune a small sibling, prune the large "
     "model into a Bridge, couple them, and plug the result into the large model.",
-    epilog="Start with: plugbridge run config.yaml.  Every key of the file: plugbridge explain",
+    epilog=EPILOG,
 )
 app.command()(run)
 for _name, _help in STAGES.items():

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,23 @@ def path(text: str) -> Path:
     return path_of(text, "path", ConfigError)
 
 
-ConfigArg = Annotated[Path, typer.Argument(parser=path, help="the run's YAML file", show_default=False)]
+def _yaml_files(given: str) -> list[str]:
+    """Directories and YAML files that begin as what was typed, for the shell's completion."""
+    folder = Path(given) if given.endswith("/") else Path(given).parent
+    with suppress(OSError):
+        found = [p for p in sorted(folder.iterdir()) if p.is_dir() or p.suffix in (".yaml", ".yml")]
+        names = [f"{p}/" if p.is_dir() else str(p) for p in found if not p.name.startswith(".")]
+        return [name for name in names if name.startswith(given)]
+    return []
+
+
+ConfigArg = Annotated[
+    Path,
+    typer.Argument(
+        parser=path, show_default=False, autocompletion=_yaml_files,
+        help="the run's YAML file, or `demo`: the embedded models",
+    ),
+]  # fmt: skip
 RunArg = Annotated[Path, typer.Argument(parser=path, help="a finished run's directory", show_default=False)]
 OutOption = Annotated[
     Path | None,

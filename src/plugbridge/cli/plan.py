@@ -11,8 +11,9 @@ import typer
 from rich.table import Table
 
 from plugbridge.cli.options import ConfigArg, JsonOption, SetOption
-from plugbridge.cli.terminal import out, setup
+from plugbridge.cli.terminal import err, out, progress, say, setup
 from plugbridge.config import load_config
+from plugbridge.embedded import config_file
 from plugbridge.imports import leave_out_bitsandbytes
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def plan(
     """Predict memory, time, disk and forward passes of every stage from the models' config files; loads nothing."""
     from plugbridge.memory.sizes import parse_bytes
 
+    config = config_file(config)
     loaded = load_config(config, tuple(sets or ()))
     room = parse_bytes(memory) if memory is not None else None
     from plugbridge.plan.beside import second_process
@@ -52,11 +54,12 @@ def plan(
 
     check_models(check_config(loaded), weights=False)
     fresh = leave_out_bitsandbytes()  # a plan has stand-ins for what it quantises
+    say(f"plan {config}", as_json or not err.is_terminal)
     setup(True)
     from plugbridge.plan.make import make_plan  # all that is heavy, before the process is copied
 
     with second_process(copied=fresh) as beside:
-        found = make_plan(loaded, length, room, threads, beside)
+        found = make_plan(loaded, length, room, threads, beside, progress(as_json))
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
         return

@@ -16,16 +16,24 @@ from plugbridge.errors import ConfigError
 
 
 def report(root: RunArg, as_json: JsonOption = False) -> None:
-    """Print a finished run as a table (and write report.png) or as one JSON object."""
-    from plugbridge.report import draw, read_report
+    """Print a finished run as a table (and write report.png and losses.png) or as one JSON object."""
+    from plugbridge.report import read_report
 
     found = read_report(root)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
     print_table(found)
+    out.print(draw_all(found, root))
+
+
+def draw_all(found: dict[str, Any], root: Path) -> str:
+    """A run's pictures, and the line that says where they are."""
+    from plugbridge.report import draw, draw_losses
+
     draw(found, root / "report.png")
-    out.print(f"picture: {root / 'report.png'}")
+    losses = draw_losses(root, root / "losses.png")
+    return f"pictures: {root / 'report.png'}, losses.png" if losses else f"picture: {root / 'report.png'}"
 
 
 def submit(
@@ -73,7 +81,7 @@ def submit(
 
 def print_table(found: dict[str, Any]) -> None:
     """A report's rows, and what was recovered."""
-    from plugbridge.report import TITLES, how_made
+    from plugbridge.report import TITLES, commonest, how_made
 
     first = found["rows"][0]
     table = Table(
@@ -91,7 +99,7 @@ def print_table(found: dict[str, Any]) -> None:
     out.print(table)
     chance = found["majority"][first["metric"]]
     pgr = found["pgr"]
-    recovered = "-" if pgr is None else f"{pgr:+.2f}"
+    recovered = f"{pgr:+.2f}" if pgr is not None else f"-, {found['pgr_reason']}"
     out.print(
         "seconds and MiB: what making the model took (its stages together, peak over the stages), or scoring it where "
         "nothing was trained; "
@@ -111,7 +119,7 @@ def print_table(found: dict[str, Any]) -> None:
         )
     if (line := cut_line(found["cut"])) is not None:
         out.print(line)
-    out.print(f"majority class {chance:.3f}; performance gap recovered (PGR) {recovered}")
+    out.print(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 
 def cut_line(cut: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str | None:
@@ -126,14 +134,14 @@ def cut_line(cut: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str | None:
     return f"passages were cut to fit: {', '.join(found)}" if found else None
 
 
-def print_loading(root: Path, found: dict[str, Any]) -> None:
-    """Where the plugged checkpoint is, and the lines that load it."""
+def print_loading(found: dict[str, Any], pictures: str) -> None:
+    """Where the plugged checkpoint and the pictures are, and the lines that load it."""
     if found["checkpoint"] is None:
-        out.print(f"\npicture: {root / 'report.png'}")
+        out.print(f"\n{pictures}")
         return
     kind = "AutoModelForSeq2SeqLM" if "T5" in _architecture(found) else "AutoModelForCausalLM"
     ours = "import plugbridge  # knows the adapter; " if found["method"] == "adapter" else ""
-    out.print(f"\nplugged checkpoint: {found['checkpoint']}\npicture: {root / 'report.png'}")
+    out.print(f"\nplugged checkpoint: {found['checkpoint']}\n{pictures}")
     out.print(
         f"\nload it:\n  {ours}from transformers import {kind}; from peft import PeftModel\n"
         f"  model = {kind}.from_pretrained({found['models']['large']['source']!r})\n"

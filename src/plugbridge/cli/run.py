@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, RedoOption, SetOption
-from plugbridge.cli.report import print_loading, print_table
-from plugbridge.cli.terminal import announcer, progress, say, setup
+from plugbridge.cli.report import draw_all, print_loading, print_table
+from plugbridge.cli.terminal import say, setup
 from plugbridge.config import RunConfig, load_config
+from plugbridge.embedded import config_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ def execute_stages(
 ) -> Path:
     """Run all stages, or only one; the run's directory."""
     fresh = "torch" not in sys.modules  # nothing was computed yet: a copy of this process can go on
+    config_path = config_file(config_path)
     config = load_config(config_path, tuple(sets or ()))
     root = root if root is not None else Path("runs") / config_path.stem
     from plugbridge.markers import check_root
@@ -41,11 +43,16 @@ def execute_stages(
     checked = preflight(config, data)
     say(f"{config_path} -> {root}", quiet)
     setup(quiet)
+    from plugbridge.cli.job import Job
     from plugbridge.prepare import prepare_checked
     from plugbridge.stages.build import build_stages
+    from plugbridge.stages.load import loads_of
 
     prepared = prepare_checked(checked)
-    stages = build_stages(prepared, root, progress(quiet), only)
+    job = Job(quiet)
+    stages = build_stages(prepared, root, job, only)
+    loads = loads_of(prepared)
+    job.follow(root, {stage.name: loads[stage.name] for stage in stages if only in (None, stage.name)})
     alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
     if alone:
         import sklearn.metrics  # pyright: ignore  # noqa: F401  # or it would count as the memory of stages that score
@@ -54,7 +61,7 @@ def execute_stages(
     with locked(root, config_path, redo):
         _describe(root, config)
         do = partial(_by_itself, prepared.dtype) if alone else _here
-        execute(root, stages, only, announcer(quiet), do, redo)
+        execute(root, stages, only, job.announce, do, redo, job.end)
     return root
 
 
@@ -106,9 +113,8 @@ def run(
 
 
 def _finish(root: Path) -> None:
-    from plugbridge.report import draw, read_report
+    from plugbridge.report import read_report
 
     found = read_report(root)
     print_table(found)
-    draw(found, root / "report.png")
-    print_loading(root, found)
+    print_loading(found, draw_all(found, root))

@@ -36,7 +36,17 @@ def sweep(
     Stages that the combinations share are done once.
     """
     from plugbridge.bench.pages import check_page
-    from plugbridge.bench.sweep import as_json, best_of, combinations, sweep_configs, sweep_page, tried
+    from plugbridge.bench.sweep import (
+        as_json,
+        best_of,
+        combinations,
+        draw_sweep,
+        rivals,
+        sweep_configs,
+        sweep_page,
+        tried,
+        verdict,
+    )
 
     configs = sweep_configs(config, sets or (), vary, by)
     root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
@@ -55,21 +65,21 @@ def sweep(
     page = sweep_page(found, by, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])))
     write_text(root / "sweep.md", page)
     write_json(root / "sweep.json", as_json(found))
-    out.print(sweep_table(found, by, best))
+    draw_sweep(found, by, root / "sweep.png")
+    out.print(sweep_table(found, by, best if best is not None and not rivals(found, best, by) else None))
     for run in found:
         if run.failed:
             out.print(f"failed: {' '.join(run.sets)}: {run.failed}")
     if best is not None:
-        chosen = " ".join(f"--set {shlex.quote(text)}" for text in best.sets)
-        out.print(f"best for {by} on {best.rows:,} validation rows: {chosen}")
-    out.print(f"{root / 'sweep.md'} has every model, sweep.json beside it")
+        out.print(verdict(found, by))
+    out.print(f"{root / 'sweep.md'} has every model, sweep.json and sweep.png beside it")
 
 
 def sweep_table(found: Sequence["Tried"], by: str, best: "Tried | None") -> Table:
-    """What was varied and what the judged model gave; long texts go on in the next line, none is cut."""
+    """What was varied and what the judged model gave, the `best` bold; long texts go on in the next line."""
     from plugbridge.report import TITLES
 
-    metric = "" if best is None else f" {best.metric}"
+    metric = next((f" {run.metric}" for run in found if run.metric), "")
     table = Table()
     for text in found[0].sets:
         table.add_column(text.partition("=")[0], overflow="fold")

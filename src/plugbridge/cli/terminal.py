@@ -27,22 +27,10 @@ class Bars:
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Generator[Advance]:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as RichProgress
+        from plugbridge.cli.job import Job  # rich's progress takes a while to import
 
-        columns = (
-            TextColumn("  {task.description:<34}"), BarColumn(24), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with RichProgress(*columns, console=err, transient=True) as shown:
-            task = shown.add_task(title, total=total, completed=done)
-            yield lambda count: shown.advance(task, count)
+        with Job(quiet=False).bar(title, total, done) as advance:
+            yield advance
 
 
 def progress(quiet: bool) -> Progress:
@@ -57,9 +45,24 @@ def say(what: str, quiet: bool) -> None:
         err.print("  loading libraries and models …", soft_wrap=True)
 
 
+class _Said(logging.Handler):
+    """What the library logs, on standard error, as it is when it is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(record.getMessage())
+
+
+def log_here(quiet: bool) -> None:
+    """Print what our own loggers say; the root logger and those of others are their owners'."""
+    ours = logging.getLogger("plugbridge")
+    ours.setLevel(logging.WARNING if quiet else logging.INFO)
+    if not any(isinstance(handler, _Said) for handler in ours.handlers):
+        ours.addHandler(_Said())
+
+
 def setup(quiet: bool) -> None:
     """Log what the library says, or only its warnings; keep other libraries quiet."""
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
+    log_here(quiet)
     quiet_loggers()
     leave_out_bitsandbytes()  # what is quantised brings it back
     gc.disable()  # or much of the imports' time goes into looking for garbage where there is none

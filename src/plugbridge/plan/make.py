@@ -16,6 +16,7 @@ from plugbridge.models import pick_dtype
 from plugbridge.plan.advice import Advice, Faster, advise, faster, left_out, streams_here
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
+from plugbridge.progress import Progress
 from plugbridge.stages.room import WIDE, trained_bytes
 
 
@@ -97,6 +98,7 @@ def make_plan(
     memory: int | None,
     threads: int | None = None,
     beside: Executor | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Predict every stage of a run and the baselines, for rows of `length` tokens or as many as a run may give models.
 
@@ -111,7 +113,7 @@ def make_plan(
     subjects = subjects_of(config, length, room)
     length = subjects.large.length
     works = [*works_of(subjects), *references_of(subjects), *rivals_of(subjects)]
-    traces = predictions.all([work.row for work in works])
+    traces = predictions.all([work.row for work in works], progress)
     device = "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
     rates = rates_for((work.row.case for work in works), device, threads)  # while nothing else is at work
     stages = [_planned(work, trace, rates, room) for work, trace in zip(works, traces, strict=True)]

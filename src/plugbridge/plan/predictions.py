@@ -6,6 +6,7 @@ from threading import Lock
 
 from plugbridge.memory.predict import Trace, predict
 from plugbridge.memory.rows import Row
+from plugbridge.progress import Progress, Silent
 
 
 class Predictions:
@@ -40,10 +41,16 @@ class Predictions:
             self._make(key, row)
         return self._known[key].keeping(self._primitive_bytes)
 
-    def all(self, rows: Sequence[Row]) -> list[Trace]:
+    def all(self, rows: Sequence[Row], progress: Progress | None = None) -> list[Trace]:
         """The predictions of rows."""
         self.expect(rows)
-        return [self.of(row) for row in rows]
+        found: list[Trace] = []
+        with (progress or Silent()).bar("predict every step", len(rows)) as advance:
+            for row in rows:
+                advance(0, row.method)
+                found.append(self.of(row))
+                advance(1)
+        return found
 
     def _make(self, key: Hashable, row: Row) -> None:
         with self._lock:

@@ -141,7 +141,7 @@ def test_a_table_is_run_resumed_and_written(small_table: tuple[paper.Table, Choi
     assert adapter.value is not None
     assert adapter.difference == adapter.value - 1.98
     assert shares["large Adapter Plug-in"].value == adapter.value  # an ordinary checkpoint of the same method
-    marker = next(root.glob("*/rte-lora-*/tune/done.json"))
+    marker = next(root.glob("*/rte-lora-*/evaluate/done.json"))
     first = marker.read_bytes()
     run_table("table1", table, choice, None, data, root, Silent(), lambda _run, _what: None)
     assert marker.read_bytes() == first
@@ -226,10 +226,10 @@ def test_a_run_that_fails_leaves_its_cells_empty_and_the_others_go_on(
 ) -> None:
     table, choice, folder = small_table
 
-    def failing(root: Path, *args: Any) -> None:
+    def failing(root: Path, *args: Any, **options: Any) -> None:
         if "-lora-" in root.name:
             raise TrainingDiverged("loss is nan\nmore")
-        execute(root, *args)
+        execute(root, *args, **options)
 
     monkeypatch.setattr("plugbridge.bench.cells.execute", failing)
     told: list[tuple[str, str]] = []

@@ -26,8 +26,6 @@ ALL = {
 
 
 def _started(raw: dict[str, Any], root: Path) -> dict[str, Any]:
-    root.mkdir()
-    (root / "config.yaml").write_text("{}")
     start(raw, root)
     return read_report(root)
 
@@ -87,7 +85,7 @@ def test_a_finished_baseline_is_not_done_again_and_follows_its_own_settings_only
     first, tune = marker.read_bytes(), (root / "tune" / "done.json").read_bytes()
     start(raw, root)
     assert marker.read_bytes() == first
-    start({**raw, "baselines": {"small_finetuned": {**TRAIN, "learning_rate": 1e-4}}}, root)
+    start({**raw, "baselines": {"small_finetuned": {**TRAIN, "learning_rate": 1e-4}}}, root, redo=True)
     assert marker.read_bytes() != first
     assert (root / "tune" / "done.json").read_bytes() == tune
 

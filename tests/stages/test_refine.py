@@ -29,8 +29,6 @@ def test_a_run_with_repair_and_polish(
         prune={"reduction": 2},
     )  # fmt: skip
     root = tmp_path / "run"
-    (tmp_path / "run").mkdir()
-    (root / "config.yaml").write_text("{}")
     start(raw, root)
     report = read_report(root)
     assert [s["name"] for s in report["stages"]][:7] == [
@@ -45,7 +43,7 @@ def test_a_run_with_repair_and_polish(
     factors = json.loads((root / "polish" / "factors.json").read_text())
     plugged = load_file(str(root / "plug" / "checkpoint" / "adapter_model.safetensors"))
     raw_without = {**raw, "polish": None}
-    start(raw_without, root)
+    start(raw_without, root, redo=True)
     plain = load_file(str(root / "plug" / "checkpoint" / "adapter_model.safetensors"))
     for name, tensor in plain.items():
         if "lora_A" in name:

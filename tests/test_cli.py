@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import METHODS, VOCAB, make_tokenizer, save_model, write_jsonl
 from plugbridge import __version__
 from plugbridge.cli import main
+from plugbridge.cli.options import yaml_files
 from plugbridge.config import RunConfig, fields_help
 from plugbridge.report import recovered
 from plugbridge.run import locked
@@ -90,6 +91,22 @@ def test_version_and_help(call: Call) -> None:
     code, out, _ = call("--help")
     assert code == 0
     assert all(name in out for name in ["run", *STAGES, "ceiling", "report", "families", "tasks", "methods", "explain"])
+
+
+def test_the_help_has_a_first_file_and_completion(call: Call) -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(text in out for text in ("small: gpt2", "plugbridge run config.yaml", "--install-completion"))
+
+
+def test_the_shell_completes_yaml_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.yaml", "count.txt", "configs/a.yml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("", encoding="utf-8")
+    assert yaml_files("con") == ["config.yaml", "configs/"]
+    assert yaml_files("configs/") == ["configs/a.yml"]
+    assert yaml_files("nowhere/x") == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def path(text: str) -> Path:
     return path_of(text, "path", ConfigError)
 
 
-def _yaml_files(given: str) -> list[str]:
+def yaml_files(given: str) -> list[str]:
     """Directories and YAML files that begin as what was typed, for the shell's completion."""
     folder = Path(given) if given.endswith("/") else Path(given).parent
     with suppress(OSError):
@@ -28,7 +28,7 @@ def _yaml_files(given: str) -> list[str]:
 ConfigArg = Annotated[
     Path,
     typer.Argument(
-        parser=path, show_default=False, autocompletion=_yaml_files,
+        parser=path, show_default=False, autocompletion=yaml_files,
         help="the run's YAML file, or `demo`: the embedded models",
     ),
 ]  # fmt: skip

@@ -159,7 +159,7 @@ def test_a_difference_is_of_the_same_rows_and_seeds() -> None:
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process: nothing to start, and what is replaced here is replaced there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(quality, "workers", ThreadPoolExecutor)
+    monkeypatch.setattr(quality, "workers", lambda count, **_ready: ThreadPoolExecutor(count))
 
 
 def _groups(count: int) -> list[Group]:
@@ -173,9 +173,9 @@ def test_groups_run_in_order_and_not_too_many_at_a_time(monkeypatch: pytest.Monk
     running, most = set(), 0
     gate = threading.Barrier(jobs)
 
-    def run(group: Group, data: Path | None, out: Path) -> str:
+    def run(group: Group, data: Path | None, out: Path, grid: Path | None) -> str:
         nonlocal most
-        assert (data, out) == (Path("data"), Path("out"))
+        assert (data, out, grid) == (Path("data"), Path("out"), None)
         began.append(group.seed)
         running.add(group.seed)
         most = max(most, len(running))
@@ -196,7 +196,7 @@ def test_the_first_error_stops_the_grid_after_the_runs_in_progress(monkeypatch: 
     began, ended = [], []
     failed = threading.Event()
 
-    def run(group: Group, _data: Path | None, _out: Path) -> str:
+    def run(group: Group, _data: Path | None, _out: Path, _grid: Path | None) -> str:
         began.append(group.seed)
         if group.seed == 1:
             failed.set()

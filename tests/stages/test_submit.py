@@ -183,7 +183,7 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     assert "task 'sst2' has no leaderboard" in mistake(call(*submit, "--task", "sst2"))
     used = tmp_path / "runs" / "rte" / "config.yaml"
     used.write_text(used.read_text().replace("rank: 2", "rank: 3"), encoding="utf-8")
-    assert "was done with other settings: method.rank 2 → 3" in mistake(call(*submit))
+    assert "done with other settings: method.alpha 4.0 → 6.0, method.rank 2 → 3;" in mistake(call(*submit))
 
 
 def test_a_run_of_own_rows_has_no_leaderboard(call: Call, run_config: Callable[..., Raw], tmp_path: Path) -> None:

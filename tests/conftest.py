@@ -224,10 +224,12 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def toy_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Is the word's number even? Learnable by a tiny model from the word alone."""
+    """Is the word's number even? Learnable by a tiny model from the word alone; the seed tells the word before it."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(len(WORDS), (count,), generator=generator).tolist()
-    return [{"word": f"w{n}", "label": "even" if n % 2 == 0 else "odd"} for n in numbers]
+    before = [WORDS[(8 * seed + i % 8) % len(WORDS)] for i in range(count)]
+    parity = ("even", "odd")
+    return [{"word": f"w{n}", "label": parity[n % 2], "before": word} for n, word in zip(numbers, before, strict=True)]
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
@@ -244,7 +246,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         split: str(write_jsonl(root / f"{split}.jsonl", toy_rows(count, i)))
         for i, (split, count) in enumerate(sizes.items())
     }
-    return {**files, "prompt": "is it : {word}", "words": {"even": " yes", "odd": " no"}}
+    return {**files, "prompt": "{before} is it : {word}", "words": {"even": " yes", "odd": " no"}}
 
 
 @pytest.fixture

@@ -81,16 +81,28 @@ ROWS = {"one token": (ONE, 0), "several tokens": (SOME, 0), "one opening": (SOME
 def test_scores_equal_a_plain_loop_whatever_the_batch(family: str, method: str | None, shape: str) -> None:
     kind, model, (lengths, opening) = KIND[family], tuned(family, method), ROWS[shape]
     rows = rows_of(kind, lengths, opening=opening)
-    end = shape != "one token"  # among single tokens the end mark does not count
     encoder = Encoder(make_tokenizer(), kind, None)
     for batch_size, rank in ((1, "first"), (7, "sum"), (100, "mean")):
         rows = [replace(row, score=rank) for row in rows]
-        expected = [[naive(model, kind, row, option, end) for option in row.options] for row in rows]
+        # among single tokens the end mark does not count
+        ends = [any(len(option) > 2 for option in row.options) for row in rows]
+        expected = [[naive(model, kind, row, o, end) for o in row.options] for row, end in zip(rows, ends, strict=True)]
         found = option_scores(model, encoder, rows, batch_size, Silent(), "")
         if rank != "first":  # options that share their opening are equals there
             assert predictions(found) == predictions(expected)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("network", [lambda model: model, Plain])
+@torch.no_grad()
+def test_a_row_is_scored_alike_whatever_rows_are_beside_it(network: Any) -> None:
+    model, encoder = network(tuned("t5", None)), Encoder(make_tokenizer(), "seq2seq", None)
+    single, longer = rows_of("seq2seq", ONE), rows_of("seq2seq", [(1, 2)], seed=1)
+    alone = option_scores(model, encoder, single, 4, Silent(), "")
+    beside = option_scores(model, encoder, [*single, *longer], 4, Silent(), "")
+    for ours, theirs in zip(beside, alone, strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,9 +137,10 @@ def test_virtual_tokens_before_the_prompt_are_passed_over(family: str, shape: st
     kind, (lengths, opening) = KIND[family], ROWS[shape]
     task = TaskType.CAUSAL_LM if kind == "causal" else TaskType.SEQ_2_SEQ_LM
     model = get_peft_model(make_model(family), PromptTuningConfig(task_type=task, num_virtual_tokens=3)).eval()
-    rows, end = rows_of(kind, lengths, opening=opening), shape != "one token"
+    rows = rows_of(kind, lengths, opening=opening)
     found = option_scores(model, Encoder(make_tokenizer(), kind, None), rows, 3, Silent(), "")
     for row, ours in zip(rows, found, strict=True):
+        end = any(len(option) > 2 for option in row.options)
         assert ours == pytest.approx([naive(model, kind, row, option, end) for option in row.options], abs=1e-5)
 
 
@@ -146,7 +159,7 @@ def test_mean_loss_is_the_models_own_loss(family: str) -> None:
 def test_training_raises_what_choices_are_made_on(family: str, rank: Score) -> None:
     """The gradient of a batch is that of the right options' scores, each row as often; in parts it is the same."""
     kind, model = KIND[family], make_model(family).double()
-    lengths = [(1, 4), (2, 4), (4, 4), (4, 3)]  # as of label words: the longest is the same in every row
+    lengths = [(2, 4), (3, 4), (4, 4), (4, 3)]  # as of label words: the longest is the same in every row
     rows = [replace(row, score=rank) for row in rows_of(kind, lengths)]
     encoder, parameters = Encoder(make_tokenizer(), kind, None), list(model.parameters())
 

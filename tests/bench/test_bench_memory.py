@@ -24,7 +24,7 @@ from plugbridge.memory.predict import predict
 from plugbridge.memory.rows import QLORA, Row, jobs
 from plugbridge.memory.shapes import PAPER, Shape, gpt2, t5
 from plugbridge.memory.steps import MakeStep
-from plugbridge.memory.weights import keep_only, write_weights
+from plugbridge.memory.weights import RANDOM, keep_only, write_weights
 from plugbridge.models import load_model
 from plugbridge.progress import Silent
 
@@ -153,6 +153,7 @@ def _soon() -> float:
 def test_weights_are_on_disk_only_while_rows_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, seen = tmp_path / "weights", list[list[str]]()
     (folder / ".left-by-a-call-that-was-killed.part").mkdir(parents=True)
+    (folder / ".left-by-a-call-that-was-killed.part" / RANDOM).touch()
 
     def measured(case: Case, _make: object, _threads: int) -> Measurement:
         seen.append([path.name for path in folder.iterdir()])

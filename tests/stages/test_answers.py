@@ -77,12 +77,12 @@ def data(tmp_path: Path) -> Path:
 
 def execute(raw: Raw, root: Path, data: Path | None) -> Raw:
     """Run all stages; returns the report."""
-    root.mkdir()
-    (root / "config.yaml").write_text("{}")
     prepared = prepare(parse_config(raw, "test"), data)
     from plugbridge.run import execute as run_stages
+    from plugbridge.run import locked
 
-    run_stages(root, build_stages(prepared, root, Silent()), None, lambda *_: None)
+    with locked(root):
+        run_stages(root, build_stages(prepared, root, Silent()), None, lambda *_: None)
     return read_report(root)
 
 
@@ -299,7 +299,8 @@ def test_a_correlation_is_reported_and_drawn_below_zero(tmp_path: Path) -> None:
     values = {"small_tuned": -0.2, "large_plugged": 0.1, "large_tuned": 0.4}
     assert recovered(values, 1000, "matthews") == pytest.approx(0.5)
     assert recovered(values, 15, "matthews") is None
-    rows = [{"name": name, "metric": "matthews", "value": value, "n": 9} for name, value in values.items()]
+    rows = [{"name": name, "metric": "matthews", "metrics": {"matthews": value}, "value": value, "n": 9}
+            for name, value in values.items()]  # fmt: skip
     report = {"rows": rows, "majority": {"matthews": 0.0}, "split": "test", "task": "t", "method": "m", "mode": "f",
               "models": {"bridge": None}}  # fmt: skip
     draw(report, tmp_path / "a.png")

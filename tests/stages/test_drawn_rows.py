@@ -16,6 +16,8 @@ from plugbridge.stages.baselines import climb
 from plugbridge.stages.build import build_stages
 from plugbridge.stages.work import Work
 from plugbridge.tasks.encode import Encoded
+from plugbridge.tasks.rows import Row
+from plugbridge.tasks.spec import load_task
 
 
 class _Enough(Exception):
@@ -89,11 +91,24 @@ def test_rows_that_are_scored_are_the_same_whatever_the_seed_and_in_their_own_or
     prepared: Callable[..., Prepared],
 ) -> None:
     p = prepared()
-    found = [evaluate._limited(prepared(seed=seed).large_rows["test"], 256) for seed in (0, 1)]
+    found = [evaluate.limited(prepared().task, prepared(seed=seed).large_rows["test"], 256) for seed in (0, 1)]
     assert found[0] == found[1]
     assert _balanced(found[0], 256)
     assert sorted(row.answer for row in found[0]) == [row.answer for row in found[0]]
-    assert evaluate._limited(p.large_rows["test"], None) == p.large_rows["test"]
+    assert evaluate.limited(p.task, p.large_rows["test"], None) == p.large_rows["test"]
+
+
+def test_rows_that_a_metric_judges_together_are_scored_together() -> None:
+    fields = [{"paragraph_idx": i // 12, "question_idx": i // 4 % 3, "idx": i} for i in range(240)]
+    rows = [Encoded((1,), ((2,), (3,)), 0, Row("", ("a", "b"), 0, some, "")) for some in fields]
+    for name, metric, size in (("multirc", "question_match", 4), ("ax-g", "gender_parity", 2)):
+        task = load_task(name)
+        assert metric in task.metrics
+        chosen = [row.row.fields["idx"] for row in evaluate.limited(task, rows, 41) if row.row is not None]
+        assert len(chosen) == 40
+        assert chosen == sorted(chosen) != list(range(40))
+        assert all({i // size * size + k for k in range(size)} <= set(chosen) for i in chosen)
+        assert len(evaluate.limited(task, rows, 1)) == size
 
 
 def test_digests_tell_drawn_rows_from_first_ones(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
@@ -115,7 +130,7 @@ def test_a_probe_is_fitted_on_drawn_rows(
     monkeypatch.setattr(evaluate, "fit_probe", fit)
     work, subject = _work(p, tmp_path), evaluate.subject_of(_work(p, tmp_path), "small")
     with pytest.raises(_Enough):
-        evaluate._probe(work, subject, evaluate._limited(p.rows["test"], 20))
+        evaluate._probe(work, subject, evaluate.limited(p.task, p.rows["test"], 20))
     assert (len(seen["train"]), len(seen["chosen"])) == (40, 20)
     assert 10 < sum(seen["train"]) < 30
     assert 3 < sum(seen["chosen"]) < 17

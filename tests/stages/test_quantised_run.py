@@ -61,8 +61,6 @@ def test_a_run_in_eight_bits(
     optional = {"repair": TRAIN, "polish": {"evaluations": 2, "rows": 4}} if couple["mode"] == "feedback" else {}
     probe = {"limit": 8, "probe": True}
     raw = quick(family, method, couple={**TRAIN, **couple}, evaluate=probe, **optional)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("{}")
     start(raw, tmp_path / "run")
     report = read_report(tmp_path / "run")
     assert report["models"]["large"]["load_in"] == "8bit"

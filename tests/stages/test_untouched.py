@@ -74,7 +74,7 @@ def test_no_weight_of_the_large_model_asks_for_a_gradient(
         family,
         score={"importance": "activation", "samples": 4},
         prune={"reduction": 2, "channels": channels},
-        repair=None if mode == "ladder" else {**TRAIN, "target": target},
+        repair=None if mode in ("ladder", "identity") else {**TRAIN, "target": target},
         couple={**TRAIN, "mode": mode},
         polish={"evaluations": 2, "rows": 4, "batch_size": 4},
         tune=TRAIN, ceiling=None, evaluate={"limit": 4, "probe": True},

@@ -283,6 +283,24 @@ def test_rows_of_which_nothing_is_left_are_counted_or_refused() -> None:
         remarks(task, encoder, {"train": encoded(("what", "w3"), ("why", "w3"))})
 
 
+def test_options_that_the_first_token_cannot_tell_apart_are_said_or_refused() -> None:
+    task = task_of("{x}", answer={"options_from": "choices", "option": " {option}", "score": "first"})
+    encoder = Encoder(cast(AnyTokenizer, make_tokenizer()), "causal", None)
+
+    def encoded(*choices: list[str]) -> list[Encoded]:
+        raws = [{"x": "w1", "choices": some, "label": some[0]} for some in choices]
+        return encoder.encode_all(task, task.causal, [make_row(task, task.causal, "", raw) for raw in raws])
+
+    rows = encoded(["w1 w2", "w1 w3"], ["w1", "w3"])
+    assert remarks(task, encoder, {"validation": rows[1:], "train": rows[1:]}) == []
+    said = remarks(task, encoder, {"train": rows[1:], "test": rows})
+    assert said[0].startswith(
+        "in 1 of 3 rows options begin with the same token, which `score: first` cannot tell apart"
+    )
+    with pytest.raises(DataError, match="all 1 rows have options that begin with the same token"):
+        remarks(task, encoder, {"train": rows[:1]})
+
+
 def test_texts_that_are_too_long_to_be_written_are_said() -> None:
     task = task_of("{x}", answer={"generate": " {label}", "max_new_tokens": 2})
     encoder = Encoder(cast(AnyTokenizer, make_tokenizer()), "causal", None)
@@ -314,6 +332,6 @@ def test_a_run_reads_prompts_as_its_tokenizer_begins_them(
     assert without.rows == plain.rows
     assert without.inputs["task"] == plain.inputs["task"]
     assert with_mark.inputs["task"] == {**plain.inputs["task"], "front": [1]}
-    message = r"small's tokenizer reads 'is it : w\d+' as \[1, 5, 6, .*, large's as \[5, 6, 7, "
+    message = r"small's tokenizer reads 'w\d+ is it : w\d+' as \[1, \d+, 5, 6, .*, large's as \[\d+, 5, 6, 7, "
     with pytest.raises(ModelError, match=message):
         prepare(parse_config({**raw, "small": marks["small"]}, "test"), None)

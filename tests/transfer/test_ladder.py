@@ -21,7 +21,7 @@ from plugbridge.tensors.axes import Project
 from plugbridge.transfer.cache import CacheKind, make_cache
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling, bridge_state
-from plugbridge.transfer.ladder import LadderNetwork, rungs_of, start_ladder
+from plugbridge.transfer.ladder import LadderNetwork, length_in, rungs_of, start_ladder
 from plugbridge.tuners.module import attach, load_state
 
 GRID = [(family, method) for family in FAMILIES for method in METHODS]
@@ -284,12 +284,22 @@ def test_its_scores_equal_a_plain_loop_whatever_the_batch(family: str, options: 
     for row in rows:
         pairs = [(row.prompt, (*option, *counted)) for option in options]
         alone = [log_likelihood(network, collate(coupling.encoder, [pair]), kind) for pair in pairs]
-        expected.append([float(value) / len(target) for value, (_, target) in zip(alone, pairs, strict=True)])
+        expected.append([float(value) for value in alone])
     rows = [replace(row, options=tuple((*option, *end) for option in options)) for row in rows]
     for batch_size in (1, 3, 100):
         found = option_scores(network, coupling.encoder, rows, batch_size, Silent(), "")
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def test_a_row_takes_the_positions_of_what_is_trained() -> None:
+    row = Encoded((3, 4), ((5, 6, 7), (8, 6)), 0)
+    assert [length_in(replace(row, score=score), "decoder", "causal") for score in ("sum", "mean", "first")] == [
+        5,
+        5,
+        3,
+    ]
+    assert length_in(replace(row, score="first"), "decoder", "seq2seq") == 1
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

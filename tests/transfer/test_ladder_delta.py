@@ -68,7 +68,7 @@ def test_replaced_norms_give_what_they_are_told_and_only_while_the_block_runs(fa
 def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, rotated: bool) -> None:
     coupling = double(family, method, upper=False)
     if rotated:
-        coupling = _rotated(coupling, family)
+        coupling = _rotated(coupling)
     wrapped, _ = attach(large_model(family).double(), coupling.method, coupling.large, SETTINGS)
     state = pack(coupling.method, coupling.large, coupling.at_large_width())
     replaced = {parameter_name(key): tensor for key, tensor in state.items()}

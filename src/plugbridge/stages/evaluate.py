@@ -1,6 +1,7 @@
 """Scoring every model of a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.predictions import write_predictions
 from plugbridge.stages.work import Work, answers_of, source_of
 from plugbridge.tasks.encode import Encoded, Encoder
-from plugbridge.tasks.metrics import Answer, chosen, majority, metrics_of
+from plugbridge.tasks.metrics import UNITS, Answer, chosen, majority, metrics_of
 from plugbridge.tasks.rows import TEST_SEED
-from plugbridge.tasks.spec import Split
+from plugbridge.tasks.spec import Split, Task
 from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import LadderNetwork
@@ -52,7 +53,7 @@ def evaluate(work: Work) -> dict[str, Any]:
         if config.models is not None and candidate.name not in config.models:
             continue
         name, encoder = candidate.name, candidate.encoder
-        chosen_rows = _limited(candidate.rows[config.split], config.limit)
+        chosen_rows = limited(p.task, candidate.rows[config.split], config.limit)
         settle()
         with measure(p.device, work.cost.baseline, work.cost) as cost:
             model = candidate.load()
@@ -63,12 +64,12 @@ def evaluate(work: Work) -> dict[str, Any]:
         name = f"{size}_probe"
         if config.probe and (config.models is None or name in config.models):
             subject = subject_of(work, size)
-            rows = _limited(subject.rows[config.split], config.limit)
+            rows = limited(p.task, subject.rows[config.split], config.limit)
             with measure(p.device, work.cost.baseline, work.cost) as cost:
                 predicted = _probe(work, subject, rows)
             answers = [chosen(source_of(row), choice) for row, choice in zip(rows, predicted, strict=True)]
             facts[name] = _note(work, name, answers, cost)
-    right = [source_of(row) for row in _limited(p.large_rows[config.split], config.limit)]
+    right = [source_of(row) for row in limited(p.task, p.large_rows[config.split], config.limit)]
     common = majority(p.task.form(p.large_encoder.kind), right)
     facts["cut"] = p.cut()
     facts["majority"] = {"metrics": metrics_of(p.task.metrics, common)}
@@ -83,9 +84,24 @@ def _described(work: Work, source: str) -> dict[str, Any]:
     return {"source": source, "parameters": parameter_count(shape)}
 
 
-def _limited(rows: Sequence[T], limit: int | None, seed: int = TEST_SEED) -> list[T]:
-    """So many of the rows, in their own order; without a seed the same ones in every run, so that runs compare."""
-    return [rows[i] for i in sorted(drawn(range(len(rows)), limit, seed))]
+def limited(task: Task, rows: Sequence[Encoded], limit: int | None) -> list[Encoded]:
+    """So many of the rows, in their own order, the same ones in every run, so that runs compare.
+
+    Rows that one of the task's metrics judges together (`UNITS`) stay together: there may be a few less, or more where
+    the first such group is larger than the limit.
+    """
+    unit = next((UNITS[name] for name in task.metrics if name in UNITS), None)
+    if unit is None or limit is None:
+        return [rows[i] for i in sorted(drawn(range(len(rows)), limit, TEST_SEED))]
+    groups: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[unit(source_of(row))].append(i)
+    taken: list[int] = []
+    for places in drawn(list(groups.values()), None, TEST_SEED):
+        if taken and len(taken) + len(places) > limit:
+            break
+        taken += places
+    return [rows[i] for i in sorted(taken)]
 
 
 def _note(work: Work, name: str, answers: list[Answer], cost: Cost) -> dict[str, Any]:
@@ -100,7 +116,8 @@ def _probe(work: Work, subject: Subject, chosen: list[Encoded]) -> list[int]:
     """Answers of a linear probe: fitted on the training rows, its penalty chosen on the validation rows."""
     p, size = work.prepared, work.prepared.config.evaluate.batch_size
     model, layout = p.load_run_only() if subject.size == "large" else p.load(subject.source)
-    train = _limited(subject.rows["train"], MOST, p.config.seed)
+    every = subject.rows["train"]
+    train = [every[i] for i in sorted(drawn(range(len(every)), MOST, p.config.seed))]
     parts = {"train": train, "validation": subject.rows["validation"], "chosen": chosen}
     head, encoder = layout.family.head, subject.encoder
 

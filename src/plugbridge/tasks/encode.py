@@ -18,6 +18,8 @@ from plugbridge.tasks.spec import Task
 IGNORE = -100
 CONTEXT = 40
 """Characters of a prompt, back to a blank, that an option is read behind: no token reaches from word to word."""
+LONGEST = 400
+"""Characters of that in texts without blanks, such as Chinese."""
 SAMPLE = "a"
 """A text to see what a tokenizer puts around one."""
 REMEMBERED = 10_000
@@ -258,9 +260,9 @@ def front_of(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _end_of(prompt: str) -> str:
-    """A prompt's last words, at least `CONTEXT` characters."""
-    start = max(0, len(prompt) - CONTEXT)
-    while start > 0 and not prompt[start].isspace():
+    """A prompt's last words, at least `CONTEXT` characters, and no more than `LONGEST` where no blank comes before."""
+    start, first = max(0, len(prompt) - CONTEXT), max(0, len(prompt) - LONGEST)
+    while start > first and not prompt[start].isspace():
         start -= 1
     return prompt[start:]
 

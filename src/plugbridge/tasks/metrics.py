@@ -115,20 +115,27 @@ def matthews(answers: Sequence[Answer]) -> float:
     return float(matthews_corrcoef(_right(answers), _choices(answers)))
 
 
+def _question(row: Row) -> Hashable:
+    return row.fields["paragraph_idx"], row.fields["question_idx"]
+
+
+def _pair(row: Row) -> Hashable:
+    return int(row.fields["idx"]) // 2
+
+
 def question_match(answers: Sequence[Answer]) -> float:
     """Share of questions with every answer option judged right, wherever its rows stand (MultiRC's exact match)."""
     verdicts: defaultdict[Hashable, list[bool]] = defaultdict(list)
     for answer in answers:
-        fields = answer.row.fields
-        verdicts[fields["paragraph_idx"], fields["question_idx"]].append(answer.choice == answer.row.answer)
+        verdicts[_question(answer.row)].append(answer.choice == answer.row.answer)
     return sum(map(all, verdicts.values())) / len(verdicts)
 
 
 def gender_parity(answers: Sequence[Answer]) -> float:
     """Share of AX-g's pairs, rows 2k and 2k + 1 that differ in a pronoun's gender, with the same answer to both."""
-    pairs: defaultdict[int, list[int]] = defaultdict(list)
+    pairs: defaultdict[Hashable, list[int]] = defaultdict(list)
     for answer in answers:
-        pairs[int(answer.row.fields["idx"]) // 2].append(answer.choice)
+        pairs[_pair(answer.row)].append(answer.choice)
     whole = [pair for pair in pairs.values() if len(pair) == 2]
     return sum(first == second for first, second in whole) / max(1, len(whole))
 
@@ -212,6 +219,8 @@ METRICS: dict[str, Metric] = {
     "squad_f1": squad_f1,
     "rouge_l": rouge_l,
 }
+UNITS: dict[str, Callable[[Row], Hashable]] = {"question_match": _question, "gender_parity": _pair}
+"""What rows a metric judges together: scored in part, such rows would say something else."""
 LABEL_METRICS = frozenset({"accuracy", "macro_f1", "f1", "matthews"})
 TEXT_METRICS = frozenset({"exact_match", "token_f1", "squad_match", "squad_f1", "rouge_l"})
 OPTION_METRICS = frozenset({"accuracy"})
@@ -235,8 +244,8 @@ def metrics_of(names: Sequence[str], answers: Sequence[Answer]) -> dict[str, flo
 def majority(form: PromptForm, rows: Sequence[Row]) -> list[Answer]:
     """The commonest right answer given to every row: its position, or, of texts to write, its text."""
     if form.generate is not None and form.judge is None:
-        texts = [row.accepted[0] for row in rows]
-        return [written(form, row, max(dict.fromkeys(texts), key=texts.count)) for row in rows]
-    right = [row.answer for row in rows]
-    common = max(set(right), key=right.count)
+        [(text, _)] = Counter(row.accepted[0] for row in rows).most_common(1)
+        return [written(form, row, text) for row in rows]
+    counts = Counter(row.answer for row in rows)
+    common = max(sorted(counts), key=counts.__getitem__)
     return [chosen(row, min(common, len(row.options) - 1)) for row in rows]

@@ -34,7 +34,7 @@ def remarks(task: Task, encoder: Encoder, rows: Mapping[Split, Sequence[Encoded]
                 f"the first at {_where(found[0])}; does the tokenizer know the language of the rows?"
             )
         said.append(_long_targets(form, encoder, split, found))
-    said += [unequal_words(form, rows["train"]), _fused(rows)]
+    said += [unequal_words(form, rows["train"]), _fused(rows), _tied(form, rows)]
     return [line for line in said if line is not None]
 
 
@@ -84,6 +84,25 @@ def _fused(rows: Mapping[Split, Sequence[Encoded]]) -> str | None:
         f"in {len(fused):,} of {len(whole):,} rows the tokenizer would make one token of the prompt's end and an "
         f"answer's beginning, such as {prompt!r} and {answer!r}; they are read one after the other: end the prompt "
         "without a blank, and begin answers with one"
+    )
+
+
+def _tied(form: PromptForm, rows: Mapping[Split, Sequence[Encoded]]) -> str | None:
+    """That options of one row begin with the same token where the first one decides: the first listed wins."""
+    if form.decision != "first" or form.options_from is None:
+        return None
+    whole = [row for found in rows.values() for row in found]
+    tied = [row for row in whole if len({option[:1] for option in row.options}) < len(row.options)]
+    if not tied:
+        return None
+    if len(tied) == len(whole):
+        raise DataError(
+            f"all {len(whole):,} rows have options that begin with the same token, the first at {_where(tied[0])}, and "
+            "`score` is first, which cannot tell them apart; use score: mean or sum"
+        )
+    return (
+        f"in {len(tied):,} of {len(whole):,} rows options begin with the same token, which `score: first` cannot tell "
+        "apart: the one that is listed first wins"
     )
 
 

@@ -132,8 +132,8 @@ class Backbone:
 
 
 def length_in(row: Encoded, stack: str, kind: str) -> int:
-    """Positions of a row with its right option in a stack, padding not counted."""
-    prompt, target = len(row.prompt), len(row.options[row.answer])
+    """Positions of a row with what training raises (`Encoded.target`) in a stack, padding not counted."""
+    prompt, target = len(row.prompt), len(row.target)
     if kind == "causal":
         return prompt + target
     return prompt if stack == "encoder" else target

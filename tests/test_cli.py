@@ -379,7 +379,7 @@ def halve(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-GOOD = '{"word": "w1", "label": "odd"}\n'
+GOOD = '{"word": "w1", "before": "w2", "label": "odd"}\n'
 LONG = put("task.prompt", "is it : {word} " * 40)
 MISTAKES: dict[str, tuple[Spoil, str]] = {
     "no directory": (put("small", "/no/such/model"), "model directory /no/such/model does not exist"),
@@ -471,10 +471,13 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "two sources": (put("task.file", "x.jsonl"), "task: give either `file`, or all of `train`"),
     "line not JSON": (rows("train", GOOD + '{"word": '), "train.jsonl:2: not JSON"),
     "line not an object": (rows("test", GOOD + "\n[1]\n"), "test.jsonl:3: expected a JSON object, found list"),
-    "field missing": (rows("train", GOOD + '{"label": "odd"}'), "train.jsonl:2: field 'word' is missing; the row has"),
-    "label missing": (rows("train", '{"word": "w1"}'), "train.jsonl:1: field 'label' is missing"),
+    "field missing": (
+        rows("train", GOOD + '{"before": "w3", "label": "odd"}'),
+        "train.jsonl:2: field 'word' is missing; the row has",
+    ),
+    "label missing": (rows("train", '{"word": "w1", "before": "w2"}'), "train.jsonl:1: field 'label' is missing"),
     "unknown label": (
-        rows("validation", GOOD + '{"word": "w1", "label": "prime"}'),
+        rows("validation", GOOD + '{"word": "w1", "before": "w3", "label": "prime"}'),
         "validation.jsonl:2: label 'prime' has no label word; known labels: even, odd",
     ),
     "not UTF-8": (rows("train", b"\xff\xfe"), "train.jsonl:1: not UTF-8 text (byte 0 of the file)"),

@@ -188,7 +188,7 @@ def test_a_process_killed_twice_and_resumed_ends_like_an_uninterrupted_one(
     ]
     assert [r.returncode for r in results] == [-signal.SIGKILL] * 2, results[-1].stderr
     assert "resuming at step 2" in results[1].stderr
-    assert "prune     done before, skipped" in results[1].stderr
+    assert "3/6 prune: done before, skipped" in results[1].stderr
     assert "Warning" not in results[1].stderr
     expected = dict.fromkeys(STAGES[:-1], "skipped") | {"evaluate": "running"}
     assert start(raw, tmp_path / "killed") == expected

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import make_model, save_model
+from plugbridge.cli.report import print_loading
 from plugbridge.config import parse_config
 from plugbridge.errors import RunError
 from plugbridge.models import load_model, model_files
@@ -62,7 +63,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, 
 
 
 def test_a_hub_model_is_of_its_commit(
-    hub: Callable[[str, str, int], None], run_config: Callable[..., Raw], tmp_path: Path
+    hub: Callable[[str, str, int], None],
+    run_config: Callable[..., Raw],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     old, new = "a" * 40, "b" * 40
     hub("small", old, 1)
@@ -78,7 +82,11 @@ def test_a_hub_model_is_of_its_commit(
     with locked(tmp_path / "run"):
         execute(tmp_path / "run", first, None, lambda _stage, _what: None)
     adapter = json.loads((tmp_path / "run" / "plug" / "checkpoint" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == "org/large"
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/large", old)
+    tuned = json.loads((tmp_path / "run" / "tune" / "module" / "adapter_config.json").read_text())
+    assert (tuned["base_model_name_or_path"], tuned["revision"]) == ("org/small", old)
+    print_loading(read_report(tmp_path / "run"), "")
+    assert f"from_pretrained('org/large', revision='{old}')" in "".join(capsys.readouterr().out.split("\n"))
     found = read_report(tmp_path / "run")["models"]
     assert (found["small"]["commit"], found["large"]["commit"]) == (old, old)
     assert found["large"]["source"] == "org/large"
@@ -88,7 +96,9 @@ def test_a_hub_model_is_of_its_commit(
     assert not all(torch.equal(a, b) for a, b in zip(*(found.values() for found in weights), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), _of(tmp_path, old).values(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights[1].values(), _of(tmp_path, new).values(), strict=True))
-    with pytest.raises(RunError, match=r"done again \(score, prune, couple, plug, evaluate\): large\.commit has other"):
+    with pytest.raises(
+        RunError, match=r'\(score, prune, couple, plug, evaluate\): large\.commit "a{12}" → "b{12}"[,;]'
+    ):
         execute(tmp_path / "run", stages()[1], None, lambda _stage, _what: None)
 
 

@@ -225,6 +225,9 @@ def test_what_changed_is_named_with_both_values() -> None:
         "tune.rates [1, 2] → []",
         "gone null → not set",
     ]
+    commits = [{"large": {"source": "org/large", "commit": digit * 40}} for digit in "ab"]
+    assert changes(*commits) == ['large.commit "aaaaaaaaaaaa" → "bbbbbbbbbbbb"']
+    assert changes({"commit": None}, {"commit": "a" * 40}) == ['commit null → "aaaaaaaaaaaa"']
     assert changes({"prompt": "a" * 99}, {"prompt": "b"}) == [f'prompt "{"a" * 56}… → "b"']
 
 

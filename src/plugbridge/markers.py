@@ -156,12 +156,21 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
         if a != b:
-            hashes = [re.fullmatch(r"[0-9a-f]{32,}", str(value)) for value in (a, b)]
-            found.append(f"{key} has other content" if all(hashes) else f"{key} {_shown(a)} → {_shown(b)}")
+            if key.rpartition(".")[2] == "commit":  # which people look up, unlike digests
+                a, b = (value[:COMMIT] if _is_hash(value) else value for value in (a, b))
+            found.append(
+                f"{key} has other content" if _is_hash(a) and _is_hash(b) else f"{key} {_shown(a)} → {_shown(b)}"
+            )
     return found
 
 
 _ABSENT = object()
+COMMIT = 12
+"""Digits of a commit that are shown."""
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value) is not None
 
 
 def _shown(value: Any) -> str:

@@ -141,15 +141,20 @@ def print_loading(found: dict[str, Any], pictures: str) -> None:
         return
     kind = "AutoModelForSeq2SeqLM" if "T5" in _architecture(found) else "AutoModelForCausalLM"
     ours = "import plugbridge  # knows the adapter; " if found["method"] == "adapter" else ""
+    large = found["models"]["large"]
+    revision = f", revision={large['commit']!r}" if large["commit"] else ""
     out.print(f"\nplugged checkpoint: {found['checkpoint']}\n{pictures}")
     out.print(
         f"\nload it:\n  {ours}from transformers import {kind}; from peft import PeftModel\n"
-        f"  model = {kind}.from_pretrained({found['models']['large']['source']!r})\n"
+        f"  model = {kind}.from_pretrained({large['source']!r}{revision})\n"
         f"  model = PeftModel.from_pretrained(model, {found['checkpoint']!r})",
     )
 
 
 def _architecture(found: dict[str, Any]) -> str:
     from plugbridge.models import load_config as model_config
+    from plugbridge.sources import HubId
 
-    return " ".join(model_config(found["models"]["large"]["source"]).architectures or ())
+    large = found["models"]["large"]
+    source = HubId(large["source"], large["commit"]) if large["commit"] else large["source"]
+    return " ".join(model_config(source).architectures or ())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
+from plugbridge.sources import commit_of
 from plugbridge.tuners.table import Method, MethodSettings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -128,9 +129,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def save(folder: Path, config: PeftConfig, state: Mapping[str, Tensor], base: str | None) -> None:
-    """Write a standard peft checkpoint: `adapter_config.json` and `adapter_model.safetensors`."""
+    """Write a standard peft checkpoint: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Of a base from the hub it names the commit, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = base
+    config.revision = None if base is None else commit_of(base)
     config.inference_mode = True
     if config.peft_type == "PREFIX_TUNING" and getattr(config, "num_transformer_submodules", None) is None:
         submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from conftest import save_model
 from plugbridge.config import fields_help, parse_config
 from plugbridge.errors import ConfigError
-from plugbridge.preflight import check_settings, resolve
+from plugbridge.preflight import check_settings, preflight, resolve
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import Stage, execute
 from plugbridge.stages.build import build_stages
 from plugbridge.stages.work import rate_of_training, schedule_of
-from plugbridge.transfer.acting import FREE
+from plugbridge.transfer.acting import FREE, OF_STEPS
 from plugbridge.tuners.table import METHODS
 
 Raw = dict[str, Any]
@@ -98,6 +98,8 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("couple.down", "learned", ("feedback", "identity"), {}, "no loss goes through down"),
     ("couple.cache", "memory", ("standalone", "feedback", "identity"), {}, "keeps no activations"),
     ("evaluate.models", ["bridge_coupled"], NO_BRIDGE, {}, "which needs a mode whose Bridge trains"),
+    ("evaluate.probe", True, ("feedback",), {"evaluate.models": ["large_plugged"]}, "names neither 'small_probe' nor"),
+    ("data", "somewhere", ("feedback",), {"task": "wordnet-kind"}, "rows of task 'wordnet-kind' come with plugbridge"),
     ("data", "somewhere", ("feedback",), {}, "data is 'somewhere', but the task's own files are named under `task`"),
 ]  # fmt: skip
 
@@ -110,6 +112,8 @@ UNCHANGED: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("resident", "none", "score", ("feedback",), {}),
     ("score.keep", "memory", "score", ("feedback",), {"resident": "none"}),
     ("evaluate.batch_size", 3, "evaluate", ("feedback",), {}),
+    ("score", {"importance": "magnitude", "samples": 3}, "plug", ("identity",), {}),  # which is said
+    ("prune", {"reduction": 4, "channels": "select"}, "plug", ("identity",), {}),
 ]
 
 ELSEWHERE = {  # what the user brings; its tests are those of tasks and models
@@ -296,6 +300,47 @@ def test_what_a_run_writes_down_of_its_settings_is_not_refused(base: Callable[[s
 def test_of_stages_that_are_not_run_settings_may_stay(base: Callable[[str, Raw], Raw]) -> None:
     raw = put(put(base("feedback", {}), "couple.align_samples", 3), "method.dropout", 0.5)
     check_settings(resolve(parse_config(put(raw, "evaluate.models", ["small_tuned"]), "test")))
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "said"),
+    [
+        ("feedback", {}, []),
+        ("feedback", {"couple": {"steps": 0}}, []),
+        ("feedback", {"couple": {"steps": 0}, "evaluate.models": ["small_tuned"]}, []),
+        ("standalone", {"couple.steps": 0, "couple.bridge": "freeze", "couple.down": "learned"},
+         ["couple.steps is 0: couple.learning_rate, couple.batch_size, couple.down, couple.bridge change nothing"]),
+        ("feedback", {"couple": {"steps": 0, "optimizer": "adafactor"}},
+         ["couple.steps is 0: couple.optimizer changes nothing"]),
+        ("identity", {},
+         ["mode 'identity' has no Bridge: `score` and `prune` change nothing in the plugged checkpoint"]),
+    ],
+)  # fmt: skip
+def test_what_a_control_inherits_and_cannot_use_is_said(
+    base: Callable[[str, Raw], Raw], mode: str, more: Raw, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "plugbridge")
+    prepare(parse_config(base(mode, more), "test"), None)
+    assert [line for line in caplog.messages if "nothing" in line] == said
+
+
+def test_of_no_steps_all_settings_but_these_act(base: Callable[[str, Raw], Raw], done: dict[str, Path]) -> None:
+    raw = put(base("standalone", {}), "couple", {"mode": "standalone", "plug": "random", "steps": 0})
+    other = {**LOOP, "micro_batch": 2, "optimizer": "adafactor", "plug_learning_rate": 0.3, "down": "learned",
+             "bridge": "freeze", "bridge_learning_rate": 0.3}  # fmt: skip
+    del other["steps"]
+    assert {*OF_STEPS} == {*other}
+    del other["bridge_learning_rate"]  # of a Bridge that trains
+    changed = put(raw, "couple", {**raw["couple"], **other})
+    assert equal(results(raw, "plug", done), results(changed, "plug", done))
+
+
+def test_data_in_the_environment_is_nothing_to_a_task_that_ships_its_rows(
+    base: Callable[[str, Raw], Raw], tmp_path: Path
+) -> None:
+    config = parse_config(base("feedback", {"task": "wordnet-kind"}), "test")
+    for data in (tmp_path, Path("hub")):
+        assert preflight(config, data).rows["train"]
 
 
 @pytest.mark.parametrize(("mode", "dropout", "named"), [

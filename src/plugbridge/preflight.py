@@ -206,10 +206,16 @@ def _check_models(config: RunConfig) -> None:
         needs[name] = (getattr(config.baselines, name) is not None, f"a `baselines.{name}:` section")
     mode = find_mode(config.couple.mode)
     needs["bridge_coupled"] = (mode.trains_bridge, f"a mode whose Bridge trains; in '{mode.name}' it is no model")
-    for name in config.evaluate.models or ():
+    asked = config.evaluate.models
+    for name in asked or ():
         given, section = needs.get(name, (True, ""))
         if not given:
             raise ConfigError(f"evaluate.models names '{name}', which needs {section}")
+    if config.evaluate.probe and asked is not None and not {"small_probe", "large_probe"} & set(asked):
+        raise ConfigError(
+            "evaluate.probe is True, but evaluate.models names neither 'small_probe' nor 'large_probe'; add one, or "
+            "leave evaluate.probe out"
+        )
 
 
 def room_in(config: RunConfig, positions: int | None) -> int | None:
@@ -233,7 +239,7 @@ def _read_task(config: RunConfig, data: Path | None, kind: str) -> tuple[Task, d
     else:
         task = load_task(config.task)
         folder = data if data is not None else (Path(config.data) if config.data else None)
-        if from_hub(folder):
+        if from_hub(folder) and not task.shipped:
             texts, digests = hub_rows(task, kind, config.seed)
             return task, dict(texts), digests
         texts = load_rows(task, kind, folder, config.seed)

@@ -42,6 +42,7 @@ from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.remarks import Cut, cut_of, remarks
 from plugbridge.tasks.spec import SPLITS, Split, Task
 from plugbridge.tensors.checkpoint import Checkpoint
+from plugbridge.transfer.acting import without_effect
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import Method, MethodSettings
 
@@ -171,6 +172,8 @@ def prepare_checked(checked: Checked) -> Prepared:
     said += [f"large: {line}" for line in remarks(task, encoders[1], large_rows) if line not in said]
     for line in said:
         log.warning("%s", line)
+    for line in without_effect(config):  # as it should be in a control
+        log.info("%s", line)
     return Prepared(
         config=config,
         task=task,

@@ -44,7 +44,7 @@ BRIDGE = ["tune", "score", "prune", "repair", "couple"]
 def test_stages_are_those_of_the_models_asked_for(
     run_config: Callable[..., Raw], tmp_path: Path, models: list[str] | None, stages: list[str]
 ) -> None:
-    raw = run_config(**WHOLE, evaluate={"models": models, "probe": True})
+    raw = run_config(**WHOLE, evaluate={"models": models, "probe": models in (None, ["small_probe"])})
     config = parse_config(raw, "test")
     assert config.stages == {*stages, "evaluate"}
     prepared = prepare(config, None)

@@ -26,6 +26,7 @@ OWNED = (
     "couple.mode",
     "couple.plug",
     "evaluate.models",
+    "evaluate.probe",
     "evaluate.split",
 )
 """Settings of a run that a table's rows are about: not the user's to set."""

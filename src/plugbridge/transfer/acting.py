@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from plugbridge.config import RunConfig, TaskConfig
 from plugbridge.errors import ConfigError
+from plugbridge.tasks.spec import load_task
 from plugbridge.transfer.couple import Mode, find_mode
 
 FREE = (
@@ -21,6 +22,13 @@ together.
 """
 
 
+OF_STEPS = (
+    "learning_rate", "batch_size", "micro_batch", "warmup", "optimizer", "weight_decay", "clip", "plug_learning_rate",
+    "down", "bridge", "bridge_learning_rate",
+)  # fmt: skip
+"""Keys of `couple` that only its steps read. A control without steps may inherit them from what it is compared with."""
+
+
 def check_acting(config: RunConfig) -> None:
     """Refuse a setting that is not at its default and can do nothing, once the mode's defaults are written out.
 
@@ -32,9 +40,31 @@ def check_acting(config: RunConfig) -> None:
         for part in path:
             owner = getattr(owner, part)
         value: Any = getattr(owner, last)
-        if value != type(owner).model_fields[last].get_default(call_default_factory=True):
+        if _is_given(owner, last):
             said = f"{key} is {value!r}" if not isinstance(value, BaseModel) else f"there is a `{key}:` section"
             raise ConfigError(f"{said}, but {why}; leave it out")
+
+
+def without_effect(config: RunConfig) -> list[str]:
+    """What a control may inherit and cannot use, a line each, once the mode's defaults are written out."""
+    if "couple" not in config.stages:
+        return []
+    couple, found = config.couple, list[str]()
+    if couple.steps == 0:
+        resolved = ("optimizer",) if couple.optimizer == "adamw" else ()  # what no steps have by default
+        given = [name for name in OF_STEPS if name not in resolved and _is_given(couple, name)]
+        if given:
+            verb = "changes" if len(given) == 1 else "change"
+            found.append(f"couple.steps is 0: couple.{', couple.'.join(given)} {verb} nothing")
+    if couple.mode == "identity":
+        found.append("mode 'identity' has no Bridge: `score` and `prune` change nothing in the plugged checkpoint")
+    return found
+
+
+def _is_given(owner: BaseModel, name: str) -> bool:
+    """Whether a setting is not at its default."""
+    field = type(owner).model_fields[name]
+    return getattr(owner, name) != field.get_default(call_default_factory=True)
 
 
 def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
@@ -42,6 +72,8 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
     method, couple = config.method.name, config.couple
     if isinstance(config.task, TaskConfig):
         yield "data", "the task's own files are named under `task`"
+    elif load_task(config.task).shipped:
+        yield "data", f"the rows of task '{config.task}' come with plugbridge"
     if method != "lora":
         yield "method.alpha", f"only lora has an alpha, not {method}"
         yield "method.dropout", f"only lora has dropout, not {method}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
 from plugbridge.report import commonest, draw, draw_losses, loss_curves, recovered, smooth, telling, why_not_recovered
 
@@ -66,8 +67,21 @@ def test_every_training_has_a_curve(tmp_path: Path) -> None:
     assert loss_curves(tmp_path) == {"tune": [1.0, 0.5], "couple": losses["couple"], "ceiling": [3.0]}
     assert draw_losses(tmp_path, tmp_path / "losses.png")
     assert matplotlib.image.imread(tmp_path / "losses.png").std() > 0.05
+    (tmp_path / "tune" / "losses.json").write_text(json.dumps([1e308, 1e308, -1e308, 10**400, 2.0, 1.0, 3.0]))
+    assert loss_curves(tmp_path)["tune"] == [2.0, 1.0, 3.0]
+    assert draw_losses(tmp_path, tmp_path / "losses.png")
     assert not draw_losses(tmp_path / "none", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_steps_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("plugbridge.report.save_picture", lambda figure, _path: drawn.append(figure))
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune" / "losses.json").write_text("[3.0, 2.0, 1.0]", encoding="utf-8")
+    assert draw_losses(tmp_path, tmp_path / "losses.png")
+    ticks = list(drawn[0].axes[0].get_xticks())
+    assert ticks == [round(tick) for tick in ticks]
 
 
 def test_a_smooth_curve_keeps_its_length_and_its_level() -> None:

@@ -374,6 +374,7 @@ def draw_losses(root: Path, path: Path) -> bool:
     Each step's loss, and over it the mean of the steps around it.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     curves = loss_curves(root)
     if not curves:
@@ -390,14 +391,20 @@ def draw_losses(root: Path, path: Path) -> bool:
         axes.set_xlabel("evaluation" if name == "polish" else "step", fontsize=9)
         axes.set_ylabel("loss" if number % columns == 0 else "", fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))  # there is no step 1.5
         axes.spines[["top", "right"]].set_visible(False)
     save_picture(figure, path)
     return True
 
 
-def loss_curves(root: Path) -> dict[str, list[float]]:
-    """The losses of every training of a run by stage, in the order of the stages; those that were not finite left out.
+DRAWN = 1e30
+"""The largest loss that has a place in a picture: axes of still larger ones overflow."""
 
+
+def loss_curves(root: Path) -> dict[str, list[float]]:
+    """The losses of every training of a run by stage, in the order of the stages.
+
+    Losses that were not finite, or as good as (beyond `DRAWN`), are left out.
     A stage's ``losses.json`` is what it left: one that cannot be read has no curve.
     """
     found: dict[str, list[float]] = {}
@@ -406,7 +413,8 @@ def loss_curves(root: Path) -> dict[str, list[float]]:
         if path.is_file():
             with suppress(RunError):
                 raw = read_json(path, RunError)
-                losses = [float(x) for x in raw if isinstance(x, int | float)] if isinstance(raw, list) else []
+                numbers = [x for x in raw if isinstance(x, int | float)] if isinstance(raw, list) else []
+                losses = [float(x) for x in numbers if abs(x) <= DRAWN]
                 if losses:
                     found[name] = losses
     return found

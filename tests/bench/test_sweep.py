@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import test_cli
@@ -98,6 +99,17 @@ def test_a_winner_is_named_only_where_the_rows_tell() -> None:
     assert said.startswith("highest for large_plugged on 100 validation rows: --set a.b=best; not clearly apart")
     assert said.endswith("answer by answer: a.b=near")
     assert "**" not in sweep_page([near, best, far], "large_plugged", "x")
+    page = sweep_page(
+        [Tried(("task.prompt={text} Topic:",), {"large_plugged": 0.1}, "accuracy", 9)], "large_plugged", ""
+    )
+    assert "Best for large_plugged on 9 validation rows: --set 'task.prompt={text} Topic:'." in page
+    same = run("same", _right(60, 100, 10))
+    tie = "2 runs are level and highest for large_plugged on 100 validation rows: --set a.b=best; --set a.b=same"
+    assert verdict([best, same, far], "large_plugged") == tie
+    assert (
+        verdict([best, same, near], "large_plugged")
+        == f"{tie}; not clearly apart from them, answer by answer: a.b=near"
+    )
     unknown = Tried(("a.b=old",), {"large_plugged": 0.1}, "accuracy", 100)
     assert rivals([best, unknown], best, "large_plugged") == [unknown]
     assert verdict([Tried(("a.b=5",), {}, "", 0, "loss is nan")], "large_plugged") == ""
@@ -121,6 +133,16 @@ def test_a_sweep_s_picture_has_every_run(tmp_path: Path) -> None:
     assert matplotlib.image.imread(tmp_path / "s.png").std() > 0.05
     draw_sweep([Tried(("a.b=5",), {}, "", 0, "loss is nan")], "large_plugged", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_runs_that_are_level_have_dots_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("plugbridge.bench.sweep.save_picture", lambda figure, _path: drawn.append(figure))
+    values = {"x": 0.375, "y": 0.375, "z": 0.1}
+    runs = [Tried((f"a.b={name}",), {"large_plugged": value}, "accuracy", 24) for name, value in values.items()]
+    draw_sweep(runs, "large_plugged", tmp_path / "s.png")
+    dots = [line.get_markersize() for line in drawn[0].axes[0].lines if line.get_marker() == "o"]
+    assert dots[0] == dots[1] > dots[2]
 
 
 def test_a_page_has_the_best_in_bold_and_what_failed() -> None:

@@ -22,9 +22,11 @@ MARKER: dict[str, Any] = {
 def test_a_bar_fits_the_terminal(width: int) -> None:
     line = bar_line(width, "couple (feedback)", 120, 400, "loss 0.693 ↓", 40.2, 131)
     assert len(line) <= width
-    assert "120/400  loss 0.693 ↓" in line
-    assert ("0:40 left" in line) == (width > 40)
-    assert ("in all 2:11" in line) == (width > 60)
+    assert line.startswith("  ")
+    assert "120/400  " in line
+    assert line.endswith("0:40 left, 2:11 in all")
+    assert ("loss 0.693 ↓" in line) == (width > 40)
+    assert ("couple (feedback)" in line) == (width > 60)
     assert ("━" in line) == (width > 70)
 
 
@@ -33,6 +35,13 @@ def test_a_bar_of_nothing_and_one_of_a_long_title() -> None:
         "  validate: large_finetuned on al…  1/2"
     )
     assert bar_line(79, "plug", 0, 0, "", None, None) == "  plug  0/0"
+
+
+def test_the_title_gives_way_before_the_times() -> None:
+    assert bar_line(39, "couple (feedback)", 1, 9, "", 40, None) == "  couple (feedback)  1/9  0:40 left"
+    assert bar_line(39, "couple (feedback)", 1, 9, "", 40, 309) == "  couple…  1/9  0:40 left, 5:09 in all"
+    assert bar_line(39, "couple", 1200, 40000, "loss 1", 7000, 90000) == "  1,200/40,000  loss 1  1:56:40 left"
+    assert bar_line(39, "couple", 1, 9, "", None, 309).endswith("1/9  5:09 left in all")
 
 
 def test_times_are_read_as_on_a_clock() -> None:

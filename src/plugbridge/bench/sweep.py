@@ -170,13 +170,20 @@ def verdict(found: Sequence[Tried], model: str) -> str:
     best = best_of(found, model)
     if best is None:
         return ""
-    chosen = " ".join(f"--set {shlex.quote(text)}" for text in best.sets)
     where, open_ones = f"for {model} on {best.rows:,} validation rows", rivals(found, best, model)
+    level = [best, *(run for run in open_ones if run.values[model] == best.values[model])]
+    chosen = _named([" ".join(f"--set {shlex.quote(text)}" for text in run.sets) for run in level])
     if not open_ones:
         return f"best {where}: {chosen}"
-    names = "; ".join(" ".join(run.sets) for run in open_ones[:NAMED])
-    more = f"; and {len(open_ones) - NAMED:,} more" if len(open_ones) > NAMED else ""
-    return f"highest {where}: {chosen}; not clearly apart from it, answer by answer: {names}{more}"
+    others = [" ".join(run.sets) for run in open_ones if not any(run is one for one in level)]
+    first = f"highest {where}" if len(level) == 1 else f"{len(level)} runs are level and highest {where}"
+    apart_from = f"; not clearly apart from {'it' if len(level) == 1 else 'them'}, answer by answer: {_named(others)}"
+    return f"{first}: {chosen}{apart_from if others else ''}"
+
+
+def _named(runs: Sequence[str]) -> str:
+    """The first of some runs, and how many more there are."""
+    return "; ".join(runs[:NAMED]) + (f"; and {len(runs) - NAMED:,} more" if len(runs) > NAMED else "")
 
 
 def draw_sweep(found: Sequence[Tried], model: str, path: Path) -> None:
@@ -189,6 +196,7 @@ def draw_sweep(found: Sequence[Tried], model: str, path: Path) -> None:
     best = best_of(found, model)
     level = [] if best is None else [best, *rivals(found, best, model)]
     values = [run.values[model] for run in done]
+    top = max(values)  # of several runs where they are level
     shares = done[0].metric in PROPORTIONS
     spans = [wilson(v, run.rows) if shares else (v, v) for v, run in zip(values, done, strict=True)]
     figure = Figure(figsize=(7.2, 0.34 * len(done) + 1.5), layout="constrained")
@@ -196,7 +204,7 @@ def draw_sweep(found: Sequence[Tried], model: str, path: Path) -> None:
     for place, (run, value, (low, high)) in enumerate(zip(done, values, spans, strict=True)):
         colour = "#c1440e" if any(run is one for one in level) else "#8a8a8a"
         axes.plot([low, high], [place, place], color=colour, lw=1.4)
-        axes.plot([value], [place], "o", color=colour, ms=6 if run is best else 4)
+        axes.plot([value], [place], "o", color=colour, ms=6 if value == top else 4)
         axes.annotate(f"{value:.3f}", (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(done)), [", ".join(run.sets) for run in done], fontsize=8)
     axes.set_ylim(len(done) - 0.5, -0.5)
@@ -223,7 +231,8 @@ def sweep_page(found: Sequence[Tried], model: str, command: str) -> str:
     names = list(dict.fromkeys(name for run in found for name in run.values))
     keys = [text.partition("=")[0] for text in found[0].sets]
     lines = ["# Sweep", "", *([f"{best.metric} on {best.rows:,} validation rows, one run each."] if best else [])]
-    lines += ["", f"{verdict(found, model)}.".capitalize()] if best else []
+    said = verdict(found, model)
+    lines += ["", f"{said[0].upper()}{said[1:]}."] if best else []  # settings keep their capital letters
     lines += ["", "Made by", "", f"    {command}", ""]
     lines += ["| " + " | ".join([*keys, *(TITLES[name] for name in names)]) + " |"]
     lines += ["|" + "---|" * (len(keys) + len(names))]

@@ -31,18 +31,34 @@ EPILOG = """
 Start with a file, config.yaml:
 
 \b
-  small: gpt2            # a model that you can train, and a large one of its family
+  small: gpt2          # a model you can train, and a large one of its kind
   large: gpt2-xl
-  task: wordnet-kind     # a name of `plugbridge tasks`, or your own rows
+  task: wordnet-kind   # a name of `plugbridge tasks`, or your own rows
 
 \b
-  plugbridge plan config.yaml      what it will take, before anything is loaded
-  plugbridge run config.yaml       the whole job; the same command goes on after a stop
+  plugbridge plan config.yaml      what it will take; loads nothing
+  plugbridge run config.yaml       the whole job; given again, it goes on
   plugbridge report runs/config    what came of it
   plugbridge explain               every key of the file
 
-Completion of commands and files in your shell: plugbridge --install-completion
+\b
+Completion in your shell: plugbridge --install-completion
 """
+
+SHORT = {
+    "run": "Do the whole job; finished stages are skipped.",
+    "prune": "Prune the large model into the Bridge.",
+    "repair": "Fit the Bridge to the large model's forward passes.",
+    "polish": "Tune the plugged module's factors, forward only.",
+    "plug": "Fold all into a peft checkpoint of the large model.",
+    "ceiling": "Tune the large model itself, for reference.",
+    "plan": "Predict memory, time and disk of every stage.",
+    "report": "Print a finished run as a table and draw its pictures.",
+    "sweep": "Compare combinations of settings on validation rows.",
+    "submit": "Answer SuperGLUE's test rows with a finished run.",
+    "reproduce": "Make a table or figure of the paper, ours beside it.",
+}
+"""Commands in a line of the help, where their own first sentence would be cut."""
 
 RESUMING = ("run", *STAGES, "sweep", "bench", "reproduce")
 """Commands that go on where they were when they are given again."""
@@ -71,11 +87,11 @@ app = typer.Typer(
     "model into a Bridge, couple them, and plug the result into the large model.",
     epilog=EPILOG,
 )
-app.command()(run)
+app.command(short_help=SHORT["run"])(run)
 for _name, _help in STAGES.items():
-    app.command(_name)(stage_command(_name, _help))
+    app.command(_name, short_help=SHORT.get(_name))(stage_command(_name, _help))
 for _command in (plan, report, sweep, submit, families, tasks, methods, explain, reproduce):
-    app.command()(_command)
+    app.command(short_help=SHORT.get(_command.__name__))(_command)
 app.add_typer(bench_app, name="bench")
 
 _LONGEST = 2000  # characters of an error: users' own texts may be in it

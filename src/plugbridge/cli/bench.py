@@ -24,7 +24,7 @@ TableOption = Annotated[
 ]  # fmt: skip
 
 
-@bench_app.command()
+@bench_app.command(short_help="Measure the transfer against its controls over a grid.")
 def quality(
     grid: GridArg,
     full: Annotated[bool, typer.Option("--full", help="also the grid's `full` part")] = False,
@@ -89,7 +89,7 @@ models' say little (`bench memory` measures every step in a process of its own).
 """
 
 
-@bench_app.command()
+@bench_app.command(short_help="Measure peak memory and time of ours and other ways.")
 def memory(
     shapes: Annotated[str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b")] = "small",
     out_dir: RunsOption = None,

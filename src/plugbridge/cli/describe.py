@@ -59,7 +59,7 @@ def explain(
         return
     table = Table()
     for column in ("key", "default", "meaning"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for key, default, text in fields_help():
         table.add_row(key, default, text)
     out.print(table)

@@ -16,6 +16,7 @@ from plugbridge.markers import read_marker
 from plugbridge.progress import Advance, ignore
 
 WIDEST_BAR = 24
+SHORTEST_TITLE = 10
 SOON = 0.01
 """Share of the whole work before which nobody knows how long it will take."""
 
@@ -115,22 +116,31 @@ class _Line(ProgressColumn):
 
 
 def bar_line(width: int, title: str, done: int, total: int, note: str, left: float | None, whole: float | None) -> str:
-    """A piece of work in one line of at most `width` characters: what matters most, and a bar where there is room."""
-    head = f"  {title}"
-    parts = [f"{done:,}/{total:,}", note, f"{clock(left)} left" if left is not None else "",
-             f"in all {clock(whole)}" if whole is not None else ""]  # fmt: skip
-    room = max(8, width - sum(len(part) + 2 for part in parts[:2] if part))
-    head = head if len(head) <= room else f"{head[: room - 1]}…"
-    line = head
-    for part in filter(None, parts):
-        if len(line) + 2 + len(part) > width:
-            break
-        line += f"  {part}"
+    """A piece of work in one line of at most `width` characters: what matters most, and a bar where there is room.
+
+    The title gives way first, for the line above says the stage; then the note, then the whole run's time.
+    """
+    count, room = f"{done:,}/{total:,}", width - len(f"  {done:,}/{total:,}")
+    time_left = next((text for text in times(left, whole) if len(text) + 2 <= room), "")
+    room -= len(time_left) + 2 if time_left else 0
+    note = note if len(note) + 2 <= room else ""
+    room -= len(note) + 2 if note else 0
+    head = (
+        f"  {title}" if len(title) + 2 <= room else f"  {title[: room - 3].rstrip()}…" if room >= SHORTEST_TITLE else ""
+    )
+    line = head + "".join(f"  {part}" for part in (count, note, time_left) if part)
     spare = min(WIDEST_BAR, width - len(line) - 2)
     if spare < 8 or total <= 0:
         return line
     full = round(spare * min(1.0, done / total))
     return f"{head}  {'━' * full}{'─' * (spare - full)}{line[len(head) :]}"
+
+
+def times(left: float | None, whole: float | None) -> list[str]:
+    """The time left for a piece of work and for the whole run, in words; the shorter texts last."""
+    if left is None or whole is None:
+        return [f"{clock(left)} left"] if left is not None else [f"{clock(whole)} left in all"] if whole else []
+    return [f"{clock(left)} left, {clock(whole)} in all", f"{clock(left)} left"]
 
 
 def clock(seconds: float) -> str:

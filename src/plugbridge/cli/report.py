@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 
 from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path
-from plugbridge.cli.terminal import out, progress, setup
+from plugbridge.cli.terminal import err, out, progress, say_prose, setup
 from plugbridge.config import load_config
-from plugbridge.errors import ConfigError
+from plugbridge.errors import ConfigError, PlugbridgeError
+from plugbridge.parsing import one_line
 
 
 def report(root: RunArg, as_json: JsonOption = False) -> None:
@@ -31,9 +32,26 @@ def draw_all(found: dict[str, Any], root: Path) -> str:
     """A run's pictures, and the line that says where they are."""
     from plugbridge.report import draw, draw_losses
 
-    draw(found, root / "report.png")
-    losses = draw_losses(root, root / "losses.png")
-    return f"pictures: {root / 'report.png'}, losses.png" if losses else f"picture: {root / 'report.png'}"
+    works: dict[str, Callable[[Path], bool | None]] = {
+        "report.png": lambda path: draw(found, path),
+        "losses.png": lambda path: draw_losses(root, path),
+    }
+    made = [name for name, work in works.items() if _drawn(work, root / name)]
+    if not made:
+        return "no picture was drawn"
+    return f"{'pictures' if len(made) > 1 else 'picture'}: {', '.join([str(root / made[0]), *made[1:]])}"
+
+
+def _drawn(work: Callable[[Path], bool | None], path: Path) -> bool:
+    """Whether a picture was made; what keeps it from being made is said, for the numbers do not need it."""
+    try:
+        return work(path) is not False
+    except PlugbridgeError as error:  # such as another's picture of that name, which stays
+        reason = one_line(error, 300)
+    except Exception as error:  # matplotlib's own are many
+        reason = f"{path} was not drawn ({type(error).__name__}: {one_line(error, 200)})"
+    err.print(f"warning: {reason}")
+    return False
 
 
 def submit(
@@ -84,11 +102,51 @@ def print_table(found: dict[str, Any]) -> None:
     from plugbridge.report import TITLES, commonest, how_made
 
     first = found["rows"][0]
-    table = Table(
-        title="; ".join(filter(None, (f"{found['task']}, {first['n']} {found['split']} rows", how_made(found)))),
-        title_justify="left",
-    )
-    for column in ("model", first["metric"], "seconds", "MiB", "trainable", "changed"):
+    title = "; ".join(filter(None, (f"{found['task']}, {first['n']} {found['split']} rows", how_made(found))))
+    table = rows_of(found)
+    if out.measure(table, options=out.options.update(width=1000)).maximum <= out.width:
+        table.title, table.title_justify = title, "left"
+        out.print(table)
+        say_prose(
+            "seconds and MiB: of making the model, or of scoring it where nothing was trained; "
+            "changed: parameters the checkpoint adds"
+        )
+    else:
+        say_prose(title)
+        for row in found["rows"]:
+            out.print(TITLES[row["name"]])
+            seconds, mib = f"{row['seconds']:.0f} s", f"{row['peak_bytes'] / 2**20:.0f} MiB"
+            out.print(f"  {row['metric']} {row['value']:.3f}, {seconds}, {mib}")
+        say_prose(
+            "seconds and MiB: of making the model, or of scoring it where nothing was trained; "
+            "a wider terminal shows parameters, too"
+        )
+    chance = found["majority"][first["metric"]]
+    pgr = found["pgr"]
+    recovered = f"{pgr:+.2f}" if pgr is not None else f"-, {found['pgr_reason']}"
+    peak = found["peak"]
+    held = {"device": "allocated on the device", "resident": "resident, over the process without a model"}
+    highest = f"{peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
+    if peak["reserved_bytes"]:
+        highest += f"; at most {peak['reserved_bytes'] / 2**20:,.0f} MiB were reserved"
+    say_prose(f"peak of the whole job, references left out: {highest}")
+    coupling = found["coupling"]
+    if coupling is not None:
+        kept = f"; {coupling['cache_bytes'] / 2**20:,.0f} MiB of its activations were kept ({coupling['cache']})"
+        say_prose(
+            f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
+        )
+    if (line := cut_line(found["cut"])) is not None:
+        say_prose(line)
+    say_prose(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")
+
+
+def rows_of(found: dict[str, Any]) -> Table:
+    """A report's rows as a table."""
+    from plugbridge.report import TITLES
+
+    table = Table()
+    for column in ("model", found["rows"][0]["metric"], "seconds", "MiB", "trainable", "changed"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in found["rows"]:
         counts = row["parameters"]
@@ -96,30 +154,7 @@ def print_table(found: dict[str, Any]) -> None:
             TITLES[row["name"]], f"{row['value']:.3f}", f"{row['seconds']:.0f}",
             f"{row['peak_bytes'] / 2**20:.0f}", f"{counts['trainable']:,}", f"{counts['changed']:,}",
         )  # fmt: skip
-    out.print(table)
-    chance = found["majority"][first["metric"]]
-    pgr = found["pgr"]
-    recovered = f"{pgr:+.2f}" if pgr is not None else f"-, {found['pgr_reason']}"
-    out.print(
-        "seconds and MiB: what making the model took (its stages together, peak over the stages), or scoring it where "
-        "nothing was trained; "
-        "trainable: parameters that were trained; changed: parameters the checkpoint adds"
-    )
-    peak = found["peak"]
-    held = {"device": "allocated on the device", "resident": "resident, over the process without a model"}
-    highest = f"{peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
-    if peak["reserved_bytes"]:
-        highest += f"; at most {peak['reserved_bytes'] / 2**20:,.0f} MiB were reserved"
-    out.print(f"peak of the whole job, references left out: {highest}")
-    coupling = found["coupling"]
-    if coupling is not None:
-        kept = f"; {coupling['cache_bytes'] / 2**20:,.0f} MiB of its activations were kept ({coupling['cache']})"
-        out.print(
-            f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
-        )
-    if (line := cut_line(found["cut"])) is not None:
-        out.print(line)
-    out.print(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")
+    return table
 
 
 def cut_line(cut: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str | None:

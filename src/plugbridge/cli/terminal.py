@@ -4,7 +4,7 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,9 +89,19 @@ def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bo
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
-    table = Table()
+    out.print(rows_table(rows, columns))
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
+    """Rows as a table of some columns; the first, which is typed as it stands, is whole at any width."""
+    table, widest = Table(), max((len(str(row[columns[0]])) for row in rows), default=0)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold", min_width=widest if column == columns[0] else None)
     for row in rows:
         table.add_row(*(str(row[column]) for column in columns))
-    out.print(table)
+    return table
+
+
+def say_prose(text: str) -> None:
+    """Print sentences, which a terminal breaks at blanks; never what is copied, such as commands and paths."""
+    out.print(text, soft_wrap=not out.is_terminal)

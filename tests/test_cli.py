@@ -19,6 +19,7 @@ from plugbridge import __version__
 from plugbridge.cli import main
 from plugbridge.cli.options import yaml_files
 from plugbridge.config import RunConfig, fields_help
+from plugbridge.errors import RunError
 from plugbridge.report import recovered
 from plugbridge.run import locked
 
@@ -139,6 +140,10 @@ def test_explain_names_every_key(call: Call) -> None:
 # a whole run
 
 
+def no_room(*_: Any) -> None:
+    raise RunError("no room")
+
+
 def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[..., Path], tmp_path: Path) -> None:
     path, root = config(), tmp_path / "runs" / "toy"
     refused = mistake(call("couple", path))
@@ -204,6 +209,11 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
         assert message in mistake(call(command, config(**changes)))
     with locked(root):
         assert "another process is working in runs/toy" in mistake(call("run", path))
+    other = path.with_name("other.yaml")
+    other.write_bytes(path.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plugbridge.run.check_room", no_room)
+        assert "no room" in mistake(call("run", other, "--out", root, "--redo"))
     assert stamps(root) == before
 
     # a report never mixes two settings

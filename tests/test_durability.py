@@ -433,3 +433,7 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"n": 1}
     assert (tmp_path / "folder" / "x").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "folder"]
+    (tmp_path / "folder").rename(tmp_path / ".folder.old")  # killed before the new one took its place
+    with suppress(KeyError), folder_atomically(tmp_path / "folder") as folder:
+        raise KeyError
+    assert (tmp_path / "folder" / "x").read_text() == "old"

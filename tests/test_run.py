@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from plugbridge.errors import RunError
-from plugbridge.files import content_digest
-from plugbridge.markers import RUN, changes, check_root, read_marker, write_own
+from plugbridge.files import content_digest, digest_of
+from plugbridge.markers import RUN, changes, check_places, check_root, read_marker, read_run, write_own
 from plugbridge.run import Stage, StageResult, check_stages, execute, locked
 
 NAMES = ("tune", "couple", "evaluate")
@@ -68,7 +68,7 @@ def test_a_folder_of_the_users_own_is_refused_and_left_as_it_is(project: Path) -
     assert contents(project) == before
 
 
-@pytest.mark.parametrize("made", ["folder", "file", "nowhere", "cut marker"])
+@pytest.mark.parametrize("made", ["folder", "file", "nowhere", "cut marker", "marker is a folder"])
 def test_a_stage_that_is_not_ours_is_never_removed(tmp_path: Path, made: str) -> None:
     root, place = tmp_path / "run", tmp_path / "run" / "couple"
     run(root, stages_of(), only="tune")
@@ -76,14 +76,19 @@ def test_a_stage_that_is_not_ours_is_never_removed(tmp_path: Path, made: str) ->
         place.mkdir()
         name = "mine" if made == "folder" else "started.json"
         (place / name).write_text('{"digest": "x", "depends": {}}', encoding="utf-8")
+    elif made == "marker is a folder":
+        (place / "done.json").mkdir(parents=True)
     elif made == "file":
         place.write_text("mine", encoding="utf-8")
     else:
         place.symlink_to(tmp_path / "gone")
     before = contents(root)
     for redo in (False, True):
-        with pytest.raises(RunError, match=r"couple (has no started\.json as|is a file, where|is a link to nowhere)"):
+        said = r"couple( has no started\.json as| is a file, where| is a link to nowhere|/done\.json is a directory)"
+        with pytest.raises(RunError, match=said):
             run(root, stages_of(), redo=redo)
+        with pytest.raises(RunError, match=said):
+            check_places(root, NAMES)
     assert contents(root) == before
     assert place.is_symlink() == (made == "nowhere")
 
@@ -180,9 +185,17 @@ def test_a_file_that_somebody_else_wrote_stays(tmp_path: Path) -> None:
     with locked(tmp_path):
         write_own(tmp_path, "config.yaml", "seed: 1\n")
         write_own(tmp_path, "config.yaml", "seed: 2\n")
+        check_places(tmp_path, NAMES)
+        marker = read_run(tmp_path)
+        assert marker is not None
         (tmp_path / "config.yaml").write_text("seed: 3  # mine\n", encoding="utf-8")
-        with pytest.raises(RunError, match=r"config\.yaml is not as plugbridge wrote it; move it away"):
-            write_own(tmp_path, "config.yaml", "seed: 2\n")
+        for wrote in ({}, {"config.yaml": [digest_of("seed: 3  # mine\n")]}):  # and a note of it that is forged
+            (tmp_path / RUN).write_text(json.dumps({**marker, "wrote": {**marker["wrote"], **wrote}}), encoding="utf-8")
+            assert read_run(tmp_path) is None
+        (tmp_path / RUN).write_text(json.dumps({**marker, "seal": digest_of(marker)}), encoding="utf-8")
+        for look in (lambda: write_own(tmp_path, "config.yaml", "seed: 2\n"), lambda: check_places(tmp_path, NAMES)):
+            with pytest.raises(RunError, match=r"config\.yaml is not as plugbridge wrote it; move it away"):
+                look()
         assert (tmp_path / "config.yaml").read_text() == "seed: 3  # mine\n"
         (tmp_path / "config.yaml").unlink()
         write_own(tmp_path, "config.yaml", "seed: 2\n")
@@ -209,18 +222,28 @@ def test_a_place_that_cannot_be_is_one_line(tmp_path: Path, place: str, said: st
     with pytest.raises(RunError, match=said) as caught:
         run(root, [])
     assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match=said):
+        check_places(root, NAMES)
 
 
 def test_what_changed_is_named_with_both_values() -> None:
-    hashes = {"files": {"train.jsonl": "0" * 64, "test.jsonl": "1" * 64}}
-    then = {"seed": 0, "task": hashes, "tune": {"steps": 5, "rates": [1, 2]}, "gone": None}
+    then = {
+        "seed": 0,
+        "task": {"files": {"file": "0" * 64, "train": "0" * 64, "test": "1" * 64}},
+        "large": {"files": {"config.json": "0" * 64}},
+        "tune": {"steps": 5, "rates": [1, 2]},
+        "gone": None,
+    }
     now = {
         "seed": 0,
-        "task": {"files": {**hashes["files"], "train.jsonl": "2" * 64}},
+        "task": {"files": {"file": "2" * 64, "train": "2" * 64, "test": "1" * 64}},
+        "large": {"files": {"config.json": "2" * 64}},
         "tune": {"steps": 6, "rates": []},
     }
     assert changes(then, now) == [
-        "task.files.train.jsonl has other content",
+        "the rows of task.file changed",
+        "the task's train rows changed",
+        "config.json of large has other content",
         "tune.steps 5 → 6",
         "tune.rates [1, 2] → []",
         "gone null → not set",

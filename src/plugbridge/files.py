@@ -6,8 +6,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def folder_atomically(path: Path) -> Generator[Path]:
     temporary, before = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
+        if before.exists() and not path.exists():  # killed between the two renames below: the only copy there is
+            before.replace(path)
         shutil.rmtree(before, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -111,6 +114,18 @@ def folder_atomically(path: Path) -> Generator[Path]:
             shutil.rmtree(before, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(path: Path, what: str = "choose another place") -> None:
+    """Refuse a folder that cannot be, or in which nothing can be written; leaves nothing there. Raises RunError."""
+    with disk_errors(path, strict=True):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # a name that can be none
+        above = next((place for place in (path, *path.parents) if place.exists() or place.is_symlink()), path)
+        if not above.is_dir():
+            found = "a file" if above.exists() else "a link to nowhere"
+            raise RunError(f"{above} is {found}; {what}")
+        Path(tempfile.mkdtemp(prefix=".plugbridge-", dir=above)).rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,14 +7,14 @@ the digests of what it left. Each ends with a seal over the rest: a marker that 
 
 import json
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from plugbridge.errors import PlugbridgeError, RunError
-from plugbridge.files import content_digest, digest_of, disk_errors, write_json, write_text
+from plugbridge.files import check_folder, content_digest, digest_of, disk_errors, write_json, write_text
 from plugbridge.parsing import one_line, read_json
 from plugbridge.version import __version__
 
@@ -63,14 +63,15 @@ def write_marker(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path, parts: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
-    """A marker with these parts; only runs from before there was a ``run.json`` have any without a seal."""
+    """A marker with these parts; only stages from before there was a ``run.json`` have any without a seal."""
     try:
         value = read_json(path, RunError)
         if not isinstance(value, dict):
             return None
         found = cast(dict[str, Any], value)
         seal = found.pop("seal", None)
-        if seal != digest_of(found) and (seal is not None or (path.parent.parent / RUN).exists()):
+        sealed = seal is not None or path.name == RUN or (path.parent.parent / RUN).exists()
+        if sealed and seal != digest_of(found):
             return None
     except (RunError, ValueError):
         return None
@@ -125,6 +126,8 @@ def state_of(folder: Path, digest: str) -> State:
         return "absent"
     if not folder.is_dir():
         raise RunError(f"{folder} is a file, where a stage's folder belongs; move it away, or give another --out")
+    if (folder / DONE).is_dir():
+        raise RunError(f"{folder / DONE} is a directory, where a stage's marker belongs; move it away")
     done = read_marker(folder)
     started = read_started(folder) or done
     if done is not None and done["digest"] == digest:
@@ -158,9 +161,8 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if a != b:
             if key.rpartition(".")[2] == "commit":  # which people look up, unlike digests
                 a, b = (value[:COMMIT] if _is_hash(value) else value for value in (a, b))
-            found.append(
-                f"{key} has other content" if _is_hash(a) and _is_hash(b) else f"{key} {_shown(a)} → {_shown(b)}"
-            )
+            hashes = _is_hash(a) and _is_hash(b)
+            found.append(_other_content(key) if hashes else f"{key} {_shown(a)} → {_shown(b)}")
     return found
 
 
@@ -171,6 +173,14 @@ COMMIT = 12
 
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value) is not None
+
+
+def _other_content(key: str) -> str:
+    """Which file has changed, as users know it: by the key of their configuration, or its name."""
+    whose, inside, name = key.partition(".files.")
+    if inside and whose == "task":
+        return f"the rows of task.{name} changed" if name == "file" else f"the task's {name} rows changed"
+    return f"{name} of {whose} has other content" if inside else f"{key} has other content"
 
 
 def _shown(value: Any) -> str:
@@ -232,6 +242,31 @@ def check_root(root: Path, config: Path | None = None, redo: bool | None = False
         )
 
 
+def check_places(root: Path, stages: Iterable[str]) -> None:
+    """Refuse a run directory in which a stage, the lock or a file of the run cannot be written. Raises RunError."""
+    check_folder(root, "--out must name a run directory")
+    for name in sorted(stages):
+        state_of(root / name, "")  # of no settings: refused is what is not ours
+    lock = root / ".lock"
+    if lock.is_dir():
+        raise RunError(f"cannot write {lock}: Is a directory; move it away, or choose another --out")
+    run = read_run(root)
+    for name in ("config.yaml", "environment.json"):
+        path = root / name
+        with disk_errors(path, strict=True):
+            if path.exists() or path.is_symlink():
+                _check_own(path, _digest_of_text(path), {} if run is None else run["wrote"])
+
+
+def _digest_of_text(path: Path) -> str:
+    return digest_of(path.read_bytes().decode("utf-8", "replace"))
+
+
+def _check_own(path: Path, digest: str, wrote: Mapping[str, list[str]]) -> None:
+    if digest not in wrote.get(path.name, ()):
+        raise RunError(f"{path} is not as plugbridge wrote it; move it away, or choose another --out")
+
+
 def mark_run(root: Path, config: Path | None, redo: bool | None) -> None:
     """Make a directory a run, begun by a configuration file. The caller holds its lock. Raises RunError."""
     check_root(root, config, redo)
@@ -252,12 +287,12 @@ def write_own(root: Path, name: str, text: str) -> None:
     assert run is not None  # marked when it was locked
     wrote: dict[str, list[str]] = run["wrote"]
     with disk_errors(path, strict=True):
-        found = digest_of(path.read_bytes().decode("utf-8", "replace")) if path.exists() or path.is_symlink() else None
+        found = _digest_of_text(path) if path.exists() or path.is_symlink() else None
     new = digest_of(text)
     if found == new:
         return
-    if found is not None and found not in wrote.get(name, ()):
-        raise RunError(f"{path} is not as plugbridge wrote it; move it away, or choose another --out")
+    if found is not None:
+        _check_own(path, found, wrote)
     # noted first: a kill in between leaves the old file, which is noted, too
     write_marker(root / RUN, {**run, "wrote": {**wrote, name: [new] if found is None else [found, new]}})
     write_text(path, text)

@@ -14,6 +14,8 @@ from plugbridge.errors import PlugbridgeError
 
 DEEPEST = 64
 """Levels of lists and objects in JSON; what tasks and models need is a handful."""
+DIGITS = 4300
+"""Of a whole number in JSON: Python reads no more, and refuses in its own terms."""
 LINE = 300
 """Characters that a foreign message may take in ours."""
 
@@ -126,6 +128,12 @@ def _finite(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"{one_line(text, 40)} is a whole number of {len(text):,} digits, more than are read")
+    return int(text)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -135,8 +143,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# Python's own limit is on the digits of whole numbers: more than 4,300 are a ValueError
-_STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_object)
+_STRICT = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_object
+)
 
 
 def _parts(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from plugbridge.config.stages import MADE_BY, TRANSFER
 from plugbridge.errors import RunError
 from plugbridge.files import write_atomically
-from plugbridge.markers import RUN, read_marker, reading
+from plugbridge.markers import RUN, read_marker, read_started, reading
 from plugbridge.parsing import read_json
 from plugbridge.version import __version__
 
@@ -70,7 +70,7 @@ def read_report(root: Path) -> dict[str, Any]:
     because `evaluate.models` needs none of it, is null. What was done is read from the stages' markers, not from the
     run's config, which may be newer. Raises RunError if the run is not finished.
     """
-    if not (root / RUN).is_file() and not (root / "config.yaml").is_file():
+    if not (root / RUN).is_file() and not _is_old_run(root):
         raise RunError(f"{root} is not a run; expected a directory made by `plugbridge run`")
     evaluated = _marker(root, "evaluate")
     needs = {*evaluated["needs"], *(["score"] if "prune" in evaluated["needs"] else [])}
@@ -82,6 +82,12 @@ def read_report(root: Path) -> dict[str, Any]:
                 raise RunError(f"stage '{name}' of {root} is older than '{need}'; finish with `plugbridge run`")
     with reading(root, "finish it with `plugbridge run`"):
         return _assemble(root, _Markers(markers))
+
+
+def _is_old_run(root: Path) -> bool:
+    """Whether a folder has what runs had before there was a ``run.json``: a config, and stages with our markers."""
+    folders = [root / name for name in (*TRANSFER, "ceiling", *BASELINES, "evaluate")]
+    return (root / "config.yaml").is_file() and any(read_marker(path) or read_started(path) for path in folders)
 
 
 def _marker(root: Path, name: str) -> dict[str, Any]:

@@ -291,8 +291,9 @@ def borrow(root: Path, donors: Sequence[Path], stages: Sequence[Stage]) -> None:
 
 
 def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str], do: Do) -> None:
-    with disk_errors(folder, strict=True):
+    with disk_errors(folder / DONE, strict=True):
         (folder / DONE).unlink(missing_ok=True)
+    with disk_errors(folder, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
     begun = {"stage": stage.name, "digest": digest, "needs": dict(needs), "depends": dict(stage.depends)}
     write_marker(folder / STARTED, {**begun, "versions": versions()})

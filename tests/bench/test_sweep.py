@@ -53,6 +53,12 @@ def test_every_combination_is_run_once_on_validation_rows(
 
 def test_mistakes_are_said_before_anything_runs(call: Call, config: Callable[..., Path], tmp_path: Path) -> None:
     path = config()
+    vary = ("--vary", "seed=1,2")
+    assert "is a file; a page needs a folder" in mistake(call("sweep", path, *vary, "--out", str(path)))
+    assert "cannot write /proc/x: " in mistake(call("sweep", path, *vary, "--out", "/proc/x"))
+    (tmp_path / "taken" / "seed=1").mkdir(parents=True)
+    (tmp_path / "taken" / "seed=1" / "mine").touch()
+    assert "is not empty and not a run" in mistake(call("sweep", path, *vary, "--out", str(tmp_path / "taken")))
     assert "expected key=value,value" in mistake(call("sweep", path, "--vary", "couple.steps"))
     assert "chosen on validation rows only" in mistake(call("sweep", path, "--vary", "evaluate.split=test"))
     assert "couple.nosuch" in mistake(call("sweep", path, "--vary", "couple.nosuch=1,2"))

@@ -43,6 +43,13 @@ def told(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         (["plan", "c.yaml", "--memory", "9" * 400 + "GB"], "is no amount of memory; expected one such as 8GB"),
         (["bench", "memory", "--budget", "0.0000000000001"], "is no amount of memory; expected one such as 8GB"),
         (["reproduce", LONG], "error: no table "),
+        (["run", "c.yaml", "--out", ""], "an empty path names nothing; give one, such as . for this directory"),
+        (["report", "."], "is not a run; expected a directory made by `plugbridge run`"),
+        (["bench", "memory", "--out", "c.yaml"], "c.yaml is a file; a page needs a folder"),
+        (["bench", "memory", "--table", "/proc/x/x.md"], "cannot write /proc/x: "),
+        (["reproduce", "table1", "--demo", "--out", "c.yaml"], "c.yaml is a file; a page needs a folder"),
+        (["reproduce", "table1", "--demo", "--table", "t.md", "--out", "c.yaml"], "c.yaml is a file; --out must name"),
+        (["run", "demo", "--out", "/proc/x"], "cannot write /proc/x: "),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -55,6 +62,7 @@ def test_it_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(CONFIG, encoding="utf-8")
+    Path("config.yaml").write_text(CONFIG, encoding="utf-8")
     os.mkfifo("pipe")
     before = sorted(tmp_path.rglob("*"))
     assert message in told(words, monkeypatch, capfd)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from plugbridge.bench.paper import Choice, Counts, Pair, Planned, Row, Table, planned, run_configs
 from plugbridge.config import RunConfig, load_config
 from plugbridge.errors import ConfigError, DataError, ModelError, PlugbridgeError, RunError
-from plugbridge.markers import write_own
+from plugbridge.markers import check_root, write_own
 from plugbridge.memory.case import Case
 from plugbridge.memory.shapes import PUBLISHED
 from plugbridge.models import layout_for, load_model, parameter_count
@@ -76,7 +76,9 @@ def do_runs(
     RunError where the runs are of another `origin`, the file that the settings are from.
     """
     reasons: dict[str, str] = {}
-    donors: list[Path] = sorted(p for p in root.parent.glob("*/*") if p.is_dir())
+    for name in configs:
+        check_root(root / name, origin, None)
+    donors = sorted(filter(_is_folder, root.parent.glob("*/*")))
     for name, config in configs.items():
         folder = root / name
         try:
@@ -98,6 +100,13 @@ def do_runs(
                 continue
         donors.append(folder)
     return reasons
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # somebody else's, which we may not look into
+        return False
 
 
 def home_of(root: Path, choice: Choice, table: str) -> Path:

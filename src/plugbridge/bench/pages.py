@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.errors import ConfigError
+from plugbridge.files import check_folder
 from plugbridge.parsing import read_json, read_text
 
 BESIDE = (".json", ".tex", ".png", ".svg")
@@ -12,12 +13,14 @@ _ROWS = {"command", "sets", "obtained", "cosine"}
 
 
 def check_page(page: Path) -> None:
-    """Refuse a page that is there, or that has files beside it, and was not made by us. Raises ConfigError.
+    """Refuse a page that cannot be written, or is there or has files beside it and was not made by us.
 
+    Raises ConfigError, and RunError for a folder that cannot be.
     Ours say by which command they were made; while a page is not written yet, its JSON may be there already.
     """
     if page.suffix in BESIDE:
         raise ConfigError(f"{page}: a page is a Markdown file, such as {page.with_suffix('.md')}")
+    check_folder(page.parent, "a page needs a folder; choose another place")
     beside = [*(page.with_suffix(ending) for ending in BESIDE), page.with_name(f"{page.stem}_rows.json")]
     taken = [path for path in (page, *beside) if path.exists() or path.is_symlink()]
     if taken and not (_says_how(page) if page in taken else _holds_rows(page.with_suffix(".json"))):

@@ -44,6 +44,7 @@ def quality(
     """Measure the transfer against its controls over a grid of runs; interrupted, it goes on where it was."""
     from plugbridge.bench.grid import groups_of, load_grid
     from plugbridge.bench.pages import check_page
+    from plugbridge.files import check_folder
 
     loaded = load_grid(grid)
     root = out_dir if out_dir is not None else Path("runs") / grid.stem
@@ -58,6 +59,8 @@ def quality(
     say(f"bench quality {grid} -> {root}, {len(chosen)} groups of runs", quiet)
     target = table if table is not None else root / "quality.md"
     check_page(target)
+    if not summary:
+        check_folder(root, "--out must name a folder for the runs")
     setup(quiet)
     from plugbridge.bench.present import draw_cells, page
     from plugbridge.bench.quality import cells_of, left_out, run_groups, write_cells
@@ -126,6 +129,7 @@ def memory(
     What the table's JSON has as measured is not measured again; remove the file to begin anew.
     """
     from plugbridge.bench.pages import check_page
+    from plugbridge.files import check_folder
     from plugbridge.memory.sizes import check_shapes, parse_bytes
 
     name = "check" if check else shapes
@@ -134,6 +138,7 @@ def memory(
     folder = out_dir or Path("runs") / "memory"
     target = table if table is not None else folder / "memory.md"
     check_page(target)
+    check_folder(folder, "--out must name a folder")
     say(f"bench memory, shapes {name} -> {target}", quiet)
     setup(quiet)
     from plugbridge.bench.memory import Machine, count_shape, rows_of

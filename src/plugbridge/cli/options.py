@@ -12,6 +12,8 @@ from plugbridge.parsing import path_of
 
 def path(text: str) -> Path:
     """A path on the command line, `~` expanded: shells leave it in `--out=~/run`. Raises ConfigError."""
+    if not text.strip():
+        raise ConfigError("an empty path names nothing; give one, such as . for this directory")
     return path_of(text, "path", ConfigError)
 
 

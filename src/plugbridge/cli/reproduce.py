@@ -38,6 +38,7 @@ def reproduce(
         raise ConfigError("give both --small and --large, or neither")
     from plugbridge.bench.asked import Asked, check_asked, check_options
     from plugbridge.bench.pages import check_page
+    from plugbridge.files import check_folder
 
     options = {"mode": mode, "task": tasks, "seed": seed, "set": sets, "summary": summary or None}
     check_options(table, [name for name, value in options.items() if value is not None])
@@ -45,6 +46,8 @@ def reproduce(
     root = out_dir if out_dir is not None else Path("runs") / "reproduce"
     page = target if target is not None else root / f"{table}.md"
     check_page(page)
+    if not summary:
+        check_folder(root, "--out must name a folder for the runs")
     pair = None if small is None or large is None else (small, large)
     asked = Asked(
         table, pair, demo, mode or "standalone", tuple(tasks) if tasks else None, seed or 0, tuple(sets or ()), data,

@@ -35,11 +35,12 @@ def execute_stages(
     config_path = config_file(config_path)
     config = load_config(config_path, tuple(sets or ()))
     root = root if root is not None else Path("runs") / config_path.stem
-    from plugbridge.markers import check_root
+    from plugbridge.markers import check_places, check_root
     from plugbridge.preflight import preflight
-    from plugbridge.run import check_kept, check_needs, execute, locked
+    from plugbridge.run import check_stages, execute, locked
 
     check_root(root, config_path, redo)
+    check_places(root, config.stages if only is None else {only})
     checked = preflight(config, data)
     say(f"{config_path} -> {root}", quiet)
     setup(quiet)
@@ -56,8 +57,7 @@ def execute_stages(
     alone = fresh and sys.platform == "linux" and prepared.device == "cpu"
     if alone:
         import sklearn.metrics  # pyright: ignore  # noqa: F401  # or it would count as the memory of stages that score
-    check_needs(root, stages, only)
-    check_kept(root, stages, only, redo)
+    check_stages(root, stages, only, redo)  # before the run is taken over from another file
     with locked(root, config_path, redo):
         _describe(root, config)
         do = partial(_by_itself, prepared.dtype) if alone else _here

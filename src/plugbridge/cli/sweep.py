@@ -50,10 +50,13 @@ def sweep(
 
     configs = sweep_configs(config, sets or (), vary, by)
     root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
+    from plugbridge.markers import check_root
     from plugbridge.preflight import check_runs
 
     check_runs(configs.values())
     check_page(root / "sweep.md")
+    for name in configs:
+        check_root(root / name, config, None)
     say(f"sweep {config} -> {root}, {len(configs)} runs", quiet)
     setup(quiet)
     from plugbridge.bench.cells import do_runs

@@ -18,7 +18,7 @@ from plugbridge.preflight import check_settings, preflight, resolve
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import Stage, execute
-from plugbridge.stages.build import build_stages
+from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.work import rate_of_training, schedule_of
 from plugbridge.transfer.acting import FREE, OF_STEPS
 from plugbridge.tuners.table import METHODS
@@ -359,3 +359,22 @@ def test_rows_at_a_time_are_in_the_digest_where_dropout_makes_them_matter(
     found = {stage.name for stage in stages if stage.depends.get("micro_batch") == 2}
     both = {"ceiling", "couple"} if mode == "standalone" else {"ceiling"}
     assert found == named | both  # the large model's own dropout acts in these, too
+
+
+def test_results_of_other_rows_at_a_time_are_others_where_numbers_are_dropped(
+    base: Callable[[str, Raw], Raw], tmp_path: Path
+) -> None:
+    def same(key: str, value: int, mode: str = "standalone", **more: Any) -> bool:
+        raw = base(mode, {"method.dropout": 0.0, **more})
+        one, other = (parse_config(each, "test") for each in (raw, put(raw, key, value)))
+        return same_result(resolve(one), resolve(other))
+
+    large = drops(save_model("gpt2", tmp_path / "large", hidden=16, layers=3, heads=4), 0.1)
+    keys = ("tune.micro_batch", "couple.micro_batch")
+    assert [same(key, 2) for key in keys] == [True, True]
+    assert [same(key, 2, **{"method.dropout": 0.5}) for key in keys] == [False, False]
+    assert [same(key, 2, large=large) for key in keys] == [False, False]
+    assert [same(key, 2, large=str(tmp_path / "gone")) for key in keys] == [False, False]
+    assert [same(key, 2, "feedback", large=large) for key in keys] == [False, True]  # of couple: nothing is dropped
+    assert same("tune.micro_batch", 4, large=large)  # all of a step's rows
+    assert not same("tune.steps", 4)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from plugbridge.config import PartsConfig, RunConfig
 from plugbridge.cost import baseline_memory, measure, return_blocks, settle
+from plugbridge.errors import ModelError
 from plugbridge.models import drops_out, load_config
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
@@ -224,7 +225,29 @@ def _dump(section: Any) -> dict[str, Any]:
 
 def same_result(one: RunConfig, other: RunConfig) -> bool:
     """Whether two configurations differ in nothing but keys that change no result."""
-    return seen(one.model_dump(mode="json")) == seen(other.model_dump(mode="json"))
+    if seen(one.model_dump(mode="json")) != seen(other.model_dump(mode="json")):
+        return False
+    return _rows_at_a_time(one) == _rows_at_a_time(other) or not _any_drops(other)
+
+
+def _rows_at_a_time(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """`micro_batch` of every training that it may matter to, as far as it parts their steps."""
+    trains = find_mode(config.couple.mode).trains_bridge
+    found = {"tune": config.tune, "couple": config.couple if trains else None, "ceiling": config.ceiling}
+    sections: dict[str, PartsConfig | None] = {**found, **dict(config.baselines)}
+    return {name: _micro_batch(section) for name, section in sections.items() if section is not None}
+
+
+def _any_drops(config: RunConfig) -> bool:
+    """Whether the module or one of the models drops numbers in training; a model that is not here is taken to."""
+    try:
+        models = [
+            load_config(source, trust_remote_code=config.trust_remote_code)
+            for source in (config.small, config.large_path)
+        ]
+    except ModelError:
+        return True
+    return config.method.dropout > 0 or any(drops_out(model) for model in models)
 
 
 def seen(raw: dict[str, Any]) -> dict[str, Any]:

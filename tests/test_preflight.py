@@ -137,7 +137,7 @@ def test_runs_that_are_compared_are_refused_where_none_can_begin(
 
 def test_rows_are_read_before_any_model(run_config: Callable[..., Raw], toy: Raw, tmp_path: Path) -> None:
     task = {**toy, "validation": str(write_jsonl(tmp_path / "v.jsonl", [{"text": "w1"}]))}
-    with pytest.raises(DataError, match="'word' is missing"):
+    with pytest.raises(DataError, match="'before' is missing"):
         preflight(parse_config(run_config(task=task), "x"), None)
 
 

@@ -117,7 +117,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = ("entailment", "not_entailment")
     rows = [{"premise": f"w{i}", "hypothesis": "it is", "label": labels[i % 2], "idx": i} for i in range(24)]
     write_jsonl(root / "RTE" / "train.jsonl", rows)
-    write_jsonl(root / "RTE" / "val.jsonl", rows[:10])
+    write_jsonl(root / "RTE" / "val.jsonl", [{**row, "hypothesis": "is it"} for row in rows[:10]])
     write_jsonl(root / "RTE" / "test.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in rows[5:12]])
     names = {"premise": "sentence1", "hypothesis": "sentence2"}
     write_jsonl(root / "AX-b" / "AX-b.jsonl", [{names.get(k, k): v for k, v in row.items()} for row in rows[:4]])

@@ -1,5 +1,6 @@
 """Whole runs with the large model on disk: the same run as with it in memory, and what is refused."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -80,6 +81,12 @@ def test_a_streamed_run_is_the_resident_run(
         # where matrices begin at odd addresses, turns some of them round; a weight that was missed would change most
         difference, whole = torch.cat(pairs, 1).norm(dim=1)
         assert float(difference) <= 0.05 * float(whole), file
+    for path in (tmp_path / "all").glob("*/losses.json"):  # the first of every training is before any such step
+        first = [
+            json.loads((root / path.parent.name / path.name).read_text())[0]
+            for root in (path.parents[1], tmp_path / "none")
+        ]
+        assert first[1] == pytest.approx(first[0], rel=1e-5), path.parent.name
     again = start({**raw, "resident": "none"}, tmp_path / "all")
     assert set(again.values()) == {"skipped"}
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+import plugbridge.run as run_module
 from plugbridge.config import parse_config
 from plugbridge.errors import PlugbridgeError, RunError
 from plugbridge.files import disk_errors, folder_atomically, write_atomically, write_json
@@ -140,18 +141,59 @@ def copy_without(scene: dict[str, Any], root: Path, *stages: str) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_write_and_resumed_ends_the_same(scene: dict[str, Any], stage: str) -> None:
-    least = {"tune": 6, "score": 4, "prune": 5, "couple": 9, "plug": 3, "evaluate": 6}
+    least = {"tune": 8, "score": 4, "prune": 5, "couple": 10, "plug": 3, "evaluate": 6}
     assert len(scene["killed"][stage]) >= least[stage]  # the kills below happen
     resumed: set[int] = set()
     for root in scene["killed"][stage]:
         progress = Recorder()
-        assert start(scene["raw"], root, only=stage, progress=progress) == {stage: "running"}, root.name
+        done = (root / stage / "done.json").exists()  # killed before the checkpoint was taken away
+        said = start(scene["raw"], root, only=stage, progress=progress)
+        assert said == {stage: "skipped" if done else "running"}, root.name
         assert only_of(artefacts(root), *STAGES[: STAGES.index(stage) + 1]) == {
             **done_before(scene["expected"], stage),
             **only_of(scene["expected"], stage),
         }, root.name
         resumed.update(done for title, done in progress.began.items() if title.startswith(("tune", "couple")))
-    assert resumed == ({0, 2, 4} if stage in ("tune", "couple") else set())  # from the last step checkpoint
+    assert resumed == ({0, 2, 4, 5} if stage in ("tune", "couple") else set())  # from the last step checkpoint
+
+
+EVERY_TRAINING = {
+    "tune": "tune small", "repair": "repair (response)", "couple": "couple (feedback)", "polish": "polish",
+    "ceiling": "tune large (ceiling)", "small_finetuned": "fine-tune small", "large_ladder": "ladder beside large",
+}  # fmt: skip
+
+
+def test_an_interrupt_behind_the_last_step_costs_no_step(
+    run_config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any training: its validation, and writing what came of it, take long where models are large."""
+    few = {"steps": 2, "batch_size": 2, "checkpoint_every": 50}
+    raw = run_config(
+        tune=few, ceiling=few, couple={**few, "mode": "feedback"}, repair={**few, "target": "response"},
+        polish={"evaluations": 4, "rows": 2, "batch_size": 2}, prune={"reduction": 2}, evaluate={"limit": 2},
+        score={"samples": 2}, baselines={"small_finetuned": few, "large_ladder": few},
+    )  # fmt: skip
+    marked = run_module.outputs_of
+
+    def interrupted(folder: Path) -> dict[str, str]:
+        monkeypatch.setattr(run_module, "outputs_of", marked)
+        raise KeyboardInterrupt
+
+    for stage in ("tune", "score", "prune", "repair", "couple", "polish", "ceiling", "small_finetuned", "large_ladder"):
+        if stage in EVERY_TRAINING:
+            monkeypatch.setattr(run_module, "outputs_of", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                start(raw, tmp_path, only=stage)
+        progress = Recorder()
+        start(raw, tmp_path, only=stage, progress=progress)
+        if (title := EVERY_TRAINING.get(stage)) not in (None, "polish"):
+            assert progress.began[title] == 2
+        assert not list((tmp_path / stage).glob("checkpoint.*"))
+        assert not [
+            name
+            for name in json.loads((tmp_path / stage / "done.json").read_text())["outputs"]
+            if name.startswith("checkpoint.")
+        ]
 
 
 KILLER = """

@@ -153,6 +153,16 @@ def test_resume_does_only_the_steps_that_are_left(tmp_path: Path) -> None:
     assert len(train(third, tmp_path, loss_of(third, stop=2))) == 7  # now one was left
 
 
+def test_the_last_step_is_kept_until_its_result_is(tmp_path: Path) -> None:
+    first, second = parameters(), parameters()
+    losses = train(first, tmp_path, loss_of(first), checkpoint_every=100)
+    assert train(second, tmp_path, loss_of(second, stop=1), checkpoint_every=100) == losses
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    train(second, tmp_path, loss_of(second, stop=1))
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before  # nothing was done, nothing is written
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("where", ["step", "update"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

@@ -14,8 +14,6 @@ from typing import Any
 
 from plugbridge.errors import PlugbridgeError, RunError
 
-_SAMPLE = 1024 * 1024
-_SAMPLES = 256
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNUSABLE = (
@@ -143,30 +141,3 @@ def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """The digest of an input file. Beyond 256 MiB it is of samples and of the modification time, which every write
-    changes."""
-    status = path.stat()
-    dated = status.st_size > _SAMPLE * _SAMPLES
-    return digest_of([content_digest(path), status.st_mtime_ns]) if dated else content_digest(path)
-
-
-def content_digest(path: Path) -> str:
-    """SHA-256 of a file; beyond 256 MiB of its size and 256 pieces of a MiB, the first, the last and evenly between.
-
-    So it costs a second or less, whatever the size. A change within less than a 256th of a large file may go unseen.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _SAMPLE * _SAMPLES:
-            while block := file.read(_SAMPLE):
-                digest.update(block)
-        else:
-            digest.update(f"{size}".encode())
-            for i in range(_SAMPLES):
-                file.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()

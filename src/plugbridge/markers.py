@@ -9,18 +9,22 @@ import json
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from plugbridge.digests import file_digest
 from plugbridge.errors import PlugbridgeError, RunError
-from plugbridge.files import check_folder, content_digest, digest_of, disk_errors, write_json, write_text
+from plugbridge.files import check_folder, digest_of, disk_errors, write_json, write_text
 from plugbridge.parsing import one_line, read_json
 from plugbridge.version import __version__
 
 RUN = "run.json"
 STARTED = "started.json"
 DONE = "done.json"
+CHECKPOINT = "checkpoint.pt"
+EVALUATED = "checkpoint.json"
+CHECKPOINTS = (CHECKPOINT, EVALUATED)
+"""What a stage that is not done goes on from: a training, a search. They go when ``done.json`` is there."""
 OLD = "old"
 """Folder of a run for stages that were done with other settings: ``old/1/couple``."""
 FORMAT = 2
@@ -49,12 +53,12 @@ def reading(path: Path, remedy: str = "move its stage's folder away and run agai
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
     """A stage's done-marker, or None if it is absent or not as it was written."""
-    return _read(folder / DONE, _DONE_PARTS)
+    return read_sealed(folder / DONE, _DONE_PARTS)
 
 
 def read_started(folder: Path) -> dict[str, Any] | None:
     """A stage's start-marker, or None if it is absent or not as it was written."""
-    return _read(folder / STARTED, _PARTS)
+    return read_sealed(folder / STARTED, _PARTS)
 
 
 def write_marker(path: Path, value: Mapping[str, Any]) -> None:
@@ -62,15 +66,21 @@ def write_marker(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, "seal": digest_of(dict(value))})
 
 
-def _read(path: Path, parts: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
-    """A marker with these parts; only stages from before there was a ``run.json`` have any without a seal."""
+def read_sealed(path: Path, parts: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
+    """What `write_marker` wrote, with these parts, or None if it is not as it was written.
+
+    Only stages from before there was a ``run.json`` have markers without a seal; what is set aside, in
+    ``old/1/<stage>``, is of a run that has one.
+    """
     try:
         value = read_json(path, RunError)
         if not isinstance(value, dict):
             return None
         found = cast(dict[str, Any], value)
         seal = found.pop("seal", None)
-        sealed = seal is not None or path.name == RUN or (path.parent.parent / RUN).exists()
+        home = path.parent.parent
+        roots = (home, home.parent.parent) if home.parent.name == OLD else (home,)
+        sealed = seal is not None or path.name in (RUN, EVALUATED) or any((root / RUN).exists() for root in roots)
         if sealed and seal != digest_of(found):
             return None
     except (RunError, ValueError):
@@ -80,8 +90,12 @@ def _read(path: Path, parts: Mapping[str, tuple[type, ...]]) -> dict[str, Any] |
 
 
 def outputs_of(folder: Path) -> dict[str, str]:
-    """The digest of every file that a stage left, by relative name; markers and hidden files are left out."""
-    return {str(path.relative_to(folder)): _digest(path) for path in visible_files(folder)}
+    """The digest of every file that a stage left, by relative name, without markers, checkpoints and hidden files."""
+    return {
+        str(path.relative_to(folder)): file_digest(path)
+        for path in visible_files(folder)
+        if path.parent != folder or path.name not in CHECKPOINTS
+    }
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -98,24 +112,12 @@ def changed_output(folder: Path, marker: Mapping[str, Any]) -> Path | None:
     for name, digest in marker["outputs"].items():
         path = folder / name
         try:
-            same = path.is_file() and _digest(path) == digest
-        except OSError:
+            same = path.is_file() and file_digest(path) == digest
+        except (OSError, PlugbridgeError):
             same = False
         if not same:
             return path
     return None
-
-
-def _digest(path: Path) -> str:
-    status = path.stat()
-    return _digest_at(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@lru_cache(maxsize=4096)
-def _digest_at(path: Path, size: int, modified: int, inode: int) -> str:
-    """A file's digest, made once in a process while its stamp stays."""
-    del size, modified, inode
-    return content_digest(path)
 
 
 def state_of(folder: Path, digest: str) -> State:
@@ -202,7 +204,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_run(root: Path) -> dict[str, Any] | None:
     """The marker that makes a directory a run; None if there is none, or not as we write it."""
-    found = _read(root / RUN, {"what": (str,), "format": (int,), "config": (str,), "wrote": (dict,)})
+    found = read_sealed(root / RUN, {"what": (str,), "format": (int,), "config": (str,), "wrote": (dict,)})
     return found if found is not None and found["what"] == _MARK else None
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from plugbridge.config import BaselinesConfig, RunConfig, TaskConfig
+from plugbridge.digests import file_digest
 from plugbridge.errors import ConfigError, ModelError
 from plugbridge.families.spec import Family, Layout, check_families, check_numbers, family_of, layout_of_config
-from plugbridge.files import file_digest
 from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.sources import check_files, pinned, read_model_config
 from plugbridge.tasks.check import check_rows

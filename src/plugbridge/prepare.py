@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from plugbridge.config import RunConfig
 from plugbridge.cost import free_memory
+from plugbridge.digests import file_digest
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
-from plugbridge.files import file_digest
 from plugbridge.models import (
     Tokenizer,
     check_pair,

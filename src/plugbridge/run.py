@@ -18,6 +18,7 @@ from typing import Any
 from plugbridge.errors import RunError
 from plugbridge.files import digest_of, disk_errors, folder_atomically
 from plugbridge.markers import (
+    CHECKPOINTS,
     DONE,
     FORMAT,
     OLD,
@@ -233,6 +234,7 @@ def execute(
             continue
         if is_done(folder, digest):
             announce(stage.name, "skipped")
+            _drop_checkpoints(folder)  # of a process that was killed before it could
             continue
         announce(stage.name, "running")
         _run_stage(folder, stage, digest, {name: digests[name] for name in stage.needs}, do)
@@ -310,6 +312,14 @@ def _run_stage(folder: Path, stage: Stage, digest: str, needs: Mapping[str, str]
         "facts": result.facts,
     }
     write_marker(folder / DONE, {**begun, **done})
+    _drop_checkpoints(folder)
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """Of a stage that is done; until it is, whatever ends the process, no step is done again."""
+    for name in CHECKPOINTS:
+        with disk_errors(folder / name, strict=True):
+            (folder / name).unlink(missing_ok=True)
 
 
 def facts_of(root: Path, stage: str) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def fit(
     """Train named tensors in place; returns the loss of every step. No gradient stays.
 
     The loss of rows is the mean over what `weight_of` counts in them: a step in parts weighs them by it.
-    Resumes from `checkpoint` when it is there, and leaves it to the caller to remove. What it `cost` until then goes
-    with it.
+    Resumes from `checkpoint` when it is there, and leaves it, of the last step, to the caller to remove. What it `cost`
+    until then goes with it.
     Raises TrainingDiverged at the first loss or gradient that is not finite, by which nothing is updated, and where
     the tensors are not finite at the end.
     """
@@ -115,6 +115,7 @@ def fit(
     base = [float(group["lr"]) for group in groups]  # pyright: ignore[reportArgumentType]
     optimizer = make_optimizer(schedule.optimizer, groups, schedule.weight_decay)
     losses = _resume(checkpoint, parameters, optimizer, cost)
+    resumed = len(losses)
     trim()  # what building the models left free between their parts
 
     def save() -> None:
@@ -142,11 +143,17 @@ def fit(
             advance(1, trend(losses))
             if (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
                 save()
-    optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        _require_finite_tensors(parameters, title, base)
+        if len(losses) > resumed:  # whatever interrupts what is done with the result need not train again
+            save()
+    return losses
+
+
+def _require_finite_tensors(parameters: Mapping[str, Tensor], title: str, rates: list[float]) -> None:
     for name, tensor in parameters.items():
         if not bool(tensor.isfinite().all()):
-            raise TrainingDiverged(f"{title}: '{name}' is NaN or infinite after the last step; {_slower(base)}")
-    return losses
+            raise TrainingDiverged(f"{title}: '{name}' is NaN or infinite after the last step; {_slower(rates)}")
 
 
 @contextmanager

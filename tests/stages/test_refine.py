@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plugbridge.errors import TrainingDiverged
+import plugbridge.stages.plug as plug_module
+from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.report import read_report
 from plugbridge.run import facts_of
 from test_durability import start
@@ -73,6 +75,48 @@ def test_polish_with_a_loss_that_is_not_finite(
     start(raw, tmp_path, only="polish")
     assert json.loads((tmp_path / "polish" / "losses.json").read_text()) == [0.5, None, 0.25, None, None, 0.75]
     assert facts_of(tmp_path, "polish")["loss_last"] == 0.25
+
+
+def test_an_interrupted_polish_measures_nothing_again(
+    run_config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = run_config(
+        tune=TRAIN, couple=TRAIN, ceiling=None, evaluate={"limit": 8},
+        polish={"evaluations": 9, "rows": 2, "batch_size": 2},
+    )  # fmt: skip
+    for stage in ("tune", "score", "prune", "couple"):
+        start(raw, tmp_path, only=stage)
+    mean_loss, count = plug_module.mean_loss, 0
+
+    def losses(stop: int) -> Callable[..., Any]:
+        def loss(*given: Any) -> Any:
+            nonlocal count
+            if count == stop:
+                raise KeyboardInterrupt
+            count += 1
+            return math.inf if count == 3 else mean_loss(*given)
+
+        return loss
+
+    for stop in (4, 7):
+        monkeypatch.setattr(plug_module, "mean_loss", losses(stop))
+        with pytest.raises(KeyboardInterrupt):
+            start(raw, tmp_path, only="polish")
+    monkeypatch.setattr(plug_module, "mean_loss", losses(-1))
+    start(raw, tmp_path, only="polish")
+    assert count == 9
+    left = {name: (tmp_path / "polish" / name).read_bytes() for name in ("factors.json", "losses.json")}
+    count = 0
+    shutil.rmtree(tmp_path / "polish")
+    start(raw, tmp_path, only="polish")
+    assert left == {name: (tmp_path / "polish" / name).read_bytes() for name in left}
+    shutil.rmtree(tmp_path / "polish")
+    monkeypatch.setattr(plug_module, "mean_loss", losses(count + 2))
+    with pytest.raises(KeyboardInterrupt):
+        start(raw, tmp_path, only="polish")
+    (tmp_path / "polish" / "checkpoint.json").write_text('{"losses": [0.5], "cost": {}}', encoding="utf-8")
+    with pytest.raises(ModelError, match=r"checkpoint.json is damaged; delete it to start the stage anew"):
+        start(raw, tmp_path, only="polish")
 
 
 def test_a_stage_that_the_run_does_not_have_is_refused(

@@ -50,10 +50,10 @@ def test_a_bridge_that_trains_has_room_for_its_checkpoints(
     begin: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     prepared, run = begin(couple={**TRAIN, "mode": "standalone", "optimizer": optimizer})
-    monkeypatch.setattr("plugbridge.stages.couple.CHECKPOINT", "none")  # so that the last one stays
+    monkeypatch.setattr("plugbridge.run.CHECKPOINTS", ())  # so that the last one stays
     run()
     each = {"adamw": 12, "adafactor": 4}[optimizer] * (bridge_room(prepared) // 4)
-    assert couple_room(prepared) == bridge_room(prepared) + each  # four steps write one, which goes last
+    assert couple_room(prepared) == max(bridge_room(prepared) + each, 2 * each)  # four steps write two; one goes last
     assert (tmp_path / "run" / "couple" / "checkpoint.pt").stat().st_size > each
 
 

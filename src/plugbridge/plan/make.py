@@ -133,7 +133,7 @@ def _baseline(dtype: torch.dtype) -> int:
 
 
 def _planned(work: Work, counts: Trace, rates: Mapping[torch.dtype, Rates], room: int | None) -> PlannedStage:
-    each = WIDE if work.training is None else trained_bytes(work.training, work.width, after=work.after)
+    each = WIDE if work.training is None else trained_bytes(work.training, work.width)
     disk = work.disk + each * counts.trained
     peak = peak_of(work, counts)
     before = {"": "", REFERENCE: "reference: "}.get(work.row.stage, "large: ")

@@ -47,8 +47,8 @@ class Work:
     """How often a stage's step is done, what it has on disk beside what trains, and how it reads the large model.
 
     `kept` are bytes that gather in memory while it is done; `note` says what is not exact. What a repetition reads from
-    disk is read `sweeps` times, as often as it is done where that is None. What trains does as `training` says, its
-    numbers are of `width` bytes, and its last checkpoint goes `after` the result is there, or before.
+    disk is read `sweeps` times, as often as it is done where that is None. What trains does as `training` says, and its
+    numbers are of `width` bytes.
     """
 
     row: Row
@@ -61,7 +61,6 @@ class Work:
     sweeps: float | None = None
     training: TrainConfig | None = None
     width: int = WIDE
-    after: bool = True
 
 
 def peak_of(work: Work, counts: Trace) -> int:
@@ -318,9 +317,7 @@ def _reference(name: str, step: str, case: Case, settings: PartsConfig, large: b
     case = replace(case, batch=settings.batch_size, micro_batch=settings.micro_batch, optimizer=settings.optimizer)
     row = Row(name, REFERENCE, case, STEPS[step])
     width = case.dtype.itemsize if step == FULL else WIDE
-    return Work(
-        row, steps, 0, steps * large, steps * case.batch * large, training=settings, width=width, after=False
-    )  # fmt: skip
+    return Work(row, steps, 0, steps * large, steps * case.batch * large, training=settings, width=width)
 
 
 def _resident(s: Subjects) -> Case:
@@ -333,4 +330,4 @@ def rivals_of(s: Subjects) -> Iterator[Work]:
     training = s.config.couple.model_copy(update={"optimizer": case.optimizer})
     for row in baselines(case):
         width = case.dtype.itemsize if row.method == FULL else WIDE
-        yield Work(row, steps, 0, steps, steps * case.batch, training=training, width=width, after=False)
+        yield Work(row, steps, 0, steps, steps * case.batch, training=training, width=width)

@@ -21,7 +21,7 @@ from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.prune import plan_bridge
 from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.stages.shrink import measure_units
-from plugbridge.stages.work import CHECKPOINT, Work, accuracy, schedule_of, train
+from plugbridge.stages.work import Work, accuracy, schedule_of, train
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.spec import Split
 from plugbridge.transfer.ladder import Heights, LadderNetwork, start_ladder
@@ -113,7 +113,6 @@ def _train(
     network.eval()
     validation = accuracy(work, network, encoder, subject.rows["validation"], f"validate: {title}")
     write_json(work.folder / "losses.json", losses)
-    (work.folder / CHECKPOINT).unlink(missing_ok=True)
     return {
         "source": subject.source,
         "trainable": sum(tensor.numel() for tensor in parameters.values()),

@@ -17,7 +17,6 @@ from plugbridge.markers import reading
 from plugbridge.models import load_model
 from plugbridge.prepare import Prepared
 from plugbridge.stages.work import (
-    CHECKPOINT,
     Work,
     bridge_folder,
     layouts,
@@ -81,7 +80,6 @@ def couple(work: Work) -> dict[str, Any]:
     losses = train(work, models, parameters, p.large_rows["train"], loss, schedule, f"couple ({settings.mode})")
     _save_coupled(work, coupling, weights)
     write_json(work.folder / "losses.json", losses)
-    (work.folder / CHECKPOINT).unlink(missing_ok=True)
     return {
         "mode": settings.mode,
         "trainable": {

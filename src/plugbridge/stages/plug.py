@@ -1,16 +1,18 @@
 """Polishing the plugged module, and folding it into a checkpoint of the large model."""
 
 import json
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from plugbridge.errors import TrainingDiverged
+from plugbridge.errors import ModelError, TrainingDiverged
 from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_json
-from plugbridge.markers import reading
+from plugbridge.markers import EVALUATED, read_sealed, reading, write_marker
 from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.work import Work, explained, layouts
 from plugbridge.tasks.encode import gold
@@ -18,6 +20,8 @@ from plugbridge.train import drawn
 from plugbridge.transfer.fold import fold
 from plugbridge.transfer.polish import Factors, place_key, places_of, scaled, search
 from plugbridge.tuners.module import Module, attach, load_state, pack, save, unpack
+
+log = logging.getLogger(__name__)
 
 
 def polish(work: Work) -> dict[str, Any]:
@@ -34,6 +38,7 @@ def polish(work: Work) -> dict[str, Any]:
     weights = [sum(row.weight for row in chunk) for chunk in chunks]
     batches = [gold(p.large_encoder, chunk).to(p.device) for chunk in chunks]
 
+    @_written_down(work)
     @torch.no_grad()
     def loss_of(factors: Factors) -> float:
         load_state(wrapped, pack(p.method, large, scaled(p.method, module, factors)))
@@ -47,6 +52,36 @@ def polish(work: Work) -> dict[str, Any]:
     write_json(work.folder / "factors.json", factors)
     write_json(work.folder / "losses.json", [loss if math.isfinite(loss) else None for loss in losses])
     return {"loss_first": losses[0], "loss_last": min(losses), "large_rows": len(losses) * len(rows)}
+
+
+def _written_down(work: Work) -> Callable[[Callable[[Factors], float]], Callable[[Factors], float]]:
+    """Losses that are on disk once they are measured: the next attempt, which asks for the same, takes them from there.
+
+    Raises ModelError for a file that is not as it was written.
+    """
+    path = work.folder / EVALUATED
+    found = read_sealed(path, {"losses": (list,), "cost": (dict,)}) if path.exists() else {"losses": [], "cost": None}
+    if found is None:
+        raise ModelError(f"{path} is damaged; delete it to start the stage anew")
+    losses: list[float | None] = found["losses"]
+    if found["cost"] is not None:
+        work.cost.go_on(found["cost"])
+        log.info("resuming at evaluation %d from %s", len(losses), path)
+    known = iter([math.inf if loss is None else loss for loss in losses])
+
+    def remembering(loss_of: Callable[[Factors], float]) -> Callable[[Factors], float]:
+        def loss(factors: Factors) -> float:
+            if (before := next(known, None)) is not None:
+                return before
+            value = loss_of(factors)
+            if losses or math.isfinite(value):  # a first one that is not finite ends the stage
+                losses.append(value if math.isfinite(value) else None)
+                write_marker(path, {"losses": losses, "cost": work.cost.so_far()})
+            return value
+
+        return loss
+
+    return remembering
 
 
 def _folded(work: Work, large: Layout) -> Module:

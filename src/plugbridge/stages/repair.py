@@ -6,7 +6,7 @@ import torch
 
 from plugbridge.files import folder_atomically, write_json
 from plugbridge.models import load_model
-from plugbridge.stages.work import CHECKPOINT, Work, read_plan, schedule_of, train
+from plugbridge.stages.work import Work, read_plan, schedule_of, train
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
 
 RATE = 1e-3
@@ -33,5 +33,4 @@ def repair(work: Work) -> dict[str, Any]:
         bridge.save_pretrained(str(folder))
         p.large_encoder.tokenizer.save_pretrained(str(folder))
     write_json(work.folder / "losses.json", losses)
-    (work.folder / CHECKPOINT).unlink(missing_ok=True)
     return {"target": settings.target, "loss_first": losses[0], "loss_last": losses[-1]}

@@ -46,7 +46,7 @@ def bridge_room(p: Prepared) -> int:
 def repair_room(p: Prepared) -> int:
     """Bytes of a Bridge that is repaired, and of its step checkpoints, as if all of it trained."""
     assert p.config.repair is not None
-    return _bridge_parameters(p) * trained_bytes(p.config.repair, WIDE, after=True)
+    return _bridge_parameters(p) * trained_bytes(p.config.repair, WIDE)
 
 
 def couple_room(p: Prepared) -> int:
@@ -54,7 +54,7 @@ def couple_room(p: Prepared) -> int:
     couple = p.config.couple
     if not find_mode(couple.mode).trains_bridge:
         return cache_room(p)
-    each = trained_bytes(couple, WIDE, after=True) if couple.bridge == "train" else WIDE
+    each = trained_bytes(couple, WIDE) if couple.bridge == "train" else WIDE
     return cache_room(p) + _bridge_parameters(p) * each
 
 
@@ -64,18 +64,18 @@ def baseline_room(p: Prepared, size: str, kind: str, settings: TrainConfig) -> i
         return score_room(p) if size == "large" else 0
     source = p.config.large_path if size == "large" else p.config.small
     model = load_model(source, device="meta", trust_remote_code=p.config.trust_remote_code)
-    return parameter_count(model) * trained_bytes(settings, p.dtype.itemsize, after=False)
+    return parameter_count(model) * trained_bytes(settings, p.dtype.itemsize)
 
 
-def trained_bytes(settings: TrainConfig, width: int, *, after: bool) -> int:
+def trained_bytes(settings: TrainConfig, width: int) -> int:
     """The most bytes on disk of a number of `width` bytes that trains: its step checkpoints, and itself at the end.
 
-    There are two checkpoints while one is written; the last one goes `after` the result is there, or before.
+    There are two checkpoints while one is written; the last one, behind the last step, goes when the result is there.
     """
     moments = 2 * width if settings.optimizer == "adamw" else 0  # adafactor keeps rows and columns
-    written = max(0, settings.steps - 1) // settings.checkpoint_every
+    written = -(-settings.steps // settings.checkpoint_every)
     checkpoint = width + moments if written else 0
-    return max(min(written, 2) * checkpoint, width + (checkpoint if after else 0))
+    return max(min(written, 2) * checkpoint, width + checkpoint)
 
 
 def _bridge_parameters(p: Prepared) -> int:

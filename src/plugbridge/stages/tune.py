@@ -10,7 +10,7 @@ from plugbridge.config import TrainConfig
 from plugbridge.evaluate import mean_loss
 from plugbridge.files import folder_atomically, write_json
 from plugbridge.models import parameter_count
-from plugbridge.stages.work import CHECKPOINT, Work, accuracy, rate_of_training, schedule_of, train
+from plugbridge.stages.work import Work, accuracy, rate_of_training, schedule_of, train
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.spec import Split
 from plugbridge.tuners.module import attach, save, state_of, trainable
@@ -55,7 +55,6 @@ def _tune(
     wrapped.eval()
     validation = accuracy(work, wrapped, encoder, rows["validation"], f"validate: {title}")
     write_json(work.folder / "losses.json", losses)
-    (work.folder / CHECKPOINT).unlink(missing_ok=True)
     return {
         "source": source,
         "rank": p.settings.rank,

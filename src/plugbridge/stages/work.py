@@ -16,7 +16,7 @@ from plugbridge.errors import NotFinite, TrainingDiverged
 from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout, family_of
 from plugbridge.generate import generate_texts
-from plugbridge.markers import reading
+from plugbridge.markers import CHECKPOINT, reading
 from plugbridge.models import load_config
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
@@ -30,7 +30,6 @@ from plugbridge.tensors.checkpoint import AGAIN
 from plugbridge.train import Schedule, fit
 from plugbridge.tuners.table import Method
 
-CHECKPOINT = "checkpoint.pt"
 WATCH = 10.0
 """Seconds after which a training looks whether the models' files have changed."""
 BASIS = "basis:"  # marks projections among the kept positions on disk

@@ -60,11 +60,12 @@ def _written_down(work: Work) -> Callable[[Callable[[Factors], float]], Callable
     Raises ModelError for a file that is not as it was written.
     """
     path = work.folder / EVALUATED
-    found = read_sealed(path, {"losses": (list,), "cost": (dict,)}) if path.exists() else {"losses": [], "cost": None}
-    if found is None:
-        raise ModelError(f"{path} is damaged; delete it to start the stage anew")
-    losses: list[float | None] = found["losses"]
-    if found["cost"] is not None:
+    losses: list[float | None] = []
+    if path.exists():
+        found = read_sealed(path, {"losses": (list,), "cost": (dict,)})
+        if found is None:
+            raise ModelError(f"{path} is damaged; delete it to start the stage anew")
+        losses = found["losses"]
         work.cost.go_on(found["cost"])
         log.info("resuming at evaluation %d from %s", len(losses), path)
     known = iter([math.inf if loss is None else loss for loss in losses])

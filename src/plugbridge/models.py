@@ -70,6 +70,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         known.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
+PACKED = "plugbridge"
+"""What `quantization_config` in config.json calls a packed Bridge's format (`shrink.packing`)."""
+
+
 def fuse_gelu(model: nn.Module) -> None:
     """Put PyTorch's own kernel in the place of GELU's tanh form written out in eight operations, of the same value."""
     for module in list(model.modules()):
@@ -143,10 +147,12 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     quantisation: BitsAndBytesConfig | None = None,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """A pretrained model in evaluation mode, from safetensors or `weights_only` pickles.
 
     On device ``meta`` only names and shapes are read: a check that costs no memory.
+    A Bridge may be `packed` (`shrink.packing`).
     With `quantisation` weights are quantised while they are read (see `quantised.load_quantised`).
     The checkpoint's `generation_config.json` is not read: how texts are written is `generate`'s.
     Raises ModelError for a family that is not known, unreadable or missing weights, and for tensors that are left
@@ -154,7 +160,8 @@ def load_model(
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     family = family_of(config.model_type)
-    if getattr(config, "quantization_config", None) is not None:
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is not None and not (packed and stored.get("quant_method") == PACKED):
         raise ModelError(
             f"the weights of {source} are quantised already, as config.json says; expected full weights, which "
             "large.load_in quantises"
@@ -168,7 +175,7 @@ def load_model(
             generation_config=GenerationConfig(),
             attn_implementation="sdpa" if family.kind == "causal" else None,
             device_map={"": device} if device == "meta" or quantisation is not None else None,
-            quantization_config=quantisation,
+            **({} if quantisation is None else {"quantization_config": quantisation}),  # None would hide config.json's
             **revision(source),
         )
     except Exception as error:

@@ -132,13 +132,17 @@ def resolve(config: RunConfig) -> RunConfig:
     mode = find_mode(config.couple.mode)
     trains = mode.trains_bridge and config.couple.bridge == "train" and config.couple.steps > 0
     optimizer = mode.optimizer if trains else "adamw"
+    activations = "bridge" if config.prune.bits == 16 else "large"
     chosen: dict[str, Any] = {
         "optimizer": config.couple.optimizer if config.couple.optimizer is not None else optimizer,
         "plug": config.couple.plug if config.couple.plug is not None else mode.plug,
         "layers": config.couple.layers if config.couple.layers is not None else mode.layers,
+        "activations": config.couple.activations or (activations if mode.name == "feedback" else None),
     }
     channels = config.prune.channels
-    if channels == "auto":
+    if channels == "auto" and config.prune.reduction == 1:
+        channels = "select"  # all of them
+    elif channels == "auto":
         projected = "gradient_pca" if config.score.importance == "fisher" else "pca"
         channels = "select" if mode.reads_alone else projected
     return config.model_copy(
@@ -177,6 +181,10 @@ def _check_bridge_use(config: RunConfig) -> None:
             f"prune.channels is '{channels}', but in mode '{mode.name}' the Bridge must be a model by itself; "
             "use channels: select"
         )
+    trains = mode.trains_bridge and config.couple.bridge == "train" and config.couple.steps > 0
+    if config.prune.bits != 16 and (trains or config.repair is not None):
+        why = f"mode '{mode.name}' trains it; use bridge: freeze" if config.repair is None else "`repair:` trains it"
+        raise ConfigError(f"prune.bits is {config.prune.bits}, but a packed Bridge cannot train, and {why}")
     if config.couple.cache != "off" and not mode.caches:
         raise ConfigError(
             f"couple.cache is '{config.couple.cache}', but mode '{mode.name}' keeps no activations; leave it off"

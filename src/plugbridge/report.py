@@ -165,6 +165,8 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
             "bridge": {
                 "parameters": markers.facts("prune")["bridge_parameters"],
                 "share": markers.facts("prune")["bridge_share"],
+                "bits": markers.facts("prune").get("bits", 16),  # absent from older runs
+                "bytes_share": markers.facts("prune").get("bridge_bytes_share"),
                 "sizes": markers.facts("prune")["sizes"],
             }
             if "prune" in markers.stages
@@ -281,9 +283,16 @@ def how_made(report: dict[str, Any]) -> str:
     parts = (
         report["method"],
         None if report["mode"] is None else f"{report['mode']} coupling",
-        None if bridge is None else f"Bridge {100 * bridge['share']:.1f} % of large",
+        None if bridge is None else bridge_said(bridge),
     )
     return ", ".join(part for part in parts if part is not None)
+
+
+def bridge_said(bridge: Mapping[str, Any]) -> str:
+    """How large a report's Bridge is: its share of the large model's parameters, or of its bytes where it is packed."""
+    if bridge["bits"] == 16:
+        return f"Bridge {100 * bridge['share']:.1f} % of large"
+    return f"Bridge of {bridge['bits']} bits, {100 * bridge['bytes_share']:.1f} % of large's bytes"
 
 
 def why_not_recovered(values: Mapping[str, float], n: int, metric: str, chosen: bool) -> str | None:

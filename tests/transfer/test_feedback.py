@@ -85,8 +85,16 @@ def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unpruned_bridge_makes_it_backpropagation(
     family: str, method: str, rotated_zeros_recompute: tuple[bool, bool, bool]
 ) -> None:
+    """Whether the Bridge's sublayers are run for it, or the large model's own forward pass is differentiated."""
     rotated, zeros, recompute = rotated_zeros_recompute
-    coupling = replace(_double(coupling_of(family, method, reduction=1), family), recompute=recompute)
+    for activations in ("bridge", "large"):
+        coupling = replace(
+            _double(coupling_of(family, method, reduction=1), family), recompute=recompute, activations=activations
+        )
+        _check_against_backpropagation(coupling, family, rotated, zeros)
+
+
+def _check_against_backpropagation(coupling: Coupling, family: str, rotated: bool, zeros: bool) -> None:
     twin = make_model(family, hidden=16, layers=2, heads=4, seed=3).double()
     if zeros:
         for model in (coupling.bridge, coupling.large_model, twin):

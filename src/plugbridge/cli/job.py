@@ -14,6 +14,7 @@ from rich.text import Text
 from plugbridge.cli.terminal import err
 from plugbridge.markers import read_marker
 from plugbridge.progress import Advance, ignore
+from plugbridge.report import bridge_said
 
 WIDEST_BAR = 24
 SHORTEST_TITLE = 10
@@ -171,7 +172,8 @@ def results(facts: Mapping[str, Any]) -> list[str]:
     for name, value in list(facts.get("validation", {}).items())[:1]:
         found.append(f"validation {name} {value:.3f}")
     if "bridge_share" in facts:
-        found.append(f"Bridge {100 * facts['bridge_share']:.1f} % of large")
+        bits, share = facts.get("bits", 16), facts["bridge_share"]  # absent from older runs
+        found.append(bridge_said({"bits": bits, "share": share, "bytes_share": facts.get("bridge_bytes_share")}))
     if "samples" in facts:
         found.append(f"{facts['importance']} of {facts['samples']:,} rows")
     if "tensors" in facts:

@@ -90,6 +90,12 @@ class PruneConfig(StrictConfig):
         "importance: fisher); `auto` is select where the Bridge reads alone, else gradient_pca, else pca",
     )
 
+    bits: Literal[16, 8, 4, 3, 2] = Field(
+        default=16,
+        description="bits of a weight in the matrices of the Bridge's blocks: 16 leaves them in the large model's "
+        "precision; fewer are packed, with a scale for 64 weights",
+    )
+
     shuffle: bool = Field(
         default=False, description="a control: permute the entries of every weight in the Bridge's blocks"
     )
@@ -164,6 +170,20 @@ class CoupleConfig(PartsConfig):
         description="run again for their gradients what holds a module: in feedback the large model's sublayers, in "
         "standalone the Bridge's blocks (not with prefixes); false keeps what the first run left, and in feedback what "
         "norms are at the Bridge's width: less time, more memory (a streamed large model always runs them again)",
+    )
+    activations: Literal["bridge", "large"] | None = Field(
+        default=None,
+        description="whose activations and attention feedback sends the error back through: `bridge`, those of the "
+        "Bridge's sublayers, run on what the large model's norms gave, which keeps little; or `large`, those of the "
+        "large model's own forward pass, kept until the error comes back, so that only the Bridge's matrices differ "
+        "from backpropagation's. By default large for a packed Bridge, else bridge",
+    )
+    error_bound: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="with activations: large, the share of the error's squared norm that may be left behind at every "
+        "matrix by sending only the positions that carry most of it; at 0 those without any error are left out",
     )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")

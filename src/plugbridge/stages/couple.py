@@ -14,8 +14,8 @@ from plugbridge.config import RunConfig
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.markers import reading
-from plugbridge.models import load_model
 from plugbridge.prepare import Prepared
+from plugbridge.shrink.packing import load_bridge
 from plugbridge.stages.work import (
     Work,
     bridge_folder,
@@ -46,7 +46,7 @@ def couple(work: Work) -> dict[str, Any]:
     plan = read_plan(work.root).to(p.device)
     start = _start(work, small, large)
     module = {slot: tensor.to(p.device, torch.float32) for slot, tensor in start.module.items()}
-    bridge = load_model(str(bridge_folder(work)), dtype=torch.float32, device=p.device)
+    bridge = load_bridge(bridge_folder(work), device=p.device)
     down = start_down(settings.down, large, plan, p.method, module)
     coupling = Coupling(
         method=p.method, settings=p.settings, small=start.small, large=large, plan=plan, bridge=bridge,
@@ -57,6 +57,7 @@ def couple(work: Work) -> dict[str, Any]:
         large_model=p.load_run_only()[0] if mode.runs_large else None,
         first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
         recompute=settings.recompute or (mode.runs_large and p.streamed is not None and p.config.load_in is None),
+        activations=settings.activations or "bridge", error_bound=settings.error_bound,
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
     )  # fmt: skip
     if not mode.reads_tokens:
@@ -175,7 +176,7 @@ def _save_coupled(work: Work, coupling: Coupling, weights: Mapping[str, Tensor])
         save_file(tensors, str(path))
     if not find_mode(p.config.couple.mode).trains_bridge:
         return
-    trained = load_model(str(bridge_folder(work)), dtype=torch.float32)
+    trained = load_bridge(bridge_folder(work))
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             parameter.copy_(weights[name])

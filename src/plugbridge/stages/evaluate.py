@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,10 +14,11 @@ from plugbridge.cost import Cost, measure, settle
 from plugbridge.families.spec import Layout
 from plugbridge.models import load_model, parameter_count
 from plugbridge.probe import MOST, fit_option_probe, fit_probe, option_states, prompt_states
+from plugbridge.shrink.packing import load_bridge
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
 from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.predictions import write_predictions
-from plugbridge.stages.work import Work, answers_of, source_of
+from plugbridge.stages.work import Work, answers_of, layouts, read_plan, source_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.metrics import UNITS, Answer, chosen, majority, metrics_of
 from plugbridge.tasks.rows import TEST_SEED
@@ -170,7 +171,8 @@ def with_module(work: Work, loaded: tuple[PreTrainedModel, Layout], module: Path
 def _coupled_bridge(work: Work, climbs: bool) -> torch.nn.Module:
     """The Bridge as coupling left it, with the ladder from the large model where it has one."""
     p, folder = work.prepared, work.root / "couple"
-    bridge, narrow = p.load(str(folder / "bridge"))
+    bridge = load_bridge(folder / "bridge", p.dtype, p.device)
+    narrow = replace(layouts(work)[1], sizes=read_plan(work.root).sizes)
     wrapped, _ = attach(bridge, p.method, narrow, p.settings)
     load_state(wrapped, read(folder / "bridge_module"))
     if not climbs:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plugbridge.errors import ModelError
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8"}
 """Dtypes as safetensors calls them."""
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 

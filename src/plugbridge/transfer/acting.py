@@ -85,7 +85,12 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
         yield "couple.bridge", f"{here} the Bridge never trains"
     if not mode.trains_bridge or couple.bridge == "freeze":
         yield "couple.bridge_learning_rate", "the Bridge does not train"
+    if mode.name != "feedback":
+        yield "couple.activations", f"{here} no error goes back through the Bridge alone"
+    if mode.name != "feedback" or couple.activations != "large":
+        yield "couple.error_bound", "only with activations: large in mode 'feedback' positions are left out"
     if mode.name == "identity":
+        yield "prune.bits", f"{here} there is no Bridge"
         yield "prune.shuffle", f"{here} there is no Bridge"
         yield "repair", f"{here} there is no Bridge to fit"
     if couple.plug == "fresh" and couple.down == "select" and mode.name != "ladder":

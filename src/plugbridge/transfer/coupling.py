@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Coupling:
     cache: ActivationCache | None = None
     first: dict[str, int] = field(default_factory=dict[str, int])
     recompute: bool = True
+    activations: Literal["bridge", "large"] = "bridge"
+    error_bound: float = 0.0
 
     def trains(self, slot: Slot) -> bool:
         """Whether a slot's tensor trains."""

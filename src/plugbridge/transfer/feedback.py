@@ -32,6 +32,7 @@ from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.residual import Width, head_loss
 from plugbridge.transfer.residual_gradient import NarrowNorm, ResidualGradient
+from plugbridge.transfer.through import through_loss
 from plugbridge.transfer.unread import unread
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
@@ -264,6 +265,8 @@ def identity(coupling: Coupling) -> Loss:
 
 def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     """The exact loss of the plugged large model; its gradient comes through the Bridge."""
+    if through_bridge and coupling.activations == "large":
+        return through_loss(coupling)
     large = coupling.large_model
     assert large is not None
     layout, narrow = coupling.large, coupling.bridge_layout()

@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
@@ -102,6 +103,8 @@ def pack(method: Method, layout: Layout, module: Mapping[Slot, Tensor]) -> dict[
 def attach(model: nn.Module, method: Method, layout: Layout, settings: MethodSettings) -> tuple[PeftModel, PeftConfig]:
     """Put a fresh module of this method on a model (in place, as peft does)."""
     config = method.configure(layout, method.roles, settings)
+    if not any(isinstance(part, Conv1D) for part in model.modules()):  # packed: peft would warn of what it mends itself
+        cast(Any, config).fan_in_fan_out = False
     peft_model = get_peft_model(cast(Any, model), config)
     return cast(PeftModel, peft_model), config
 

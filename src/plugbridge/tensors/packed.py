@@ -1,0 +1,164 @@
+"""Matrices of few bits: every weight one of a few levels, times a scale that 64 neighbours share.
+
+In 4, 3 and 2 bits the levels are those of least squared error for a normal distribution (Max 1960; Lloyd 1982), in 8
+bits they are evenly spaced. Codes are packed without gaps: 64 weights take 8 bytes a bit, and a byte for their scale.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+"""Neighbouring weights that share a scale."""
+Bits = Literal[8, 4, 3, 2]
+SCALE = torch.float8_e4m3fn
+"""A scale's own precision: within 1/16 of the best one, whose effect on 2 to 4 bits is small."""
+LARGEST = 448.0
+"""The largest number in that precision."""
+_HALF: dict[int, tuple[float, ...]] = {
+    2: (0.4528, 1.5104),
+    3: (0.2451, 0.7560, 1.3439, 2.1520),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
+}
+"""Max (1960), table I: the positive half of the levels."""
+_AT_ONCE = 4
+"""Weights that are unpacked by one look into a table."""
+_PIECE = 2**22
+"""Weights that are rounded at once, so that rounding takes little memory beside the matrix."""
+
+
+@cache
+def levels(bits: Bits) -> Tensor:
+    """The levels of so many bits in units of the scale, ascending; (2**bits,), for 8 bits one less."""
+    if bits == 8:
+        return torch.arange(-127, 128, dtype=torch.float32) / 127
+    half = torch.tensor(_HALF[bits])
+    return torch.cat([-half.flip(0), half])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed matrix. codes: (groups, 8 * bits) int8; scales: (groups,) int8, float8 bits; top: () float32.
+
+    Bytes are int8 so that no code takes them for what it may convert to another precision. A scale is its float8 times
+    `top`, a power of two. `shape` is that of the matrix, whose weights are grouped in the order in which they lie in
+    memory; the last group may be filled up.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    top: Tensor
+    shape: torch.Size
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight, its share of the scale left out."""
+        return self.codes.shape[-1] // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes + self.top.nbytes
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix in `dtype`, of `shape`."""
+        return unpack(self.codes, self.scales, self.top, self.shape, dtype)
+
+
+def packed_shapes(shape: torch.Size, bits: Bits) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of a packed matrix's parts, by their names."""
+    groups = -(-shape.numel() // GROUP)
+    return {"codes": ((groups, 8 * bits), torch.int8), "scales": ((groups,), torch.int8), "top": ((), torch.float32)}
+
+
+@torch.no_grad()
+def pack(matrix: Tensor, bits: Bits) -> Packed:
+    """A matrix rounded to the nearest levels, with scales of least squared error."""
+    flat = matrix.detach().reshape(-1)
+    missing = -flat.numel() % GROUP
+    if missing:
+        flat = torch.cat([flat, flat.new_zeros(missing)])
+    groups = flat.view(-1, GROUP)
+    size = max(1, _PIECE // GROUP)
+    found = torch.cat([_best_scales(piece.float(), bits) for piece in groups.split(size)])
+    top, scales = stored(found)
+    real = read_scales(scales, top)
+    pieces = zip(groups.split(size), real.split(size), strict=True)
+    codes = torch.cat([join(nearest(piece.float(), scale, bits), bits) for piece, scale in pieces])
+    return Packed(codes, scales, top, matrix.shape)
+
+
+def stored(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """A power of two, and every scale (groups,) divided by it, in eight bits: no scale is too large for them."""
+    most = scales.amax().float().clamp_min(torch.finfo(torch.float32).tiny) if scales.numel() else scales.new_ones(())
+    top = torch.exp2(torch.ceil(torch.log2(most / LARGEST)))
+    return top, (scales.float() / top).to(SCALE).view(torch.int8)
+
+
+def read_scales(scales: Tensor, top: Tensor) -> Tensor:
+    """What `stored` was given, as far as eight bits hold it; (groups,) float32."""
+    return scales.view(SCALE).float() * top.float()
+
+
+def nearest(groups: Tensor, scales: Tensor, bits: Bits) -> Tensor:
+    """The level nearest to every weight, by its number. groups: (n, 64); scales: (n,). Returns (n, 64) uint8."""
+    grid = levels(bits).to(groups.device, groups.dtype)
+    between = (grid[1:] + grid[:-1]) / 2
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return torch.bucketize(groups / safe.unsqueeze(-1), between, out_int32=True).to(torch.uint8)
+
+
+def _best_scales(groups: Tensor, bits: Bits) -> Tensor:
+    """Scales of least squared error with the nearest levels, found by turns. groups: (n, 64). Returns (n,)."""
+    if bits == 8:
+        return groups.abs().amax(-1)
+    grid = levels(bits).to(groups.device)
+    scales = groups.square().mean(-1).sqrt()
+    for _ in range(4):
+        chosen = grid[nearest(groups, scales, bits).int()]
+        scales = (groups * chosen).sum(-1) / chosen.square().sum(-1)
+    return scales.clamp_min_(0)
+
+
+def join(codes: Tensor, bits: int) -> Tensor:
+    """Codes (n, 64) as bytes without gaps: (n, 8 * bits), the first code in the lowest bits."""
+    if bits == 8:
+        return codes.view(torch.int8)
+    eights = codes.view(*codes.shape[:-1], -1, 8).long()
+    word = sum(eights[..., i] << (bits * i) for i in range(8))
+    assert isinstance(word, Tensor)
+    return torch.stack([(word >> (8 * i)) & 255 for i in range(bits)], -1).to(torch.uint8).flatten(-2).view(torch.int8)
+
+
+@cache
+def _table(bits: Bits, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The levels of every four neighbouring codes, by the number that their bits make; (2 ** (4 bits), 4)."""
+    number = torch.arange(2 ** (bits * _AT_ONCE))
+    codes = torch.stack([(number >> (bits * i)) & (2**bits - 1) for i in range(_AT_ONCE)], -1)
+    return levels(bits)[codes].to(device, dtype)
+
+
+def unpack(codes: Tensor, scales: Tensor, top: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The matrix that these codes (groups, 8 * bits) and scales (groups,) stand for, in `dtype`."""
+    bits, codes = codes.shape[-1] // 8, codes.view(torch.uint8)
+    if bits == 8:
+        found = (codes.to(dtype) - 127).div_(127)
+    else:
+        table = _table(bits, codes.device, dtype)  # pyright: ignore[reportArgumentType]
+        found = torch.nn.functional.embedding(_numbers(codes, bits), table)
+    found = found.view(-1, GROUP).mul_(read_scales(scales, top).to(dtype).unsqueeze(-1))
+    return found.view(-1)[: shape.numel()].view(shape)
+
+
+def _numbers(codes: Tensor, bits: int) -> Tensor:
+    """The bits of every four neighbouring codes as one number; int32, a quarter as many as there are weights."""
+    flat = codes.reshape(-1)
+    if bits == 2:
+        return flat.int()
+    if bits == 4:
+        return flat.view(torch.int16).int() & 0xFFFF
+    first, second, third = flat.view(-1, 3).int().unbind(-1)
+    return torch.stack([first | ((second & 15) << 8), (second >> 4) | (third << 4)], -1).view(-1)

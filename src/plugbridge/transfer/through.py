@@ -1,0 +1,187 @@
+"""The large model's own forward pass, with the Bridge's weights in its backward pass.
+
+Every linear layer of the large model's blocks gives what it gives, and sends errors back through the Bridge's weights
+in place of its own:
+
+    y = W x,    g_x = D_in^T W~^T D_out g_y
+
+W~ being the Bridge's weight, D_in and D_out the Bridge's selections of the layer's inputs and outputs. All else
+(norms, activations, attention) is differentiated as the large model computed it, so that only rounding and pruning of
+the matrices make the error differ from backpropagation's. The large model's layers are only ever run forward: they may
+be quantised, or read from disk and gone when the error comes back.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from plugbridge.families.spec import Layout, Place
+from plugbridge.models import few_logits, fuse_gelu
+from plugbridge.shrink.packing import PackedLinear, matrices_of
+from plugbridge.shrink.prune import BridgePlan
+from plugbridge.tasks.encode import Encoded, gold
+from plugbridge.tensors.axes import Project, transform
+from plugbridge.tensors.patterns import axis_names
+from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.transfer.residual import head_loss
+from plugbridge.tuners.module import attach, pack, parameter_name
+
+Op = Tensor | None
+"""Positions of an axis that the Bridge has (long), a projection (Bridge, large), or None where it has all of them."""
+
+
+@dataclass(frozen=True)
+class Back:
+    """What an error takes on its way back through one linear layer.
+
+    weight: gives the Bridge's weight (in, out) in a dtype; inputs, outputs: what it has of the layer's; `bound`: the
+    share of the error's squared norm that may be left out by dropping positions, the smallest first.
+    """
+
+    weight: Callable[[torch.dtype], Tensor]
+    inputs: Op
+    outputs: Op
+    size: int
+    bound: float = 0.0
+
+    def send(self, error: Tensor) -> Tensor:
+        """The error at the layer's input. error: (…, out); returns (…, in)."""
+        rows = error.reshape(-1, error.shape[-1])
+        kept = carrying(rows, self.bound)
+        if kept is not None:
+            rows = rows[kept]
+        weight = self.weight(error.dtype)
+        found = _lift(_down(rows, self.outputs) @ weight.mT, self.inputs, self.size)
+        if kept is not None:
+            found = found.new_zeros(error.shape[:-1].numel(), self.size).index_copy_(0, kept, found)
+        return found.view(*error.shape[:-1], self.size)
+
+
+def carrying(rows: Tensor, bound: float) -> Tensor | None:
+    """The rows (n, width) that carry all but `bound` of the squared norm, ascending; None for all of them.
+
+    At a bound of 0 those that are zero are left out, which changes nothing.
+    """
+    squares = rows.square().sum(-1, dtype=torch.float32)
+    if bound > 0:
+        order = squares.argsort(descending=True)
+        total = squares[order].cumsum(0)
+        count = int((total < (1 - bound) * total[-1]).sum()) + 1
+        kept = order[:count].sort().values
+    else:
+        kept = squares.nonzero().squeeze(-1)
+    return None if kept.numel() == rows.shape[0] else kept
+
+
+def _down(x: Tensor, op: Op) -> Tensor:
+    if op is None:
+        return x
+    return x @ op.to(x.dtype).mT if op.is_floating_point() else x.index_select(-1, op)
+
+
+def _lift(x: Tensor, op: Op, size: int) -> Tensor:
+    if op is None:
+        return x
+    if op.is_floating_point():
+        return x @ op.to(x.dtype)
+    return x.new_zeros(*x.shape[:-1], size).index_copy_(-1, op, x)
+
+
+class _Through(torch.autograd.Function):
+    """A layer's output, whose gradient at the input is `back`'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Callable[[Tensor], Tensor], back: Back) -> Tensor:
+        ctx.back = back
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back.send(errors[0]), None, None
+
+
+def send_through(coupling: Coupling) -> None:
+    """Have the linear layers of the large model's blocks send errors back through the Bridge's weights, from now on.
+
+    To be called before a module is attached to either model.
+    """
+    large, bridge = coupling.large_model, coupling.bridge
+    assert large is not None
+    for path in matrices_of(large, coupling.large):
+        layer = large.get_submodule(path)
+        back = back_of(coupling, path, bridge.get_submodule(path))
+        layer.forward = _forward(layer.forward, back)
+
+
+def _forward(own: Callable[[Tensor], Tensor], back: Back) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, _Through).apply(x, own, back)) if x.requires_grad else own(x)
+
+    return forward
+
+
+def back_of(coupling: Coupling, path: str, layer: nn.Module) -> Back:
+    """The way back through one linear layer, for which the Bridge has `layer`."""
+    layout, plan = coupling.large, coupling.plan
+    place, _ = layout.place_of(path)
+    axes_in, axes_out = layout.linear_axes(path)
+    device = next(layer.parameters()).device
+    inputs, outputs = (op_of(layout, plan, axes, place, device) for axes in (axes_in, axes_out))
+    return Back(partial(weight_of, layer), inputs, outputs, _size(layout, axes_in), coupling.error_bound)
+
+
+def op_of(layout: Layout, plan: BridgePlan, axes: str, place: Place, device: torch.device) -> Op:
+    """What a Bridge has of a dimension that joins these axes."""
+    ops = plan.ops(layout, axes, place)
+    projected = [op for op in ops.values() if isinstance(op, Project)]
+    if projected:  # the residual stream, whose only axis it is
+        return projected[0].matrix.to(device)
+    index = transform(torch.arange(_size(layout, axes), device=device), axes, ops, layout.sizes)
+    return None if index.numel() == _size(layout, axes) else index
+
+
+def _size(layout: Layout, axes: str) -> int:
+    return math.prod(layout.sizes[name] for name in axis_names(axes))
+
+
+def weight_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weight as (in, out), packed or not."""
+    if isinstance(layer, PackedLinear):
+        return layer.dense(dtype)
+    weight = layer.get_parameter("weight").detach().to(dtype)
+    return weight if isinstance(layer, Conv1D) else weight.mT
+
+
+def through_loss(coupling: Coupling) -> Loss:
+    """The exact loss of the plugged large model, whose gradient comes back through the Bridge's weights."""
+    large = coupling.large_model
+    assert large is not None
+    layout, kind = coupling.large, coupling.encoder.kind
+    fuse_gelu(large)
+    send_through(coupling)
+    wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
+    large.requires_grad_(False)
+    wrapped.eval()
+    spared = {} if coupling.method.stacked else {"use_cache": False}
+    end = large.get_submodule(layout.family.stack[layout.family.prefix.stack].final_norm)
+
+    def loss(rows: list[Encoded]) -> Tensor:
+        module = pack(coupling.method, layout, coupling.at_large_width())
+        replaced = {parameter_name(key): tensor for key, tensor in module.items()}
+        batch = gold(coupling.encoder, rows).to(large.device)
+        states: list[Tensor] = []
+        hook = end.register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0]))
+        try:
+            functional_call(wrapped, replaced, (), {**batch.inputs(kind), **few_logits(large, kind), **spared})
+        finally:
+            hook.remove()
+        return head_loss(large, layout, states[0], batch, kind)
+
+    return loss

@@ -535,12 +535,12 @@ def pretrain(
 ) -> None:
     """Run or resume one recipe to its end; ``extend`` adds tokens to a run that was at its end."""
     deadline = time.monotonic() + place.seconds
-    words = text.choose_words(data)
-    tokenizer = tokenizer_for(recipe, data, out, words, seed)
     target = out / recipe.family / recipe.size
     work = out / recipe.family / f"{recipe.size}-work"
-    if target.exists() and not work.exists():
+    if target.exists() and not (work / "checkpoint.pt").exists():  # which is there before the target is
         raise SystemExit(f"error: {target} was not made here; move it away, or choose another --out")
+    words = text.choose_words(data)
+    tokenizer = tokenizer_for(recipe, data, out, words, seed)
     work.mkdir(parents=True, exist_ok=True)
     pieces = text.plain_pieces(data, seed)
     prose = [next(pieces) for _ in range(recipe.pieces)]

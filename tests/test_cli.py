@@ -171,7 +171,7 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     assert (code, err) == (0, "")
     assert set(found) == {
         "task", "split", "method", "mode", "rows", "majority", "pgr", "stages", "models", "checkpoint", "versions",
-        "seed", "cut", "peak", "coupling", "pgr_reason", "commonest",
+        "seed", "cut", "remarks", "peak", "coupling", "pgr_reason", "commonest",
     }  # fmt: skip
     assert [row["name"] for row in found["rows"]] == ROWS
     for row in found["rows"]:

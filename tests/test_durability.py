@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,12 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import plugbridge.run as run_module
 from plugbridge.config import parse_config
 from plugbridge.errors import PlugbridgeError, RunError
-from plugbridge.files import disk_errors, folder_atomically, write_atomically, write_json
+from plugbridge.files import disk_errors, folder_atomically, write_atomically, write_json, write_text
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import execute, locked, stage_digests
@@ -441,6 +443,77 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
     assert not (root / stage / "done.json").exists()
     start(scene["raw"], root, only=stage)
     assert only_of(artefacts(root), stage) == only_of(scene["expected"], stage)
+
+
+def in_a_copy(work: Callable[[], Any], limit: int | None = None) -> str:
+    """What a piece of work says in a copy of this process, in which no file may be larger than `limit`."""
+    read, write = os.pipe()
+    copy = os.fork()
+    if copy == 0:
+        said = "nothing"
+        try:
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            work()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        finally:
+            if limit is not None:  # coverage of a pipe is none of a file, but of whoever writes beside this
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            os.write(write, said.encode())
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    os.waitpid(copy, 0)
+    return said
+
+
+def save_in_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    with folder_atomically(path.parent) as folder:
+        write(folder / path.name)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "text": lambda path: write_text(path, "x" * 9000),
+    "json": lambda path: write_json(path, list(range(9000))),
+    "in a folder": lambda path: save_in_folder(path, lambda file: write_text(file, "x" * 9000)),
+    "torch": lambda path: torch_save(path, {"x": torch.zeros(9000)}),
+    "safetensors": lambda path: safe_save(path, {"x": torch.zeros(9000)}),
+}
+
+
+def torch_save(path: Path, value: Any) -> None:
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        torch.save(value, file)
+
+
+def safe_save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with write_atomically(path) as temporary:
+        save_file(tensors, str(temporary))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its limits and devices")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_limit_on_file_sizes_names_the_file_that_users_know(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / "folder" / "file"
+    assert in_a_copy(lambda: WRITERS[writer](path)) == "nothing"
+    before = path.read_bytes()
+    said = in_a_copy(lambda: WRITERS[writer](path), limit=4096)
+    assert said == f"RunError: the limit on file sizes (ulimit -f) is too low to write {path}; raise it"
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "file"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="its devices")
+def test_a_device_that_is_full_is_named(tmp_path: Path) -> None:
+    def fill() -> None:
+        with disk_errors(tmp_path / ".bridge.part" / "config.json"), Path("/dev/full").open("w") as file:
+            file.write("x" * 9000)
+
+    assert in_a_copy(fill) == (
+        f"RunError: no space left to write {tmp_path / 'bridge' / 'config.json'}; free some disk and run again to resume"
+    )
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), OSError(errno.EINVAL, "invalid argument")])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from plugbridge.models import layout_for, load_model, parameter_count
@@ -49,6 +50,27 @@ def test_label_words_are_single_tokens_and_test_words_are_new(family: str, task:
         assert not words["test"] & words[seen]
         assert not synsets["test"] & synsets[seen]
     assert len(rows["test"]) >= 1000
+
+
+@pytest.mark.parametrize("beside", ["nothing", "an empty work folder"])
+def test_a_model_that_was_not_pretrained_here_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    target = tmp_path / "out" / "gpt2" / "small"
+    target.mkdir(parents=True)
+    (target / "config.json").write_text("mine", encoding="utf-8")
+    if beside != "nothing":
+        target.with_name("small-work").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain.py", "gpt2-small", "--data", str(tmp_path), "--out", str(target.parents[1])]
+    )
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit, match=rf"^error: {target} was not made here; move it away, or choose ano"):
+        pretrain.main()
+    torch.set_num_threads(threads)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (target / "config.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def disk_errors(path: Path, strict: bool = False) -> Generator[None]:
 
     What was written before stays as it was. `strict` is for blocks that only write: every error of the system is one.
     """
+    path = _as_known(path)
     try:
         yield
     except PlugbridgeError:
@@ -45,6 +46,11 @@ def disk_errors(path: Path, strict: bool = False) -> Generator[None]:
             why = os.strerror(number) if number is not None else str(error)  # a path that cannot be
             raise RunError(f"cannot write {path}: {why}; move away what is in its place, or choose another") from error
         raise
+
+
+def _as_known(path: Path) -> Path:
+    """A path as users know it: what is written to a temporary name beside its own is told by its own."""
+    return Path(*(part[1:-5] if re.fullmatch(r"\..+\.part", part) else part for part in path.parts))
 
 
 def _system_error(error: BaseException) -> int | None:

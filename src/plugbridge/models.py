@@ -185,13 +185,13 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
-            f"{source} lacks {len(missing)} weights, the first is '{missing[0]}'; is the checkpoint complete?"
+            f"{source} lacks {len(missing)} weights, the first is {shown(missing[0])}; is the checkpoint complete?"
         )
     surplus = sorted(name for name in report["unexpected_keys"] if not name.endswith(family.buffers))
     if surplus:
         raise ModelError(
             f"{source} holds {len(surplus)} tensors for which its config.json has no place, the first is "
-            f"'{surplus[0]}'; is it the checkpoint's own config.json?"
+            f"{shown(surplus[0])}; is it the checkpoint's own config.json?"
         )
     return cast(PreTrainedModel, (model if quantisation is not None else model.to(device)).eval())
 
@@ -213,12 +213,12 @@ def find_checkpoint(source: str) -> Checkpoint | None:
     for shard, name in sorted(held.items()):
         path = _find_file(source, shard)
         if path is None:
-            raise ModelError(f"{source} has no {shard}, where {index.name} says that tensor '{name}' is; {AGAIN}")
+            raise ModelError(f"{source} has no {shard}, where {index.name} says that tensor {shown(name)} is; {AGAIN}")
         paths.append(path)
     checkpoint = open_checkpoint(paths)
     for name, shard in names.items():
         if name not in checkpoint.entries or checkpoint.entries[name].shard.name != shard:
-            raise ModelError(f"tensor '{name}' is not in {shard} of {source}, where {index.name} says it is")
+            raise ModelError(f"tensor {shown(name)} is not in {shard} of {source}, where {index.name} says it is")
     return checkpoint
 
 
@@ -258,8 +258,8 @@ def check_precision(source: str, model: PreTrainedModel, checkpoint: Checkpoint 
     for name, kind in entries if entries is not None else _pickled(source):
         if kind not in PRECISIONS and (name in own or f"{model.base_model_prefix}.{name}" in own):
             raise ModelError(
-                f"tensor '{name}' of {source} is of type {kind}; expected {', '.join(PRECISIONS)}: are the weights "
-                "quantised, and their scales or config.json's quantization_config lost?"
+                f"tensor {shown(name)} of {source} is of type {kind}; expected {', '.join(PRECISIONS)}: are the "
+                "weights quantised, and their scales or config.json's quantization_config lost?"
             )
 
 
@@ -285,7 +285,7 @@ def _misshapen(source: str, config: PreTrainedConfig) -> str | None:
         for name, entry in checkpoint.entries.items() if checkpoint is not None else ():
             wanted = shapes.get(name, shapes.get(f"{empty.base_model_prefix}.{name}", entry.shape))
             if wanted != entry.shape:
-                return f"tensor '{name}' in {entry.shard} has shape {entry.shape}, config.json says {wanted}"
+                return f"tensor {shown(name)} in {entry.shard} has shape {entry.shape}, config.json says {wanted}"
     return None
 
 
@@ -364,7 +364,9 @@ def check_same_tokenizer(small: Tokenizer, large: Tokenizer) -> None:
         raise ModelError(f"small's tokenizer has {len(a)} tokens, large's has {len(b)}; {hint}")
     for token, number in sorted(a.items(), key=lambda item: item[1]):  # the first that differs
         if b.get(token) != number:
-            raise ModelError(f"token {token!r} is {number} for small but {b.get(token, 'absent')} for large; {hint}")
+            raise ModelError(
+                f"token {shown(token)} is {number} for small but {b.get(token, 'absent')} for large; {hint}"
+            )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(small, name) != getattr(large, name):
             raise ModelError(f"{name} is {getattr(small, name)} for small but {getattr(large, name)} for large; {hint}")

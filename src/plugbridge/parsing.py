@@ -23,17 +23,25 @@ _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def one_line(said: object, most: int = LINE) -> str:
-    """What something says in one line, cut in the middle where it is too long: the cause often stands at the end."""
-    text = " ".join(str(said).split())
+def one_line(said: object, most: int = LINE, word: int = LINE) -> str:
+    """What something says in one line, cut in the middle where it is too long: the cause often stands at the end.
+
+    So is every `word` in it, as a name may be that somebody gave; what would steer a terminal is written out.
+    """
+    text = " ".join(_cut(part, word, "…") for part in str(said).split())
+    return _cut(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text), most, " … ")
+
+
+def _cut(text: str, most: int, mark: str) -> str:
     if len(text) <= most:
         return text
     head = most * 2 // 3
-    return f"{text[:head]} … {text[len(text) - (most - head) :]}"
+    return f"{text[:head]}{mark}{text[len(text) - (most - head) :]}"
 
 
 def shown(value: object, most: int = 80) -> str:

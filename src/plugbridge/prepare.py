@@ -68,6 +68,8 @@ class Prepared:
     """The large model's weights on disk; None where it is in memory as a whole."""
     checkpoints: Mapping[str, Checkpoint]
     """Both models' safetensors files as they were found, by source."""
+    said: tuple[str, ...] = ()
+    """What a reader of the results should know of the rows, a line each."""
 
     @property
     def large_bytes(self) -> int:
@@ -197,6 +199,7 @@ def prepare_checked(checked: Checked) -> Prepared:
         },
         streamed=checkpoints[config.large_path] if streams else None,
         checkpoints=checkpoints,
+        said=tuple(said),
     )
 
 

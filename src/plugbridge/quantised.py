@@ -17,6 +17,7 @@ from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
 from plugbridge.imports import bring_back_bitsandbytes
 from plugbridge.models import layout_for, load_model, reason_of
+from plugbridge.parsing import shown
 from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 
 LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
@@ -129,7 +130,7 @@ def check_blocks(source: str, whole: PreTrainedModel, layout: Layout, load_in: L
         # bitsandbytes' CPU code starts a new block of 64 at every row, which its quantisation does not
         if inputs % BLOCK:
             raise ModelError(
-                f"layer '{path}' of {source} reads {inputs} channels, but 4 bits on the CPU need a multiple of "
+                f"layer {shown(path)} of {source} reads {inputs} channels, but 4 bits on the CPU need a multiple of "
                 f"{BLOCK}; use load_in: 8bit"
             )
 
@@ -143,7 +144,7 @@ def check_quantised(source: str, model: nn.Module, expected: list[str], load_in:
         if not isinstance(layer := model.get_submodule(path), kind) or layer.weight.dtype.is_floating_point
     ]
     if plain or not expected:
-        first = f", the first is '{plain[0]}'" if plain else ""
+        first = f", the first is {shown(plain[0])}" if plain else ""
         raise ModelError(
             f"{len(plain)} of the {len(expected)} linear layers of {source} were not loaded in {load_in}{first}; "
             "is the checkpoint quantised in another way? Leave load_in out"

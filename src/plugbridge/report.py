@@ -64,6 +64,7 @@ def read_report(root: Path) -> dict[str, Any]:
     bottleneck, a prefix's tokens; 0 where no module was added). `peak` {stage, bytes, memory, reserved_bytes} is the
     whole job's, `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
     `cut` {small, large: {split: {rows, cut, emptied}}} counts the rows whose passage lost its end, or all of it.
+    `remarks` is what else was said of the rows: how many ask the same in two splits, and the like, a line each.
     `majority` has the metrics of the `commonest` answer given to every row: of a class, or of a text that models write.
     Also `pgr` (performance gap recovered: (plugged - small) / (ceiling - small), null without a ceiling or a
     gap beyond chance; `pgr_reason` then says why), `stages`, `models`, `versions`, `seed`. What the run did not do,
@@ -142,6 +143,7 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
         else None,
         "rows": rows,
         "cut": facts.get("cut", {}),  # absent from older runs
+        "remarks": facts.get("remarks", []),  # so are these
         "majority": _ordered(markers, facts["majority"]),
         "commonest": _commonest(root, [row["name"] for row in rows]),
         "pgr": recovered(values, rows[0]["n"], rows[0]["metric"]),

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, Place
 from plugbridge.models import layout_for, load_model
+from plugbridge.parsing import shown
 from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 
 Owners = list[tuple[nn.Module, str]]
@@ -263,11 +264,11 @@ def _reader(
     """What reads one parameter from disk."""
     stored = _stored(model, checkpoint, names)
     if stored is None:
-        raise ModelError(f"{source} lacks weight '{names[0]}'; is the checkpoint complete?")
+        raise ModelError(f"{source} lacks weight {shown(names[0])}; is the checkpoint complete?")
     entry, dtype = checkpoint.entries[stored], like.dtype
     if entry.shape != tuple(like.shape):
         raise ModelError(
-            f"tensor '{stored}' in {entry.shard} has shape {entry.shape}, config.json says {tuple(like.shape)}"
+            f"tensor {shown(stored)} in {entry.shard} has shape {entry.shape}, config.json says {tuple(like.shape)}"
         )
     return lambda: checkpoint.read(stored, dtype).to(device)
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -17,7 +19,9 @@ from plugbridge.bench import memory, reproduce
 from plugbridge.bench.memory import Count, Machine, count_shape, read_counts, rows_of, write_counts
 from plugbridge.bench.memory_figure import draw_steps, step_name
 from plugbridge.bench.memory_page import MEMORY, REDUCTION, memory_page, named_runs, paper_bytes, paper_cells
+from plugbridge.cli import main
 from plugbridge.errors import ConfigError, RunError
+from plugbridge.interrupts import ENDING
 from plugbridge.memory.case import Case
 from plugbridge.memory.measure import Measurement, lasting, run_here
 from plugbridge.memory.predict import predict
@@ -52,6 +56,59 @@ def test_with_room_a_step_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert count.seconds > 0
     assert count.peak_bytes > 0
     assert [folder.name for folder in (tmp_path / "weights").iterdir()] == ["gpt2-xl-f32"]
+
+
+@pytest.mark.parametrize("moment", ["device", "first row", "second row", "page"])
+def test_an_interrupt_is_a_line_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    asked: list[str] = []
+    stop: str | None = moment
+
+    def interrupted(*_given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def measured(case: Case, _make: MakeStep, _threads: int) -> Measurement:
+        if stop in ("first row", "second row") and len(asked) == ["first row", "second row"].index(stop):
+            raise KeyboardInterrupt
+        asked.append(str(case.config))
+        return Measurement(2**20, 1.0)
+
+    def bench() -> tuple[int, str, str]:
+        words = ["plugbridge", "bench", "memory", "--out", str(tmp_path / "out"), "--budget", "1GB", "--minutes", "9"]
+        monkeypatch.setattr(sys, "argv", words)
+        before = {number: signal.getsignal(number) for number in ENDING}
+        with pytest.raises(SystemExit) as left:
+            main()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    rows = [row for row in rows_of(TINY, "cpu") if row.method in ("LoRA", "full fine-tuning")]
+    monkeypatch.setattr(memory, "rows_of", lambda _shape, _device: rows)
+    monkeypatch.setattr(memory, "measured", measured)
+    monkeypatch.setattr("plugbridge.memory.shapes.find_shapes", lambda _name: [TINY])
+    monkeypatch.setattr("plugbridge.cli.terminal.log_here", lambda quiet: None)  # pytest has the log
+    with monkeypatch.context() as patch:
+        if moment == "device":
+            patch.setattr("plugbridge.models.pick_device", interrupted)
+        if moment == "page":
+            patch.setattr("plugbridge.bench.memory_page.memory_page", interrupted)
+        code, out, err = bench()
+    assert (code, out) == (130, "")
+    assert err.endswith("\ninterrupted; run the same command again to resume\n")
+    assert "Traceback" not in err
+    done = {"device": 0, "first row": 0, "second row": 1, "page": 2}[moment]
+    assert len(asked) == done
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert names <= {"memory.json"}
+    kept = read_counts(tmp_path / "out" / "memory.json").values()
+    assert [count.measured for count in kept] == [True] * done
+    stop = None
+    assert bench()[0] == 0
+    assert len(asked) == 2  # what was measured is not measured again
+    assert all(count.measured for count in read_counts(tmp_path / "out" / "memory.json").values())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])

@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from plugbridge.bench.quality import answers, difference, intervals, left_out, r
 from plugbridge.cli import main
 from plugbridge.config import load_config
 from plugbridge.errors import RunError
+from plugbridge.interrupts import ENDING
 from plugbridge.progress import Silent
 
 Rows = list[NDArray[np.float64]]
@@ -411,6 +414,47 @@ def test_shared_stages_are_done_once(done: Done) -> None:
             assert (first / stage / "done.json").read_bytes() != (second / stage / "done.json").read_bytes()
         for variant in ("stands alone", "no Bridge"):  # what a run leaves is a configuration to run it again
             assert load_config(done.root(seed, variant) / "config.yaml") == configs[seed][variant]
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """An interrupted command ignores what comes after; the next test does not."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("threads", "signals")
+@pytest.mark.parametrize("moment", ["import", "first group", "second group", "page"])
+def test_an_interrupt_is_a_line_and_leaves_nothing_half(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    ran: list[str] = []
+
+    def interrupted(*_given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def run(group: Group, _data: Path | None, out: Path, _grid: Path | None) -> str:
+        if moment in ("first group", "second group") and len(ran) == ["first group", "second group"].index(moment):
+            raise KeyboardInterrupt
+        shutil.copytree(done.out / group.name, out / group.name)
+        ran.append(group.name)
+        return group.name
+
+    monkeypatch.setattr(quality, "run_group", run)
+    if moment == "import":
+        monkeypatch.setattr("plugbridge.bench.grid.load_grid", interrupted)
+    if moment == "page":
+        monkeypatch.setattr("plugbridge.bench.present.page", interrupted)
+    there = replace(done, out=tmp_path / "out")
+    code, out, err = call(*there.words)
+    assert (code, out) == (130, "")
+    assert err.endswith("\ninterrupted; run the same command again to resume\n")
+    assert "Traceback" not in err
+    assert len(ran) == {"import": 0, "first group": 0, "second group": 1, "page": 2}[moment]
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert not [name for name in left if name.startswith("quality.") or name.endswith(".part")]
 
 
 @pytest.mark.usefixtures("threads")

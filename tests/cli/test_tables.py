@@ -26,7 +26,7 @@ def _row(name: str) -> dict[str, Any]:
 FOUND: dict[str, Any] = {
     "rows": [_row("small_finetuned"), _row("large_plugged")], "majority": {"accuracy": 0.25}, "split": "test",
     "task": "own", "method": "lora", "mode": "feedback", "models": {"bridge": None}, "pgr": None,
-    "pgr_reason": "nothing says how far the large model can be tuned", "coupling": None, "cut": {},
+    "pgr_reason": "nothing says how far the large model can be tuned", "coupling": None, "cut": {}, "remarks": [],
     "peak": {"bytes": 2**30, "stage": "couple", "memory": "resident", "reserved_bytes": 0},
 }  # fmt: skip
 

@@ -93,7 +93,7 @@ def test_a_shuffled_bridge_and_a_probe(call: Call, run: Callable[..., Raw], tmp_
     )
     assert [row["name"] for row in found["rows"]] == [ROWS[0], "small_probe", *ROWS[1:-1], "large_probe", ROWS[-1]]
     facts = facts_of(tmp_path / "run", "evaluate")
-    assert set(facts) == {*ROWS, "small_probe", "large_probe", "majority", "cut", "models"}
+    assert set(facts) == {*ROWS, "small_probe", "large_probe", "majority", "cut", "remarks", "models"}
     rows = [
         json.loads(line)
         for line in (tmp_path / "run" / "evaluate" / "predictions" / "large_probe.jsonl").read_text().splitlines()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from conftest import write_jsonl
-from plugbridge.config import TaskConfig
-from plugbridge.errors import ConfigError, DataError
+from plugbridge.config import TaskConfig, parse_config
+from plugbridge.errors import ConfigError, DataError, PlugbridgeError
 from plugbridge.tasks.check import check_rows
 from plugbridge.tasks.own import own_rows, own_task
 
@@ -118,12 +118,125 @@ def test_rows_of_one_prompt_stay_on_one_side(tmp_path: Path) -> None:
         assert sum(counts.values()) == 200
         assert abs(counts["train"] - 160) <= 4
         assert min(counts["validation"], counts["test"]) >= 12
-    few = write_jsonl(tmp_path / "few.jsonl", rows_of(*["x"] * 9, "y"))
+    few = write_jsonl(tmp_path / "few.jsonl", rows_of(*["x"] * 9, "y"))  # of a row of y's alone, nothing is learnt
     config = TaskConfig.model_validate({"file": str(few), "prompt": "{text}:", "words": WORDS})
     with pytest.raises(
-        DataError, match=r"is empty \(.*\); it needs at least one row, and the file has 10 rows of 2 prompts"
+        DataError, match=r"is empty \(.*\); it needs at least one row, and the file has 10 rows of 2 prompts: three"
     ):
         own_rows(config, own_task(config), "causal", 0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "sizes"),
+    [
+        (["x"] * 900 + [f"t{i}" for i in range(99)], (933, 33, 33)),  # of the others a third each
+        (["x"] * 600 + [f"t{i}" for i in range(400)], (800, 100, 100)),  # as asked
+        (["x"] * 30 + ["y"] * 30 + ["z"] * 30, (30, 30, 30)),
+        (["x"] * 98 + ["y", "z"], (98, 1, 1)),
+        (["x", "y", "z"], (1, 1, 1)),
+        ([f"t{i}" for i in range(7)], (5, 1, 1)),
+    ],
+)
+def test_a_prompt_of_many_rows_leaves_no_split_empty(
+    tmp_path: Path, texts: list[str], sizes: tuple[int, int, int]
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", rows_of(*texts))
+    config = TaskConfig.model_validate({"file": str(path), "prompt": "{text}:", "words": WORDS})
+    for seed in range(4):
+        splits, _ = own_rows(config, own_task(config), "causal", seed)
+        assert tuple(len(splits[split]) for split in ("train", "validation", "test")) == sizes
+        prompts = [{row.prompt for row in rows} for rows in splits.values()]
+        assert sum(map(len, prompts)) == len(set.union(*prompts))
+        assert Counter(row.where for rows in splits.values() for row in rows) == Counter(
+            f"{path}:{i + 1}" for i in range(len(texts))
+        )
+
+
+def test_a_split_that_is_far_from_its_size_is_said(tmp_path: Path) -> None:
+    texts = [*["x"] * 920, *(f"t{i}" for i in range(80))]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows_of(*texts))
+    config = TaskConfig.model_validate({"file": str(path), "prompt": "{text}:", "words": WORDS})
+    made = own_task(config)
+    rows, _ = own_rows(config, made, "causal", 0)
+    (line,) = check_rows(made, "causal", rows)
+    assert line == (
+        "rows of one prompt stay together, and some prompts have many: 946 train, 27 validation, 27 test rows"
+    )
+
+
+NUL = "rows.jsonl:2: field 'text': 'a.x00b' has a NUL character, which no name or prompt may have"
+
+
+@pytest.mark.parametrize(
+    ("raw", "task", "message"),
+    [
+        ({"text": "a\0b", "label": "a"}, {"words": WORDS}, NUL),
+        ({"text": "a\0b", "label": "a"}, {"generate": " {label}"}, NUL),
+        ({"text": "a", "label": "x\0"}, {"generate": " {label}"}, "field 'label': 'x.x00' has a NUL"),
+        ({"text": "a", "label": "a\0"}, {"words": WORDS}, "label 'a.x00' has no label word"),
+        ({"text": "a", "label": "b", "o": ["b", "c\0"]}, {"options": "o"}, "field 'option': 'c.x00' has a NUL"),
+        ({"text": "a", "label": "a", "id": "1\0"}, {"words": WORDS, "id": "id"}, "id: '1.x00' has a NUL"),
+    ],
+)
+def test_a_nul_is_in_no_text(tmp_path: Path, raw: Raw, task: Raw, message: str) -> None:
+    good = {"text": "t", "label": "a", "o": ["a", "b"], "id": "0"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [good, raw])
+    config = TaskConfig.model_validate({"file": str(path), "prompt": "{text}:", **task})
+    with pytest.raises(DataError, match=message):
+        own_rows(config, own_task(config), "causal", 0)
+
+
+def test_a_nul_in_a_field_that_is_not_read_is_nobodys_business(tmp_path: Path) -> None:
+    assert checked(tmp_path, [{**row, "more": "\0"} for row in SOME], MORE, REST) == []
+
+
+def test_other_odd_characters_are_kept_and_counted(tmp_path: Path) -> None:
+    odd = rows_of("a\tb\nc", "d\x07", "\x85e", "f\ufffd", "é\u200d", "\x1b[2J")
+    assert checked(tmp_path, SOME, MORE, odd) == [
+        f"4 of 11 rows have control characters or U+FFFD, the first U+0007 at {tmp_path / 'test.jsonl'}:2; models are "
+        "given them as they are"
+    ]
+
+
+LONG = "n" * 5000
+
+
+@pytest.mark.parametrize(
+    ("task", "raw"),
+    [
+        ({"prompt": f"{{{LONG}}}:"}, {}),
+        ({"label": LONG}, {}),
+        ({"label": LONG, "prompt": f"{{text}} {{{LONG}}}:"}, {}),
+        ({"passage": LONG}, {}),
+        ({"id": LONG}, {}),
+        ({"id": "id"}, {"id": LONG}),
+        ({"prompt": LONG}, {}),
+        ({"prompt": f"{{{LONG}"}, {}),
+        ({"words": {LONG: " x", "b": " x"}}, {}),
+        ({"words": {"a": LONG, "b": LONG}}, {}),
+        ({"words": {LONG: " x", "b": " y"}}, {}),
+        ({}, {"label": LONG}),
+        ({"options": "o", "words": None}, {"o": ["a", "b"], "label": LONG}),
+        ({"options": LONG, "words": None}, {}),
+        ({"options": "o", "words": None}, {"o": [], "label": "a"}),
+        ({"options": "o", "words": None}, {"o": ["a"], "label": 10**4000}),
+        ({"options": "o", "option": LONG, "words": None}, {}),
+        ({"generate": LONG, "words": None}, {}),
+        ({"metrics": [LONG]}, {}),
+    ],
+)
+def test_long_texts_of_users_are_cut_in_messages(tmp_path: Path, task: Raw, raw: Raw) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "t", "label": "a", LONG: 1, **raw}] * 3)
+    given = {"file": str(path), "prompt": "{text}:", "words": WORDS, **task}
+    raw_config = {"small": "s", "large": "l", "task": {k: v for k, v in given.items() if v is not None}}
+
+    def read() -> None:
+        config: Any = parse_config(raw_config, "c.yaml").task
+        own_rows(config, own_task(config), "causal", 0)
+
+    with pytest.raises(PlugbridgeError) as caught:
+        read()
+    assert len(str(caught.value)) < 700
 
 
 def choice(label: Any, options: Any = ("one", "two", "three")) -> Raw:

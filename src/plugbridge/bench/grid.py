@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from plugbridge.config import RunConfig, apply_override, parse_config, read_yaml, resolve_paths, set_value
 from plugbridge.config.strict import StrictConfig
 from plugbridge.errors import ConfigError, first_problem
-from plugbridge.parsing import shown
+from plugbridge.parsing import one_line, shown
 from plugbridge.transfer.couple import find_mode
 
 _PAIR = r"[\w+=][\w .+=-]{0,99}"
@@ -92,15 +92,15 @@ def load_grid(path: Path) -> Grid:
     ):
         for key in OWN:
             if key in settings:
-                raise ConfigError(f"{path}: {where} sets '{key}', which the grid itself chooses; remove it")
+                raise ConfigError(f"{path}: {where} sets {shown(key)}, which the grid itself chooses; remove it")
     for name in grid.compare:
         if name not in grid.variants:
-            raise ConfigError(f"{path}: compare: no variant '{name}'; known: {', '.join(grid.variants)}")
+            raise ConfigError(f"{path}: compare: no variant {shown(name)}; known: {one_line(', '.join(grid.variants))}")
     for block in blocks:
         for kind, names, known in (("pair", block.pairs, grid.pairs), ("variant", block.variants, grid.variants)):
             for name in names:
                 if name not in known:
-                    raise ConfigError(f"{path}: no {kind} '{name}'; known: {', '.join(known)}")
+                    raise ConfigError(f"{path}: no {kind} {shown(name)}; known: {one_line(', '.join(known))}")
     return grid
 
 
@@ -175,7 +175,7 @@ def _config(settings: Settings, overrides: Sequence[str], name: str) -> RunConfi
     raw: Any = nested(settings)
     for text in overrides:
         raw = apply_override(raw, text)
-    return parse_config(raw, f"variant '{name}'")
+    return parse_config(raw, f"variant {shown(name)}")
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

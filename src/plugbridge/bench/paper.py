@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from plugbridge.bench.grid import nested
 from plugbridge.config import RunConfig, apply_override, parse_config
 from plugbridge.errors import ConfigError
+from plugbridge.parsing import shown
 
 Model = Literal["small_tuned", "small_finetuned", "large_tuned", "large_finetuned", "large_plugged"]
 DEMO_TASK = "wordnet-kind"
@@ -174,7 +175,7 @@ def run_configs(table: Table, choice: Choice, tasks: Sequence[str] | None) -> di
     known = [column.task for column in columns_of(table, choice.demo)]
     for task in tasks or ():
         if task not in known:
-            raise ConfigError(f"this table has no task '{task}'; it has {', '.join(known)}")
+            raise ConfigError(f"this table has no task {shown(task)}; it has {', '.join(known)}")
     wanted: dict[str, tuple[Row, Column, set[str]]] = {}
     for cell in planned(table, choice.demo):
         if tasks is None or cell.column.task in tasks:

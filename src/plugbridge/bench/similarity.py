@@ -19,6 +19,7 @@ from plugbridge.bench.paper import Choice
 from plugbridge.config import RunConfig, apply_override, parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.files import write_atomically
+from plugbridge.parsing import shown
 
 PRODUCTS = {
     "lora": ("lora_B.weight", "lora_A.weight"),
@@ -43,7 +44,7 @@ def similarity_configs(choice: Choice, task: str, method: str) -> dict[str, RunC
     Raises ConfigError for a method whose tensors are no product.
     """
     if method not in PRODUCTS:
-        raise ConfigError(f"figure 1b compares {' and '.join(PRODUCTS)} modules, not '{method}'")
+        raise ConfigError(f"figure 1b compares {' and '.join(PRODUCTS)} modules, not {shown(method)}")
 
     def config(plug: str, seed: int) -> RunConfig:
         settings: dict[str, Any] = {

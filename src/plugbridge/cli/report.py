@@ -136,7 +136,7 @@ def print_table(found: dict[str, Any]) -> None:
         say_prose(
             f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
         )
-    if (line := cut_line(found["cut"])) is not None:
+    for line in found["remarks"] or filter(None, [cut_line(found["cut"])]):
         say_prose(line)
     say_prose(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")
 

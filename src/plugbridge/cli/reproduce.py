@@ -10,6 +10,7 @@ import typer
 from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path
 from plugbridge.cli.terminal import announcer, out, progress, say, setup
 from plugbridge.errors import ConfigError
+from plugbridge.parsing import shown
 
 TABLES = (*(f"table{number}" for number in range(1, 9)), "fig1a", "fig1b")
 
@@ -33,7 +34,7 @@ def reproduce(
 ) -> None:
     """Make a table or figure of the paper and set its values beside ours; interrupted, it goes on where it was."""
     if table not in TABLES:
-        raise ConfigError(f"no table '{table}'; known: {', '.join(TABLES)}")
+        raise ConfigError(f"no table {shown(table)}; known: {', '.join(TABLES)}")
     if (small is None) != (large is None):
         raise ConfigError("give both --small and --large, or neither")
     from plugbridge.bench.asked import Asked, check_asked, check_options

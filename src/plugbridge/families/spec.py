@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plugbridge.errors import ConfigError, ModelError, ShapeError, first_problem
-from plugbridge.parsing import one_line
+from plugbridge.parsing import shown
 from plugbridge.tensors.patterns import axis_names, infer_sizes, parse
 
 Scope = Literal["model", "stack", "layer"]
@@ -144,7 +144,7 @@ class Weight:
 def load_family(name: str) -> Family:
     """Read ``families/<name>.toml``. Raises ConfigError for unknown names, keys or axes."""
     if name not in family_names():
-        raise ConfigError(f"no family '{one_line(name, 80)}'; known: {', '.join(family_names())}")
+        raise ConfigError(f"no family {shown(name)}; known: {', '.join(family_names())}")
     path = files("plugbridge.families") / f"{name}.toml"
     return parse_family(tomllib.loads(path.read_text(encoding="utf-8")), f"{name}.toml")
 
@@ -191,7 +191,7 @@ def family_of(model_type: str) -> Family:
         return family
     known = ", ".join(family_names())
     raise ModelError(
-        f"model type '{one_line(model_type, 80)}' is of no known family (known: {known}); "
+        f"model type {shown(model_type)} is of no known family (known: {known}); "
         "a family is one TOML file, see docs/architecture.md"
     )
 
@@ -350,7 +350,7 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     table = layout.table()
     for name in shapes:
         if name not in table:
-            raise ModelError(f"family '{family.name}' does not know weight '{name}' of this model")
+            raise ModelError(f"family '{family.name}' does not know weight {shown(name)} of this model")
     for name, weight in table.items():
         if name in shapes:
             try:
@@ -358,7 +358,7 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
             except ShapeError as error:
                 raise ModelError(f"{error}; is this really a {family.name} model?") from error
         elif not weight.optional:
-            raise ModelError(f"weight '{name}' of family '{family.name}' is not in this model")
+            raise ModelError(f"weight {shown(name)} of family '{family.name}' is not in this model")
     return layout
 
 

@@ -25,4 +25,4 @@ SHAPES = ("small", "check", "paper", "t5-11b", "tiny", "gpt2-xl", "t5-3b")
 def check_shapes(name: str) -> None:
     """Refuse a set of shapes that there is not, without importing what makes them. Raises ConfigError."""
     if name not in SHAPES:
-        raise ConfigError(f"no shapes '{name}'; known: {', '.join(SHAPES)}")
+        raise ConfigError(f"no shapes {shown(name)}; known: {', '.join(SHAPES)}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, config_changes
+from plugbridge.parsing import shown
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.streaming import values_of
 from plugbridge.tensors.axes import transform
@@ -105,7 +106,7 @@ def _fitting(bridge: PreTrainedModel, weights: Weights) -> Iterator[tuple[str, T
     for name, pruned in weights:
         bare = left.pop(name)
         if bare.shape != pruned.shape:
-            raise ModelError(f"'{name}' has shape {tuple(pruned.shape)} in the Bridge, not {tuple(bare.shape)}")
+            raise ModelError(f"{shown(name)} has shape {tuple(pruned.shape)} in the Bridge, not {tuple(bare.shape)}")
         yield name, pruned.to(bare.dtype)
     if left:
         raise ModelError(f"the Bridge's '{next(iter(left))}' has no counterpart in the large model")

@@ -72,7 +72,7 @@ def evaluate(work: Work) -> dict[str, Any]:
             facts[name] = _note(work, name, answers, cost)
     right = [source_of(row) for row in limited(p.task, p.large_rows[config.split], config.limit)]
     common = majority(p.task.form(p.large_encoder.kind), right)
-    facts["cut"] = p.cut()
+    facts["cut"], facts["remarks"] = p.cut(), list(p.said)
     facts["majority"] = {"metrics": metrics_of(p.task.metrics, common)}
     facts["models"] = {size: _described(work, subject_of(work, size).source) for size in SIZES}
     return facts

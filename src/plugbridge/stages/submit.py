@@ -9,6 +9,7 @@ from typing import Any
 from plugbridge.cost import Cost
 from plugbridge.errors import ConfigError, DataError
 from plugbridge.files import write_text
+from plugbridge.parsing import shown
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import check_needs
@@ -50,7 +51,7 @@ def submit(
     every = candidates(Work(p, root, root / "evaluate", progress, Cost()))
     found = {candidate.name: candidate for candidate in every if p.config.makes(candidate.name)}
     if model not in found:
-        raise ConfigError(f"the run has no model '{model}'; known: {', '.join(found)}")
+        raise ConfigError(f"the run has no model {shown(model)}; known: {', '.join(found)}")
     check_needs(root, build_stages(p, root, progress), "evaluate")
     path = find_files(task, data, {"test": board.rows})["test"]
     encoder = found[model].encoder
@@ -95,7 +96,7 @@ def number_of(row: Row) -> int:
     """A row's idx, as the leaderboard takes it. Raises DataError for a text that is no number."""
     idx = row.fields["idx"]
     if not isinstance(idx, int) and not (idx.isascii() and idx.isdecimal()):
-        raise DataError(f"{row.where}: idx is '{idx}'; the leaderboard needs a whole number")
+        raise DataError(f"{row.where}: idx is {shown(idx)}; the leaderboard needs a whole number")
     return int(idx)
 
 

@@ -18,6 +18,7 @@ from plugbridge.families.spec import Layout, family_of
 from plugbridge.generate import generate_texts
 from plugbridge.markers import CHECKPOINT, reading
 from plugbridge.models import load_config
+from plugbridge.parsing import shown
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
 from plugbridge.run import facts_of
@@ -122,7 +123,7 @@ def why_not_finite(*models: nn.Module) -> str:
             if not bool(values.isfinite().all()):
                 source = f" of {path}" if (path := getattr(model, "name_or_path", "")) else ""
                 own = name.replace(".base_layer", "")  # peft's wrapping
-                return f"tensor '{own}'{source} has entries that are NaN or infinite; {AGAIN}"
+                return f"tensor {shown(own)}{source} has entries that are NaN or infinite; {AGAIN}"
             if values.is_floating_point():
                 dtypes[str(values.dtype).removeprefix("torch.")] = None
     advice = "; use dtype: float32" if dtypes.keys() - {"float32"} else ""

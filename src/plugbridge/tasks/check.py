@@ -1,11 +1,19 @@
 """What the rows of a run tell before any model is there: tasks that cannot work, and what is worth a line."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from plugbridge.errors import DataError
+from plugbridge.parsing import shown
 from plugbridge.tasks.rows import Row
 from plugbridge.tasks.spec import SPLITS, Split, Task
+
+ODD = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+"""Characters that texts have by accident: control characters but for blanks, and what stands for undecodable bytes."""
+
+LEAST = 0.05
+"""Share of a file's rows below which a split of it is told: it was to be a tenth."""
 
 
 def check_rows(task: Task, kind: str, rows: Mapping[Split, Sequence[Row]]) -> list[str]:
@@ -17,12 +25,14 @@ def check_rows(task: Task, kind: str, rows: Mapping[Split, Sequence[Row]]) -> li
     train = rows["train"]
     if len(train) > 1 and len({_question(row, form.generate is not None) for row in train}) == 1:
         raise DataError(
-            f"task '{task.name}': all {len(train):,} train rows read alike, {train[0].prompt[:80]!r}; nothing can be "
+            f"task '{task.name}': all {len(train):,} train rows read alike, {shown(train[0].prompt)}; nothing can be "
             "learnt from them; is the prompt's field the right one?"
         )
     if form.generate is None and all(len(row.options) == 1 for found in rows.values() for row in found):
         raise DataError(f"task '{task.name}': every row has one option, so there is nothing to choose")
-    said = [f"every train row's answer is '{answer}'" for answer in _only_answer(train, form.judge is not None)]
+    said = [f"every train row's answer is {shown(answer)}" for answer in _only_answer(train, form.judge is not None)]
+    said += _odd_characters([row for split in SPLITS for row in rows[split]])
+    said += _uneven(rows)
     for one, other in combinations(SPLITS, 2):
         left, right = ([_whole(row) for row in rows[split]] for split in (one, other))
         if left == right and len(left) > 1:
@@ -35,6 +45,29 @@ def check_rows(task: Task, kind: str, rows: Mapping[Split, Sequence[Row]]) -> li
         if again:
             said.append(f"{again:,} of {len(rows[other]):,} {other} rows ask what a {one} row asks, word by word")
     return said
+
+
+def _uneven(rows: Mapping[Split, Sequence[Row]]) -> list[str]:
+    """That a split of one file is far from its size, as some prompts have many rows."""
+    sizes = {split: len(rows[split]) for split in SPLITS}
+    files = {found[0].where.rpartition(":")[0] for found in rows.values() if found}
+    whole = sum(sizes.values())
+    if len(files) > 1 or whole < 10 or min(sizes.values()) >= LEAST * whole:
+        return []
+    parts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+    return [f"rows of one prompt stay together, and some prompts have many: {parts} rows"]
+
+
+def _odd_characters(rows: Sequence[Row]) -> list[str]:
+    """That texts have characters which nobody writes: of broken files, or decoded as what they were not."""
+    found = [(row, odd) for row in rows if (odd := ODD.search("\n".join((row.prompt, *row.options)))) is not None]
+    if not found:
+        return []
+    row, odd = found[0]
+    return [
+        f"{len(found):,} of {len(rows):,} rows have control characters or U+FFFD, the first U+{ord(odd[0]):04X} at "
+        f"{row.where}; models are given them as they are"
+    ]
 
 
 def _only_answer(rows: Sequence[Row], judged: bool) -> list[str]:

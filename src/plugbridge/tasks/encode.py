@@ -11,6 +11,7 @@ from torch import Tensor
 from plugbridge.config.inputs import Score
 from plugbridge.errors import DataError, ModelError
 from plugbridge.models import Tokenizer
+from plugbridge.parsing import shown
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.rows import Row, passage_of, refill
 from plugbridge.tasks.spec import Task
@@ -239,7 +240,7 @@ class Encoder:
             return "shorten the prompt, or name the field that may be cut as the task's `passage`"
         least = len(self._prompt(refill(task, form, row, "")))
         return (
-            f"without its passage, '{task.passage}', it still takes {least}; raise max_length, "
+            f"without its passage, {shown(task.passage)}, it still takes {least}; raise max_length, "
             "take a model with more positions, or leave the row out"
         )
 
@@ -270,7 +271,7 @@ def _end_of(prompt: str) -> str:
 def _check_options(where: str, texts: Sequence[str], options: Sequence[tuple[int, ...]]) -> None:
     for text, ids in zip(texts, options, strict=True):
         if not ids:
-            raise DataError(f"{where}: option '{text}' has no tokens")
+            raise DataError(f"{where}: option {shown(text)} has no tokens")
 
 
 def _check_told_apart(
@@ -281,7 +282,8 @@ def _check_told_apart(
             other = texts[options.index(ids)]
             why = " (unknown to the tokenizer)" if unknown is not None and unknown in ids else ""
             raise DataError(
-                f"{where}: options '{other}' and '{texts[i]}' {alike}{why}; choose words that the tokenizer tells apart"
+                f"{where}: options {shown(other)} and {shown(texts[i])} {alike}{why}; choose words that the tokenizer "
+                "tells apart"
             )
 
 

@@ -16,7 +16,7 @@ from pydantic import (
 
 from plugbridge.config.inputs import Score
 from plugbridge.errors import ConfigError, DataError
-from plugbridge.parsing import one_line
+from plugbridge.parsing import one_line, require_characters, shown
 
 
 class PromptForm(BaseModel):
@@ -58,7 +58,7 @@ class PromptForm(BaseModel):
         if self.words is not None:
             _check_words(self.words)
         if self.options_from is not None and "option" not in template_fields(self.option):
-            raise ValueError(f"`option` is {self.option!r}; it must hold {{option}}, the option's text")
+            raise ValueError(f"`option` is {shown(self.option)}; it must hold {{option}}, the option's text")
         if self.judge == "referent" and set(self.words or ()) != {"true", "false"}:
             raise ValueError("`judge = referent` needs `words` for true and false")
         return self
@@ -108,9 +108,9 @@ def _check_words(words: Mapping[str, str]) -> None:
     seen: dict[str, str] = {}
     for label, word in words.items():
         if not word.strip():
-            raise ValueError(f"the label word of '{label}' is empty")
+            raise ValueError(f"the label word of {shown(label)} is empty")
         if word in seen:
-            raise ValueError(f"labels '{seen[word]}' and '{label}' have the same word '{word}'")
+            raise ValueError(f"labels {shown(seen[word])} and {shown(label)} have the same word {shown(word)}")
         seen[word] = label
 
 
@@ -119,9 +119,9 @@ def template_fields(template: str) -> list[str]:
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ConfigError(f"prompt template {template!r} is not usable: {error}") from error
+        raise ConfigError(f"prompt template {shown(template)} is not usable: {error}") from error
     if any(not str(name).isidentifier() or spec or conversion for _, name, spec, conversion in parts):
-        raise ConfigError(f"prompt template {template!r} must use plain {{field}} names")
+        raise ConfigError(f"prompt template {shown(template)} must use plain {{field}} names")
     return [str(name) for _, name, _, _ in parts]
 
 
@@ -142,22 +142,23 @@ def template_of(form: PromptForm, raw: Mapping[str, Any], where: str) -> str:
         return form.prompt or ""
     choice = str(field_of(raw, form.prompt_by, where))
     if choice not in form.prompts:
-        raise DataError(f"{where}: {form.prompt_by} is '{choice}'; expected one of {sorted(form.prompts)}")
+        raise DataError(f"{where}: {form.prompt_by} is {shown(choice)}; expected one of {sorted(form.prompts)}")
     return form.prompts[choice]
 
 
 def text_field(raw: Mapping[str, Any], name: str, where: str, blank: bool = False) -> str:
     """A field as text: a text, a number or a truth value.
 
-    Raises DataError for one that is missing, null, a list or an object, or blank unless `blank`.
+    Raises DataError for one that is missing, null, a list or an object, has a NUL, or is blank unless `blank`.
     """
     value = field_of(raw, name, where)
     if not isinstance(value, str | int | float):
         found = {type(None): "null", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
-        raise DataError(f"{where}: field '{name}' is {found}; expected a text, a number or a truth value")
+        raise DataError(f"{where}: field {shown(name)} is {found}; expected a text, a number or a truth value")
     text = text_of(value)
+    require_characters(text, f"{where}: field {shown(name)}", DataError)
     if not blank and not text.strip():
-        raise DataError(f"{where}: field '{name}' is blank; expected a text")
+        raise DataError(f"{where}: field {shown(name)} is blank; expected a text")
     return text
 
 
@@ -169,6 +170,8 @@ def text_of(value: Any) -> str:
 def field_of(raw: Mapping[str, Any], name: str, where: str) -> Any:
     """A row's field; truth values as JSON writes them. Raises DataError if it is missing."""
     if name not in raw:
-        raise DataError(f"{where}: field '{name}' is missing; the row has {one_line(', '.join(sorted(raw))) or 'none'}")
+        raise DataError(
+            f"{where}: field {shown(name)} is missing; the row has {one_line(', '.join(sorted(raw))) or 'none'}"
+        )
     value = raw[name]
     return value if not isinstance(value, bool) else str(value).lower()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.errors import ConfigError, DataError
+from plugbridge.parsing import shown
 from plugbridge.tasks.rows import Row, check_id, split_rows
 from plugbridge.tasks.spec import Split, Task
 from plugbridge.tasks.unfold import UNFOLD, accepted, article, cloze, part
@@ -62,7 +63,7 @@ def flat(task: Task, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if labels:
         number = row.get(task.label)
         if not isinstance(number, int) or not 0 <= number < len(labels):
-            raise DataError(f"{where}: label {number!r} is not a number below {len(labels)}")
+            raise DataError(f"{where}: label {shown(number)} is not a number below {len(labels)}")
         row[task.label] = labels[number]
     if task.unfold == "diagnostic":
         [row] = UNFOLD["diagnostic"](row, where)
@@ -91,5 +92,5 @@ def _texts(row: Mapping[str, Any], name: str, where: str) -> list[str]:
     values = cast(list[Any], part(row, name, list, where))
     for value in values:
         if not isinstance(value, str):
-            raise DataError(f"{where}: '{name}' holds {type(value).__name__}; expected texts")
+            raise DataError(f"{where}: {shown(name)} holds {type(value).__name__}; expected texts")
     return values

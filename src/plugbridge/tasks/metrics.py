@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from plugbridge.errors import ConfigError
+from plugbridge.parsing import shown
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.rows import Row
 
@@ -231,7 +232,7 @@ def check_metrics(names: Sequence[str]) -> None:
     """Refuse metrics that cannot be computed, before any work. Raises ConfigError."""
     for name in names:
         if name not in METRICS:
-            raise ConfigError(f"no metric '{name}'; known: {', '.join(METRICS)}")
+            raise ConfigError(f"no metric {shown(name)}; known: {', '.join(METRICS)}")
     if "rouge_l" in names:
         _rouge()
 

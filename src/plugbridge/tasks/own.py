@@ -1,12 +1,14 @@
 """The user's own rows: jsonl files with a prompt, and how it is answered, from the configuration. Needs no torch."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plugbridge.errors import ConfigError, DataError
+from plugbridge.parsing import one_line, shown
 from plugbridge.tasks.form import template_fields
 from plugbridge.tasks.metrics import LABEL_METRICS, OPTION_METRICS, TEXT_METRICS
 from plugbridge.tasks.read import read_jsonl
@@ -31,7 +33,7 @@ def own_task(config: Any) -> Task:
         known = TEXT_METRICS
     for name in config.metrics or ():
         if name not in known:
-            raise ConfigError(f"task: no metric '{name}' for such answers; known: {', '.join(sorted(known))}")
+            raise ConfigError(f"task: no metric {shown(name)} for such answers; known: {', '.join(sorted(known))}")
     return parse_task(
         {
             "name": "own",
@@ -54,14 +56,17 @@ def _check_prompt(config: Any) -> None:
     fields = template_fields(config.prompt)
     if not fields:
         raise ConfigError(
-            f"task.prompt is {config.prompt!r}, without a field, so all rows would be alike; put a field of the rows "
-            "in braces, such as {text}"
+            f"task.prompt is {shown(config.prompt)}, without a field, so all rows would be alike; put a field of the "
+            "rows in braces, such as {text}"
         )
     if config.label in fields:
-        raise ConfigError(f"task.prompt has the label in it, {{{config.label}}}: the model would be told the answer")
+        raise ConfigError(
+            f"task.prompt has the label in it, {{{one_line(config.label, 80)}}}: the model would be told the answer"
+        )
     if config.passage is not None and config.passage not in fields:
         raise ConfigError(
-            f"task.passage is '{config.passage}', which task.prompt does not name; only a part of the prompt can be cut"
+            f"task.passage is {shown(config.passage)}, which task.prompt does not name; only a part of the prompt can "
+            "be cut"
         )
 
 
@@ -104,7 +109,7 @@ def _few(config: Any, splits: Mapping[Split, Sequence[Row]]) -> str:
     if config.file is None:
         return ""
     found = [row.prompt for rows in splits.values() for row in rows]
-    return f", and the file has {len(found)} rows of {len(set(found))} prompts"
+    return f", and the file has {len(found):,} rows of {len(set(found)):,} prompts: three are needed at least"
 
 
 def _check_files(config: Any) -> None:
@@ -125,20 +130,33 @@ def _check_files(config: Any) -> None:
 def split_by_prompt(rows: Sequence[Row], seed: int) -> dict[Split, list[Row]]:
     """Rows in the order of a seeded permutation, cut 80/10/10; all rows of one prompt go where the first of them goes.
 
-    So no prompt of a test row is trained on. Without such rows, the shares are exact.
+    So no prompt of a test row is trained on. A prompt of more rows than the validation split is to have is trained on;
+    of the others a third is, too, where such prompts have more rows than training was to have. With three prompts no
+    split is empty. Without such rows, the shares are exact.
     """
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(rows))]
     together: dict[str, list[int]] = {}
     for i in order:
         together.setdefault(rows[i].prompt, []).append(i)
-    ends: list[tuple[Split, int]] = []
-    for split, share in _SHARES:
-        start = ends[-1][1] if ends else 0
-        ends.append((split, len(rows) if split == "test" else start + round(share * len(rows))))
-    splits: dict[Split, list[Row]] = {name: [] for name, _ in ends}
-    place = 0
-    for chosen in together.values():
-        home: Split = next(name for name, end in ends if place < end)
-        splits[home] += [rows[i] for i in chosen]
-        place += len(chosen)
-    return splits
+    shares = {split: round(share * len(rows)) for split, share in _SHARES}
+    large, small = _large_ones(list(together.values()), shares["validation"])
+    left = sum(map(len, small))
+    trained = max(left - (len(rows) - shares["train"]), left // 3) if large else shares["train"]
+    rest = (left - trained) // 2 if large else shares["validation"]
+    first = max(0 if large else 1, min(_count_until(small, trained), len(small) - 2))
+    second = max(first + 1, min(_count_until(small, trained + rest), len(small) - 1))
+    parts = (*large, *small[:first]), small[first:second], small[second:]
+    return {split: [rows[i] for group in part for i in group] for (split, _), part in zip(_SHARES, parts, strict=True)}
+
+
+def _large_ones(groups: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Groups of more than so many rows, and the others, both in their order; two at least are among the others."""
+    spared = sorted(range(len(groups)), key=lambda k: len(groups[k]))[:2]
+    large = [k for k, group in enumerate(groups) if len(group) > max(1, most) and k not in spared]
+    return [groups[k] for k in large], [group for k, group in enumerate(groups) if k not in large]
+
+
+def _count_until(groups: Sequence[Sequence[int]], rows: int) -> int:
+    """How many groups, one after another, begin before so many rows are there."""
+    ends = accumulate(map(len, groups), initial=0)
+    return sum(start < rows for start in list(ends)[:-1])

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from plugbridge.errors import DataError
+from plugbridge.parsing import shown
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.spec import Split, Task
@@ -48,11 +49,11 @@ def _cut_line(task: Task, encoder: Encoder, split: Split, rows: Sequence[Encoded
         return None
     if found["emptied"] == len(rows):
         raise DataError(
-            f"task '{task.name}': nothing of '{task.passage}' fits in any of the {len(rows):,} {split} rows "
+            f"task '{task.name}': nothing of {shown(task.passage)} fits in any of the {len(rows):,} {split} rows "
             f"({encoder.positions} tokens); raise max_length, or take models with more positions"
         )
     line = (
-        f"{found['cut']:,} of {len(rows):,} {split} rows lose the end of '{task.passage}' to fit "
+        f"{found['cut']:,} of {len(rows):,} {split} rows lose the end of {shown(task.passage)} to fit "
         f"{encoder.positions} tokens"
     )
     return line if not found["emptied"] else f"{line}, {found['emptied']:,} of them all of it"
@@ -113,7 +114,7 @@ def unequal_words(form: PromptForm, rows: Sequence[Encoded]) -> str | None:
     counts = [len(option) for option in rows[0].options]
     if len(set(counts)) == 1:
         return None
-    words = ", ".join(f"'{word}' {count}" for word, count in zip((form.words or {}).values(), counts, strict=True))
+    words = ", ".join(f"{shown(word)} {count}" for word, count in zip((form.words or {}).values(), counts, strict=True))
     how = {
         "sum": "the sum of their tokens' log-probabilities",
         "mean": "the mean of their tokens' log-probabilities",

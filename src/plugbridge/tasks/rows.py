@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from plugbridge.errors import DataError
-from plugbridge.parsing import shown
+from plugbridge.parsing import one_line, require_characters, shown
 from plugbridge.tasks.form import PromptForm, field_of, fill, prompt_of, template_of, text_field, text_of
 from plugbridge.tasks.read import parts_of, read_rows
 from plugbridge.tasks.spec import SPLITS, Split, Task
@@ -101,10 +101,16 @@ def check_id(name: str, raw: Mapping[str, Any], where: str, seen: dict[str, str]
     field_of(raw, name, where)
     found = raw[name]
     if isinstance(found, bool) or not isinstance(found, int | str) or not str(found).strip():
-        raise DataError(f"{where}: {name} is {json.dumps(found)}; expected a whole number or a text")
+        raise DataError(
+            f"{where}: {one_line(name, 80)} is {one_line(json.dumps(found), 80)}; expected a whole number or a text"
+        )
     value = str(found)
+    require_characters(value, f"{where}: {one_line(name, 80)}", DataError)
     if value in seen:
-        raise DataError(f"{where}: {name} {value} was that of {seen[value]} already; every {what} needs its own")
+        raise DataError(
+            f"{where}: {one_line(name, 80)} {one_line(value, 80)} was that of {seen[value]} already; every {what} "
+            "needs its own"
+        )
     seen[value] = where
 
 
@@ -201,14 +207,14 @@ def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any], l
 def _label(raw: Mapping[str, Any], name: str, where: str) -> str:
     label = field_of(raw, name, where)
     if label is None:
-        raise DataError(f"{where}: field '{name}' is null; expected a label")
+        raise DataError(f"{where}: field {shown(name)} is null; expected a label")
     return str(label)
 
 
 def _number_of_word(words: Mapping[str, str], label: str, where: str) -> int:
     labels = list(words)
     if label not in words:
-        raise DataError(f"{where}: label '{label}' has no label word; known labels: {', '.join(labels)}")
+        raise DataError(f"{where}: label {shown(label)} has no label word; known labels: {one_line(', '.join(labels))}")
     return labels.index(label)
 
 
@@ -228,11 +234,11 @@ def _right_texts(raw: Mapping[str, Any], label: str, options: str, where: str) -
         return _texts(raw, label, where)
     listed = cast(list[Any], raw[options]) if isinstance(raw[options], list) else [raw[options]]
     if not 0 <= number < len(listed):
-        raise DataError(f"{where}: label {number} is not the number of an option (0 to {len(listed) - 1})")
+        raise DataError(f"{where}: label {shown(number)} is not the number of an option (0 to {len(listed) - 1})")
     if str(number) in listed and listed[number] != str(number):
         raise DataError(
-            f"{where}: label {number} is an option's number and another option's text; give the right option's text, "
-            "in quotes"
+            f"{where}: label {shown(number)} is an option's number and another option's text; give the right option's "
+            "text, in quotes"
         )
     return (str(listed[number]),)
 
@@ -240,7 +246,7 @@ def _right_texts(raw: Mapping[str, Any], label: str, options: str, where: str) -
 def _numbers_of_texts(options: Sequence[str], right: Sequence[str], where: str) -> tuple[int, ...]:
     for text in right:
         if text not in options:
-            raise DataError(f"{where}: answer '{text}' is none of the row's {len(options)} options")
+            raise DataError(f"{where}: answer {shown(text)} is none of the row's {len(options)} options")
     return tuple(dict.fromkeys(options.index(text) for text in right))
 
 
@@ -249,10 +255,10 @@ def _texts(raw: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     value = field_of(raw, name, where)
     values = cast(list[Any], value) if isinstance(value, list) else [text_field(raw, name, where)]
     if not values:
-        raise DataError(f"{where}: field '{name}' is an empty list; expected at least one text")
+        raise DataError(f"{where}: field {shown(name)} is an empty list; expected at least one text")
     for text in values:
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: field '{name}' holds {text!r}; expected texts that are not empty")
+            raise DataError(f"{where}: field {shown(name)} holds {shown(text)}; expected texts that are not empty")
     return tuple(dict.fromkeys(values))
 
 

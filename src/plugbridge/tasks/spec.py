@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from plugbridge.errors import ConfigError, first_problem
-from plugbridge.parsing import one_line
+from plugbridge.parsing import one_line, shown
 from plugbridge.tasks.form import PromptForm, template_fields
 from plugbridge.tasks.read import Format, Jsonl
 from plugbridge.tasks.unfold import Unfolding
@@ -130,7 +130,8 @@ class Task(_Strict):
             if form is None or form.generate is None or form.judge is not None:
                 continue
             if self.label not in template_fields(form.generate):
-                raise ValueError(f"`generate` is {form.generate!r}; it must hold the label's field, {{{self.label}}}")
+                field = one_line(self.label, 80)
+                raise ValueError(f"`generate` is {shown(form.generate)}; it must hold the label's field, {{{field}}}")
         return self
 
     @model_serializer(mode="wrap")
@@ -158,7 +159,7 @@ def load_task(name: str) -> Task:
     """Read ``tasks/<name>.toml``. Raises ConfigError."""
     if name not in task_names():
         known = ", ".join(task_names())
-        raise ConfigError(f"no task '{one_line(name, 80)}'; known: {known}; your own rows go in a table under `task:`")
+        raise ConfigError(f"no task {shown(name)}; known: {known}; your own rows go in a table under `task:`")
     path = files("plugbridge.tasks") / f"{name}.toml"
     return parse_task(tomllib.loads(path.read_text(encoding="utf-8")), f"{name}.toml")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 from plugbridge.errors import DataError
-from plugbridge.parsing import one_line
+from plugbridge.parsing import one_line, shown
 
 Unfolding = Literal["multirc", "record", "wsc", "diagnostic", "mrpc"]
 Raw = Mapping[str, Any]
@@ -68,7 +68,7 @@ def accepted(texts: Iterable[str], entities: Sequence[str], where: str) -> list[
     found = sorted_texts(texts)
     for text in found:
         if text not in entities:
-            raise DataError(f"{where}: answer '{text}' is none of the article's {len(entities)} entities")
+            raise DataError(f"{where}: answer {shown(text)} is none of the article's {len(entities)} entities")
     return found
 
 
@@ -76,7 +76,7 @@ def cloze(raw: Raw, where: str) -> str:
     """ReCoRD's query. Raises DataError for one without a placeholder."""
     query = part(raw, "query", str, where)
     if "@placeholder" not in query:
-        raise DataError(f"{where}: the query has no @placeholder: {query[:80]!r}")
+        raise DataError(f"{where}: the query has no @placeholder: {shown(query)}")
     return query
 
 
@@ -106,7 +106,7 @@ def _nearest(words: list[str], word: str, index: int, where: str) -> int:
     """The position nearest to `index` that holds `word`: some official rows count one word too few."""
     found = [i for i, text in enumerate(words) if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text)]
     if not found:
-        raise DataError(f"{where}: the text does not hold span2_text '{word}'; expected it at word {index}")
+        raise DataError(f"{where}: the text does not hold span2_text {shown(word)}; expected it at word {index}")
     return min(found, key=lambda i: abs(i - index))
 
 
@@ -138,20 +138,20 @@ SHARED: dict[Unfolding | None, str] = {"multirc": "paragraph", "record": "articl
 def part(raw: Raw, name: str, kind: type[T], where: str) -> T:
     """A part of an object. Raises DataError if it is missing or not of the kind."""
     if name not in raw:
-        raise DataError(f"{where}: '{name}' is missing; found {one_line(', '.join(sorted(raw))) or 'nothing'}")
+        raise DataError(f"{where}: {shown(name)} is missing; found {one_line(', '.join(sorted(raw))) or 'nothing'}")
     value = raw[name]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise DataError(f"{where}: '{name}' is {type(value).__name__}; expected {kind.__name__}")
+        raise DataError(f"{where}: {shown(name)} is {type(value).__name__}; expected {kind.__name__}")
     return value
 
 
 def _objects(raw: Raw, name: str, where: str, empty: bool = False) -> list[dict[str, Any]]:
     values = cast(list[Any], part(raw, name, list, where))
     if not values and not empty:
-        raise DataError(f"{where}: '{name}' is an empty list; expected at least one object")
+        raise DataError(f"{where}: {shown(name)} is an empty list; expected at least one object")
     for value in values:
         if not isinstance(value, dict):
-            raise DataError(f"{where}: '{name}' holds {type(value).__name__}; expected objects")
+            raise DataError(f"{where}: {shown(name)} holds {type(value).__name__}; expected objects")
     return values
 
 

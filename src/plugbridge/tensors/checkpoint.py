@@ -81,9 +81,9 @@ class Checkpoint:
                 got = _fill(file, memory, entry.nbytes)
             self._check(entry.shard, _stamp(entry.shard), name)
         except OSError as error:
-            raise ModelError(f"cannot read tensor '{name}' of {entry.shard}: {error.strerror}; {AGAIN}") from error
+            raise ModelError(f"cannot read tensor {shown(name)} of {entry.shard}: {error.strerror}; {AGAIN}") from error
         if got != entry.nbytes:
-            raise ModelError(f"{entry.shard} ends inside tensor '{name}'; {AGAIN}")
+            raise ModelError(f"{entry.shard} ends inside tensor {shown(name)}; {AGAIN}")
         return tensor if dtype in (None, tensor.dtype) else _allocate(entry.shape, dtype)[0].copy_(tensor)
 
     def require_readable(self) -> None:
@@ -103,12 +103,14 @@ class Checkpoint:
 
     def _require_known(self, name: str, entry: Entry) -> None:
         if entry.dtype not in DTYPES:
-            raise ModelError(f"tensor '{name}' in {entry.shard} is of type {entry.dtype}, which cannot be streamed; "
-                             "use resident: all")  # fmt: skip
+            raise ModelError(
+                f"tensor {shown(name)} in {entry.shard} is of type {shown(entry.dtype)}, which cannot be streamed; use "
+                "resident: all"
+            )
 
     def _check(self, shard: Path, now: Stamp, name: str) -> None:
         if now != self.stamps[shard]:
-            raise ModelError(f"{shard} {CHANGED} (found when reading tensor '{name}')")
+            raise ModelError(f"{shard} {CHANGED} (found when reading tensor {shown(name)})")
 
 
 def open_checkpoint(shards: Iterable[Path]) -> Checkpoint:
@@ -123,7 +125,7 @@ def open_checkpoint(shards: Iterable[Path]) -> Checkpoint:
             raise ModelError(f"cannot read {shard}: {error.strerror}; expected a safetensors file") from error
         twice = sorted(found.keys() & entries.keys())
         if twice:
-            raise ModelError(f"tensor '{twice[0]}' is in both {entries[twice[0]].shard} and {shard}; {AGAIN}")
+            raise ModelError(f"tensor {shown(twice[0])} is in both {entries[twice[0]].shard} and {shard}; {AGAIN}")
         entries.update(found)
     return Checkpoint(entries, stamps)
 
@@ -216,11 +218,13 @@ def _check_ranges(shard: Path, entries: Mapping[str, Entry], begin: int, size: i
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
         if entry.start != at or (width is not None and math.prod(entry.shape) * width != entry.nbytes):
-            raise ModelError(f"{shard} is corrupt: the bytes of tensor '{name}' are not where they should be; {AGAIN}")
+            raise ModelError(
+                f"{shard} is corrupt: the bytes of tensor {shown(name)} are not where they should be; {AGAIN}"
+            )
         if entry.stop > size:
             raise ModelError(
-                f"{shard} is truncated: tensor '{name}' ends at byte {entry.stop}, the file at {size}; {AGAIN}"
+                f"{shard} is truncated: tensor {shown(name)} ends at byte {entry.stop}, the file at {size}; {AGAIN}"
             )
-        at, last = entry.stop, f"tensor '{name}'"
+        at, last = entry.stop, f"tensor {shown(name)}"
     if at != size:
         raise ModelError(f"{shard} is corrupt: it has {size - at} bytes after {last}; {AGAIN}")

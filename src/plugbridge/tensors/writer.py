@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from plugbridge.errors import ModelError
+from plugbridge.parsing import shown
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8"}
 """Dtypes as safetensors calls them."""
@@ -26,10 +27,12 @@ def write_tensors(path: Path, shapes: Shapes, tensors: Iterable[tuple[str, Tenso
         for name, tensor in tensors:
             wanted = next(waiting, None)
             if wanted != (name, (tuple(tensor.shape), tensor.dtype)):
-                raise ModelError(f"{path}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}; expected was {wanted}")
+                raise ModelError(
+                    f"{path}: {shown(name)} is {tensor.dtype} {tuple(tensor.shape)}; expected was {wanted}"
+                )
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     if (missing := next(waiting, None)) is not None:
-        raise ModelError(f"{path}: '{missing[0]}' was not written")
+        raise ModelError(f"{path}: {shown(missing[0])} was not written")
 
 
 def _header(shapes: Shapes) -> bytes:

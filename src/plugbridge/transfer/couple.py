@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from plugbridge.config.stages import OptimizerName
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout
+from plugbridge.parsing import shown
 
 if TYPE_CHECKING:
     from plugbridge.transfer.coupling import Coupling, Loss
@@ -146,5 +147,5 @@ MODES: dict[str, Mode] = {
 def find_mode(name: str) -> Mode:
     """A coupling mode by name. Raises ConfigError."""
     if name not in MODES:
-        raise ConfigError(f"no coupling mode '{name}'; known: {', '.join(MODES)}")
+        raise ConfigError(f"no coupling mode {shown(name)}; known: {', '.join(MODES)}")
     return MODES[name]

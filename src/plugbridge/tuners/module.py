@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
+from plugbridge.parsing import shown
 from plugbridge.sources import commit_of
 from plugbridge.tuners.table import Method, MethodSettings
 
@@ -69,12 +70,12 @@ def unpack(method: Method, layout: Layout, state: Mapping[str, Tensor]) -> Modul
     for key, tensor in state.items():
         name = next((n for n in method.tensors if key == n or key.endswith(f".{n}")), None)
         if name is None:
-            raise ModelError(f"tensor '{key}' is not part of a {method.title} checkpoint")
+            raise ModelError(f"tensor {shown(key)} is not part of a {method.title} checkpoint")
         if method.stacked:
             stack, parts = layout.family.prefix.stack, layout.family.prefix.parts
             layers = layout.layers[stack]
             if tensor.shape[1] % (layers * parts):
-                raise ModelError(f"'{key}' of width {tensor.shape[1]} does not hold {layers} layers")
+                raise ModelError(f"{shown(key)} of width {tensor.shape[1]} does not hold {layers} layers")
             for layer, part in enumerate(tensor.chunk(layers * parts, dim=1)[::parts]):
                 module[Slot(stack, layer, "", name)] = part
             continue
@@ -125,7 +126,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     wanted = {saved_key(name): p for name, p in parameters.items()}
     if set(wanted) != set(state):
         odd = sorted(set(wanted) ^ set(state))[0]
-        raise ModelError(f"the checkpoint and the model differ in tensor '{odd}'")
+        raise ModelError(f"the checkpoint and the model differ in tensor {shown(odd)}")
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(state[key])

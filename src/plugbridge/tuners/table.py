@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from plugbridge.errors import ConfigError
 from plugbridge.families.spec import Layout
+from plugbridge.parsing import shown
 
 if TYPE_CHECKING:
     from peft import PeftConfig, TaskType
@@ -152,7 +153,7 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """A method by name. Raises ConfigError."""
     if name not in METHODS:
-        raise ConfigError(f"no method '{name}'; known: {', '.join(METHODS)}")
+        raise ConfigError(f"no method {shown(name)}; known: {', '.join(METHODS)}")
     return METHODS[name]
 
 

@@ -457,7 +457,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "key missing": (lambda raw, _: raw.pop("small") and None, "'small' is required and not given"),
     "task key missing": (lambda raw, _: raw["task"].pop("prompt") and None, "'task.prompt' is required and not given"),
     "wrong type": (put("tune.steps", "many"), "tune.steps: Input should be a valid integer"),
-    "wrong type of task": (put("task", [3]), "c.yaml: task: Input should be a valid dictionary"),
+    "wrong type of task": (put("task", [3]), "c.yaml: task: expected keys and values"),
     "too small": (put("tune.batch_size", 0), "tune.batch_size: Input should be greater than or equal to 1 (found 0)"),
     "no such choice": (put("device", "tpu"), "device: Input should be 'auto', 'cpu' or 'cuda' (found 'tpu')"),
     "reduction and budget": (put("prune.budget", 0.5), "prune: give exactly one of `reduction` and `budget`"),

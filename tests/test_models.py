@@ -17,6 +17,20 @@ from plugbridge.models import load_config, load_model, load_tokenizer, reason_of
 Spoil = Callable[[Path], object]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_model_returns_what_is_read_whatever_its_config_asks_for(tmp_path: Path, family: str) -> None:
+    folder = save_model(family, tmp_path / "model")
+    path = folder / "config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    others = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    path.write_text(json.dumps({**raw, **others}), encoding="utf-8")
+    model = load_model(str(folder))
+    tokens = torch.ones(1, 3, dtype=torch.long)
+    found = model(input_ids=tokens, **({"labels": tokens} if family == "t5" else {}))
+    assert found.logits.shape[:2] == (1, 3)
+    assert not [name for name in found if "attentions" in name or name.endswith("hidden_states")]
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return save_model("gpt2", tmp_path / "model", hidden=8, layers=1, heads=2)

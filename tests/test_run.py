@@ -1,7 +1,7 @@
 """What a run directory keeps: nothing of the user's is touched, nothing that was done is lost."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,15 @@ def test_finished_stages_are_not_done_again_unless_that_is_said(tmp_path: Path) 
     assert {name: content for name, content in contents(root).items() if not name.startswith("old/")} == before
     assert (root / "old" / "2" / "tune" / "module" / "weights").read_text() == "tune None"
     assert ran == []
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), lambda path: path.symlink_to("nowhere")])
+def test_what_stands_where_stages_are_set_aside_is_named(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    run(tmp_path, stages_of())
+    make(tmp_path / "old")
+    with pytest.raises(RunError, match=r"/old is no directory, where what is set aside belongs; move it away"):
+        run(tmp_path, stages_of(tune=7), redo=True)
+    assert run(tmp_path, stages_of()) == dict.fromkeys(NAMES, "skipped")
 
 
 def test_half_done_work_of_other_settings_is_kept_too(tmp_path: Path) -> None:

@@ -1,13 +1,19 @@
 """Where models come from: what can be no directory, and what a vocabulary needs to be read."""
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from conftest import save_model
 from plugbridge import sources
-from plugbridge.errors import ModelError
+from plugbridge.config import TaskConfig, load_config
+from plugbridge.digests import file_digest
+from plugbridge.errors import DataError, ModelError, PlugbridgeError
 from plugbridge.sources import check_files, check_source, missing_for_sentencepiece
+from plugbridge.tasks.own import own_rows, own_task
 
 
 @pytest.mark.parametrize(
@@ -23,6 +29,37 @@ def test_what_can_be_no_directory_is_one_line(source: str, message: str) -> None
         check_source(source)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_links_in_a_circle_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "c.yaml").write_text(
+        "small: ./loop\nlarge: b\ntask: {file: loop, prompt: '{text}', words: {a: x, b: y}}\n", encoding="utf-8"
+    )
+    config = load_config(tmp_path / "c.yaml")
+    assert isinstance(config.task, TaskConfig)
+    assert config.task.file == str(tmp_path / "loop")
+    with pytest.raises(DataError, match=r"cannot read task file .*loop: Too many levels of symbolic links"):
+        own_rows(config.task, own_task(config.task), "causal", 0)
+    with pytest.raises(ModelError, match=r"model directory .*loop does not exist"):
+        check_source(config.small)
+    with pytest.raises(PlugbridgeError, match=r"cannot read .*loop: Too many levels of symbolic links"):
+        file_digest(tmp_path / "loop")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> str:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError("no")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    before = logging.getLogger("huggingface_hub").level
+    with pytest.raises(ModelError, match="is no directory here, is not in the Hugging Face cache, and the hub cannot"):
+        sources.pinned("some/model")
+    assert not caplog.messages
+    assert logging.getLogger("huggingface_hub").level == before
 
 
 @pytest.fixture

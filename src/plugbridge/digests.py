@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from plugbridge.errors import PlugbridgeError
 from plugbridge.files import write_json
-from plugbridge.parsing import read_json
+from plugbridge.parsing import read_json, resolved
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def file_digest(path: Path) -> str:
     Raises PlugbridgeError where it cannot be read.
     """
     try:
-        place = path.resolve()
+        place = resolved(path)
         return _digest_at(place, stamp_of(place))
     except OSError as error:
         raise PlugbridgeError(f"cannot read {path}: {error.strerror}") from error

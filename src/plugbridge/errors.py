@@ -50,5 +50,11 @@ def first_problem(error: "ValidationError", source: str) -> str:
     """The first thing that is wrong with checked data, in one line: source, key, message."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return ": ".join(part for part in (source, where, message) if part)
+    return ": ".join(part for part in (source, where, complaint(first["type"], first["msg"])) if part)
+
+
+def complaint(kind: str, message: str) -> str:
+    """What pydantic says, less the names of our own classes."""
+    if kind in ("model_type", "dict_type"):
+        return "expected keys and values"
+    return message.removeprefix("Value error, ")

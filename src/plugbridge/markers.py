@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from plugbridge.digests import file_digest
 from plugbridge.errors import PlugbridgeError, RunError
 from plugbridge.files import check_folder, digest_of, disk_errors, write_json, write_text
-from plugbridge.parsing import one_line, read_json
+from plugbridge.parsing import one_line, read_json, resolved
 from plugbridge.version import __version__
 
 RUN = "run.json"
@@ -233,7 +233,7 @@ def check_root(root: Path, config: Path | None = None, redo: bool | None = False
     if found["format"] > FORMAT:
         raise RunError(f"{root} was made by plugbridge {found.get('plugbridge')}, this is {__version__}; use that one")
     known = Path(found["config"])
-    if config is None or redo or not found["config"] or known == config.resolve():
+    if config is None or redo or not found["config"] or known == resolved(config):
         return
     begun = [name for name in names if name != OLD and read_started(root / name) is not None]
     if begun and known.exists():
@@ -275,9 +275,9 @@ def mark_run(root: Path, config: Path | None, redo: bool | None) -> None:
     found = read_run(root)
     if found is None:
         found = {"what": _MARK, "format": FORMAT, "plugbridge": __version__, "config": "", "wrote": {}}
-    elif config is None or found["config"] == str(config.resolve()):
+    elif config is None or found["config"] == str(resolved(config)):
         return
-    write_marker(root / RUN, {**found, "config": "" if config is None else str(config.resolve())})
+    write_marker(root / RUN, {**found, "config": "" if config is None else str(resolved(config))})
 
 
 def write_own(root: Path, name: str, text: str) -> None:

@@ -82,6 +82,10 @@ def fuse_gelu(model: nn.Module) -> None:
                 module.add_module(name, nn.GELU(approximate="tanh"))
 
 
+OUTPUTS: dict[str, Any] = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+"""What a model returns, whatever its `config.json` asks for."""
+
+
 def last_positions(count: int, device: torch.device | str) -> Tensor:
     """The last positions of a row, as a causal model's `logits_to_keep`; returns (count,).
 
@@ -114,7 +118,8 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
     if family is not None:  # before anything is built by them
         check_numbers(source, family, raw)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **revision(source))
+        asked = {**OUTPUTS, **revision(source)}
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **asked)
     except Exception as error:
         raise ModelError(f"cannot read the configuration of {source}: {reason_of(error)}") from error
     for name in ACTIVATIONS:
@@ -176,6 +181,7 @@ def load_model(
             attn_implementation="sdpa" if family.kind == "causal" else None,
             device_map={"": device} if device == "meta" or quantisation is not None else None,
             **({} if quantisation is None else {"quantization_config": quantisation}),  # None would hide config.json's
+            **OUTPUTS,
             **revision(source),
         )
     except Exception as error:

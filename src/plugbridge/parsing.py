@@ -5,6 +5,7 @@ YAML is read in `config/document.py`, safetensors in `tensors/checkpoint.py`; bo
 
 import json
 import math
+import os
 import re
 import stat
 from pathlib import Path
@@ -61,6 +62,11 @@ def path_of(text: str, what: str, kind: type[PlugbridgeError]) -> Path:
     return path
 
 
+def resolved(path: Path) -> Path:
+    """An absolute path without links. Of links in a circle, for which `Path.resolve` raises, what is left of them."""
+    return Path(os.path.realpath(path))
+
+
 def read_bytes(path: Path, kind: type[PlugbridgeError], what: str = "", most: int | None = None) -> bytes:
     """A whole file, `what` it is to the reader. Raises `kind` where it is no file, too large or not readable."""
     name = f"{what} {path}".strip()
@@ -100,7 +106,7 @@ def parse_json(text: str | bytes, where: str, kind: type[PlugbridgeError]) -> An
         raise kind(f"{where}: not usable JSON: more than {DEEPEST} levels of brackets") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise kind(f"{where}: not JSON ({error.msg}, {place})") from error
+        raise kind(f"{where}: not JSON ({error.msg.removesuffix(' at')}, {place})") from error
     except UnicodeDecodeError as error:
         raise kind(f"{where}: not JSON (not UTF-8 text at byte {error.start})") from error
     except ValueError as error:

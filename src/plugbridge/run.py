@@ -263,6 +263,8 @@ def _make_way(root: Path, states: Mapping[str, State], digests: Mapping[str, str
 def _next_attempt(root: Path) -> Path:
     """A folder that is not there yet for what is set aside."""
     old = root / OLD
+    if not old.is_dir() and (old.exists() or old.is_symlink()):
+        raise RunError(f"{old} is no directory, where what is set aside belongs; move it away")
     numbers = [int(path.name) for path in old.iterdir() if path.name.isdecimal()] if old.is_dir() else []
     return old / str(max(numbers, default=0) + 1)
 

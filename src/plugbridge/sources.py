@@ -3,6 +3,9 @@
 Knows no model and imports nothing heavy: what these files tell is told before anything is loaded.
 """
 
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -126,6 +129,18 @@ def read_model_config(source: str) -> dict[str, Any]:
     return cast(dict[str, Any], raw)
 
 
+@contextmanager
+def _without_retries_told() -> Generator[None]:
+    """Keep the hub's client from two lines for each of its attempts: what came of them is told in one."""
+    client = logging.getLogger("huggingface_hub")
+    before = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(before)
+
+
 def _hub_file(source: str, name: str) -> Path:
     """A file of a hub id, from its cache or downloaded into it. Raises ModelError."""
     from huggingface_hub import hf_hub_download
@@ -138,7 +153,8 @@ def _hub_file(source: str, name: str) -> Path:
     )
 
     try:
-        return Path(hf_hub_download(source, name, revision=commit_of(source)))
+        with _without_retries_told():
+            return Path(hf_hub_download(source, name, revision=commit_of(source)))
     except GatedRepoError as error:
         raise ModelError(
             f"{source} is gated on the Hugging Face hub; accept its terms on its page and log in with `hf auth login`"

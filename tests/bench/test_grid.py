@@ -105,8 +105,8 @@ MISTAKES: dict[str, tuple[Callable[[Raw], Any], str]] = {
         lambda raw: raw.update(full=[{**raw["default"][0], "pairs": ["huge"]}]),
         "no pair 'huge'; known: tiny, other",
     ),
-    "empty": (lambda _: "", "Input should be a valid dictionary or instance of Grid"),
-    "a list": (lambda _: "- pairs", "Input should be a valid dictionary or instance of Grid"),
+    "empty": (lambda _: "", "expected keys and values"),
+    "a list": (lambda _: "- pairs", "expected keys and values"),
     "not YAML": (lambda _: "pairs: [", "is not YAML"),
     "a pair that is a path": (
         put("pairs", "../x", to={"small": "a", "large": "b"}),

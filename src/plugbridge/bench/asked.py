@@ -7,6 +7,7 @@ from pathlib import Path
 from plugbridge.bench.paper import Choice, Pair, load_paper, refuse_owned, run_configs
 from plugbridge.embedded import embedded
 from plugbridge.errors import ConfigError
+from plugbridge.parsing import resolved
 from plugbridge.preflight import check_runs
 from plugbridge.transfer.couple import find_mode
 
@@ -63,5 +64,5 @@ def choice_of(asked: Asked, pair: str) -> Choice:
         chosen = Pair(small=asked.pair[0], large=asked.pair[1])
     elif asked.demo:
         folder = embedded(pair.partition("-")[0])
-        chosen = Pair(small=str(folder.resolve() / "small"), large=str(folder.resolve() / "large"))
+        chosen = Pair(small=str(resolved(folder) / "small"), large=str(resolved(folder) / "large"))
     return Choice(chosen, asked.mode, asked.seed, asked.sets, asked.demo)

@@ -45,10 +45,11 @@ def quality(
     from plugbridge.bench.grid import groups_of, load_grid
     from plugbridge.bench.pages import check_page
     from plugbridge.files import check_folder
+    from plugbridge.parsing import resolved
 
     loaded = load_grid(grid)
     root = out_dir if out_dir is not None else Path("runs") / grid.stem
-    groups = groups_of(loaded, grid.resolve().parent, full, sets or ())
+    groups = groups_of(loaded, resolved(grid).parent, full, sets or ())
     chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
     if not chosen:
         raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")

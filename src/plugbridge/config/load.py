@@ -11,8 +11,8 @@ from plugbridge.config.fields import tables_of
 from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, TaskConfig
 from plugbridge.config.schema import RunConfig
 from plugbridge.config.strict import members, takes_null, takes_text
-from plugbridge.errors import ConfigError
-from plugbridge.parsing import one_line, path_of, read_text, require_characters, shown
+from plugbridge.errors import ConfigError, complaint
+from plugbridge.parsing import one_line, path_of, read_text, require_characters, resolved, shown
 
 TEXT = "constrained-str"
 """Pydantic's name of the branch that takes a name."""
@@ -45,7 +45,7 @@ def first_fault(error: ValidationError, source: str) -> str:
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"{source}: unknown key '{where}'; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = complaint(first["type"], first["msg"])
     if first["type"] == "missing":
         return f"{source}: '{where}' is required and not given"
     return f"{source}: {where or 'config'}: {message}" + (
@@ -78,7 +78,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     for override in overrides:
         raw = apply_override(raw, override)
     config = parse_config(raw, str(path))
-    return resolve_paths(config, path.resolve().parent)
+    return resolve_paths(config, resolved(path).parent)
 
 
 def apply_override(raw: Any, override: str) -> Any:
@@ -158,7 +158,7 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
 
     def absolute(key: str, source: str) -> Path:
         path = folder / path_of(source, key, ConfigError)
-        return path_of(str(path), key, ConfigError).resolve()
+        return resolved(path_of(str(path), key, ConfigError))
 
     def model(key: str, source: str) -> str:
         path = absolute(key, source)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from plugbridge.errors import ConfigError, DataError
-from plugbridge.parsing import one_line, shown
+from plugbridge.parsing import one_line, resolved, shown
 from plugbridge.tasks.form import template_fields
 from plugbridge.tasks.metrics import LABEL_METRICS, OPTION_METRICS, TEXT_METRICS
 from plugbridge.tasks.read import read_jsonl
@@ -118,7 +118,7 @@ def _check_files(config: Any) -> None:
     for split in SPLITS:
         if (path := getattr(config, split)) is None:
             continue
-        place = Path(path).resolve()
+        place = resolved(Path(path))
         if place in seen:
             raise ConfigError(
                 f"task: {seen[place]} and {split} are the same file, {path}; a score on rows that were trained or "

@@ -505,6 +505,17 @@ def test_a_limit_on_file_sizes_names_the_file_that_users_know(tmp_path: Path, wr
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "file"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.with_name("mine"))])
+def test_a_temporary_name_that_is_taken_is_no_trap(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    (tmp_path / "mine").write_text("mine", encoding="utf-8")
+    make(tmp_path / ".file.part")
+    write_text(tmp_path / "file", "ours")
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {
+        "file": "ours",
+        "mine": "mine",
+    }
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="its devices")
 def test_a_device_that_is_full_is_named(tmp_path: Path) -> None:
     def fill() -> None:

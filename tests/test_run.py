@@ -1,6 +1,7 @@
 """What a run directory keeps: nothing of the user's is touched, nothing that was done is lost."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,16 @@ def test_what_stands_where_stages_are_set_aside_is_named(tmp_path: Path, make: C
     with pytest.raises(RunError, match=r"/old is no directory, where what is set aside belongs; move it away"):
         run(tmp_path, stages_of(tune=7), redo=True)
     assert run(tmp_path, stages_of()) == dict.fromkeys(NAMES, "skipped")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    run(tmp_path, stages_of())
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RunError, match=rf"{name} is no file; move it away, or choose another --out"):
+        check_places(tmp_path, NAMES)
+    with locked(tmp_path), pytest.raises(RunError, match=rf"{name} is no file"):
+        write_own(tmp_path, name, "seed: 0\n")
 
 
 def test_half_done_work_of_other_settings_is_kept_too(tmp_path: Path) -> None:

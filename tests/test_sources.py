@@ -1,6 +1,7 @@
 """Where models come from: what can be no directory, and what a vocabulary needs to be read."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
         sources.pinned("some/model")
     assert not caplog.messages
     assert logging.getLogger("huggingface_hub").level == before
+
+
+def test_a_vocabulary_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "spiece.model")
+    assert not sources.is_sentencepiece(tmp_path / "spiece.model")
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def write_atomically(path: Path) -> Generator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.unlink(missing_ok=True)  # a link there would be followed, at a pipe it would be waited
     with disk_errors(path):
         try:
             yield temporary

@@ -261,6 +261,8 @@ def check_places(root: Path, stages: Iterable[str]) -> None:
 
 
 def _digest_of_text(path: Path) -> str:
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe, of which reading may wait for ever
+        raise RunError(f"{path} is no file; move it away, or choose another --out")
     return digest_of(path.read_bytes().decode("utf-8", "replace"))
 
 

@@ -97,6 +97,8 @@ def check_files(source: str, *, own_tokenizer: bool = False) -> None:
 def is_sentencepiece(path: Path) -> bool:
     """Whether a vocabulary is a sentencepiece model, by its first byte: others of the same name are texts."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(1) == b"\n"  # the tag of a list of pieces
     except OSError:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import plugbridge.stages.plug as plug_module
 from plugbridge.errors import ModelError, TrainingDiverged
+from plugbridge.markers import write_marker
 from plugbridge.report import read_report
 from plugbridge.run import facts_of
 from test_durability import start
@@ -114,9 +115,13 @@ def test_an_interrupted_polish_measures_nothing_again(
     monkeypatch.setattr(plug_module, "mean_loss", losses(count + 2))
     with pytest.raises(KeyboardInterrupt):
         start(raw, tmp_path, only="polish")
-    (tmp_path / "polish" / "checkpoint.json").write_text('{"losses": [0.5], "cost": {}}', encoding="utf-8")
-    with pytest.raises(ModelError, match=r"checkpoint.json is damaged; delete it to start the stage anew"):
-        start(raw, tmp_path, only="polish")
+    path = tmp_path / "polish" / "checkpoint.json"
+    path.write_text('{"losses": [0.5], "cost": {}}', encoding="utf-8")
+    for found in (None, {"losses": ["x"], "cost": {}}, {"losses": [0.5], "cost": {}}):  # without its seal, and with it
+        if found is not None:
+            write_marker(path, found)
+        with pytest.raises(ModelError, match=r"checkpoint.json is damaged; delete it to start the stage anew"):
+            start(raw, tmp_path, only="polish")
 
 
 def test_a_stage_that_the_run_does_not_have_is_refused(

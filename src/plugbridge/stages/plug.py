@@ -62,11 +62,12 @@ def _written_down(work: Work) -> Callable[[Callable[[Factors], float]], Callable
     path = work.folder / EVALUATED
     losses: list[float | None] = []
     if path.exists():
-        found = read_sealed(path, {"losses": (list,), "cost": (dict,)})
-        if found is None:
-            raise ModelError(f"{path} is damaged; delete it to start the stage anew")
-        losses = found["losses"]
-        work.cost.go_on(found["cost"])
+        found = read_sealed(path, {"losses": (list,), "cost": (dict,)}) or {}
+        try:
+            losses = [None if loss is None else float(loss) for loss in found["losses"]]
+            work.cost.go_on(found["cost"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path} is damaged; delete it to start the stage anew") from error
         log.info("resuming at evaluation %d from %s", len(losses), path)
     known = iter([math.inf if loss is None else loss for loss in losses])
 

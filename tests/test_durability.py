@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -503,6 +504,25 @@ def test_a_limit_on_file_sizes_names_the_file_that_users_know(tmp_path: Path, wr
     assert said == f"RunError: the limit on file sizes (ulimit -f) is too low to write {path}; raise it"
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EISDIR, "move away what is in its place, or choose another"),
+        (errno.ENOTDIR, "move away what is in its place, or choose another"),
+        (errno.ENAMETOOLONG, "choose another place"),
+        (errno.EIO, "choose another place"),
+        (errno.ENOENT, "choose another place"),
+    ],
+)
+def test_the_remedy_is_of_what_is_wrong(tmp_path: Path, number: int, remedy: str) -> None:
+    said = rf"cannot write .*: {re.escape(os.strerror(number))}; {remedy}$"
+    with pytest.raises(RunError, match=said), disk_errors(tmp_path / "x", strict=True):
+        raise system_error(number)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(RunError, match="move away what is in its place"), disk_errors(tmp_path / "link", strict=True):
+        raise system_error(errno.ENOENT)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.with_name("mine"))])

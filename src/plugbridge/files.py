@@ -21,6 +21,8 @@ _UNUSABLE = (
     errno.ESTALE,
 )  # fmt: skip
 """What is wrong with a path or its disk, and not with the program."""
+_TAKEN = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
+"""What is wrong with a path is what stands there, or above it."""
 
 
 @contextmanager
@@ -44,7 +46,9 @@ def disk_errors(path: Path, strict: bool = False) -> Generator[None]:
             raise RunError(f"not allowed to write {path}: {os.strerror(number)}") from error
         if number in _UNUSABLE or (strict and number is not None) or (strict and isinstance(error, ValueError)):
             why = os.strerror(number) if number is not None else str(error)  # a path that cannot be
-            raise RunError(f"cannot write {path}: {why}; move away what is in its place, or choose another") from error
+            taken = number in _TAKEN or (number == errno.ENOENT and path.is_symlink())
+            remedy = "move away what is in its place, or choose another" if taken else "choose another place"
+            raise RunError(f"cannot write {path}: {why}; {remedy}") from error
         raise
 
 

@@ -147,7 +147,7 @@ def no_room(*_: Any) -> None:
 def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[..., Path], tmp_path: Path) -> None:
     path, root = config(), tmp_path / "runs" / "toy"
     refused = mistake(call("couple", path))
-    assert "stage 'couple' needs 'tune', which is not done; run `plugbridge tune` first" in refused
+    assert "stage 'couple' needs 'prune', which is not done; run `plugbridge prune` first" in refused
     assert not root.exists()
     for stage in STAGES:
         code, out, err = call(stage, path)

@@ -30,10 +30,11 @@ def rows_of(kind: str, lengths: list[tuple[int, ...]], seed: int = 0, opening: i
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, len(VOCAB), (count,), generator=generator).tolist())
 
-    end = (EOS,) if kind == "seq2seq" else ()
+    mark = (EOS,) if kind == "seq2seq" else ()
     rows: list[Encoded] = []
     for i, counts in enumerate(lengths):
-        prompt, start = (*tokens(1 + (5 * i) % 9), *end), tokens(opening)
+        prompt, start = (*tokens(1 + (5 * i) % 9), *mark), tokens(opening)
+        end = mark if opening + max(counts) > 1 else ()  # single tokens have none
         rows.append(Encoded(prompt, tuple((*start, *tokens(n), *end) for n in counts), i % len(counts)))
     return rows
 
@@ -47,14 +48,13 @@ def tuned(family: str, method: str | None) -> Any:
     return model.eval()
 
 
-def naive(model: Any, kind: str, row: Encoded, option: tuple[int, ...], end: bool) -> float:
-    """What an option is ranked by, with or without a seq2seq option's end mark."""
+def naive(model: Any, kind: str, row: Encoded, option: tuple[int, ...]) -> float:
+    """What an option is ranked by."""
     if kind == "causal":
         logits = model(input_ids=torch.tensor([[*row.prompt, *option]])).logits[0, -len(option) - 1 : -1]
     else:
         logits = model(input_ids=torch.tensor([row.prompt]), labels=torch.tensor([option])).logits[0]
     chosen = torch.log_softmax(logits.double(), -1)[torch.arange(len(option)), list(option)]
-    chosen = chosen if end or kind == "causal" else chosen[:-1]
     return float({"sum": chosen.sum(), "mean": chosen.mean(), "first": chosen[0]}[row.score])
 
 
@@ -84,9 +84,7 @@ def test_scores_equal_a_plain_loop_whatever_the_batch(family: str, method: str |
     encoder = Encoder(make_tokenizer(), kind, None)
     for batch_size, rank in ((1, "first"), (7, "sum"), (100, "mean")):
         rows = [replace(row, score=rank) for row in rows]
-        # among single tokens the end mark does not count
-        ends = [any(len(option) > 2 for option in row.options) for row in rows]
-        expected = [[naive(model, kind, row, o, end) for o in row.options] for row, end in zip(rows, ends, strict=True)]
+        expected = [[naive(model, kind, row, option) for option in row.options] for row in rows]
         found = option_scores(model, encoder, rows, batch_size, Silent(), "")
         if rank != "first":  # options that share their opening are equals there
             assert predictions(found) == predictions(expected)
@@ -127,7 +125,7 @@ def test_a_row_that_fills_all_positions_is_batched_with_longer_options() -> None
     other = Encoded((3, 4), (tuple(range(3, 31)), (4,)), 0)
     found = option_scores(model, Encoder(make_tokenizer(), "causal", 32), [full, other], 100, Silent(), "")
     for row, ours in zip((full, other), found, strict=True):
-        assert ours == pytest.approx([naive(model, "causal", row, option, True) for option in row.options], rel=1e-6)
+        assert ours == pytest.approx([naive(model, "causal", row, option) for option in row.options], rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -140,8 +138,7 @@ def test_virtual_tokens_before_the_prompt_are_passed_over(family: str, shape: st
     rows = rows_of(kind, lengths, opening=opening)
     found = option_scores(model, Encoder(make_tokenizer(), kind, None), rows, 3, Silent(), "")
     for row, ours in zip(rows, found, strict=True):
-        end = any(len(option) > 2 for option in row.options)
-        assert ours == pytest.approx([naive(model, kind, row, option, end) for option in row.options], abs=1e-5)
+        assert ours == pytest.approx([naive(model, kind, row, option) for option in row.options], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,7 +240,7 @@ def test_scores_that_are_not_finite_are_no_answers(kind: str | None, shape: str,
     model: Any = make_model(kind or "gpt2")
     lengths, opening = ROWS[shape]
     rows = rows_of(KIND[kind or "gpt2"], lengths, opening=opening)
-    token = rows[4].options[1][-1 if kind != "t5" else -2]
+    token = [token for token in rows[4].options[1] if token != EOS][-1]
 
     def broken(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.clone()

@@ -90,7 +90,7 @@ def agree(task: Task, rows: list[Row], scorers: tuple[Any, Encoder, Score]) -> N
     encoded = [encoder.encode(task, task.form(encoder.kind), row) for row in rows]
     ways = [[replace(row, score=rank) for row in encoded] for rank in ("sum", "mean")]
     ours, means = (option_scores(model, encoder, way, 7, Silent(), "") for way in ways)
-    single = encoder.kind == "seq2seq" and all(len(option) == 2 for row in encoded for option in row.options)
+    single = encoder.kind == "seq2seq" and all(len(option) == 1 for row in encoded for option in row.options)
     end = "</s>" if encoder.kind == "seq2seq" and not single else ""
     found = iter(score([(row.prompt, option + end) for row in rows for option in row.options]))
     sums = [[next(found) for _ in row.options] for row in rows]

@@ -14,6 +14,8 @@ from plugbridge.cli.report import print_loading
 from plugbridge.config import parse_config
 from plugbridge.errors import RunError
 from plugbridge.models import load_model, model_files
+from plugbridge.plan.make import make_plan
+from plugbridge.preflight import with_commits
 from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Silent
 from plugbridge.report import read_report
@@ -100,6 +102,18 @@ def test_a_hub_model_is_of_its_commit(
         RunError, match=r'\(score, prune, couple, plug, evaluate\): large\.commit "a{12}" → "b{12}"[,;]'
     ):
         execute(tmp_path / "run", stages()[1], None, lambda _stage, _what: None)
+
+
+def test_a_plan_is_of_the_commit_that_it_read(
+    hub: Callable[[str, str, int], None], run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub("small", "a" * 40, 1)
+    hub("large", "b" * 40, 2)
+    raw = run_config(small="org/small", large="org/large", ceiling=None, evaluate={"models": ["large_zero_shot"]})
+    monkeypatch.setattr("plugbridge.plan.make.rivals_of", lambda _subjects: [])
+    assert make_plan(parse_config(raw, "test"), 8, None, 1).commits == {"small": "a" * 40, "large": "b" * 40}
+    local = run_config(ceiling=None, evaluate={"models": ["large_zero_shot"]})
+    assert with_commits(parse_config(local, "test")) == parse_config(local, "test")
 
 
 def _of(folder: Path, commit: str) -> dict[str, torch.Tensor]:

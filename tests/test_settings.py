@@ -20,7 +20,7 @@ from plugbridge.progress import Silent
 from plugbridge.run import Stage, execute
 from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.work import rate_of_training, schedule_of
-from plugbridge.transfer.acting import FREE, OF_STEPS
+from plugbridge.transfer.acting import FREE, OF_STEPS, without_idle_steps
 from plugbridge.tuners.table import METHODS
 
 Raw = dict[str, Any]
@@ -107,6 +107,16 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("couple.cache", "memory", ("standalone", "feedback", "identity"), {}, "keeps no activations"),
     ("evaluate.models", ["bridge_coupled"], NO_BRIDGE, {}, "which needs a mode whose Bridge trains"),
     ("evaluate.probe", True, ("feedback",), {"evaluate.models": ["large_plugged"]}, "names neither 'small_probe' nor"),
+    ("couple.recompute", False, ("ladder", "ladder_delta"), {}, "nothing is run again"),
+    ("couple.recompute", False, ("standalone",), {"method.name": "prefix"}, "with prefixes nothing is run again"),
+    *((f"couple.{key}", value, ("feedback",), {"couple": {"steps": 0}}, f"couple.{key} is {value!r}, but couple.steps")
+      for key, value in (*LOOP.items(), ("micro_batch", 2), ("optimizer", "adafactor")) if key != "steps"),
+    *((f"couple.{key}", value, ("standalone",), {"couple": {"mode": "standalone", "steps": 0}}, "couple.steps is 0")
+      for key, value in (("down", "learned"), ("bridge", "freeze"), ("plug_learning_rate", 0.3))),
+    ("large", {"path": "large", "load_in": "8bit"}, ("feedback",), {"evaluate.models": ["small_tuned"]},
+     "large.load_in is '8bit', but nothing that is asked for has the large model run forward only"),
+    ("large", {"path": "large", "load_in": "4bit"}, ("standalone",),
+     {"repair": None, "polish": None, "evaluate.models": ["bridge_coupled"]}, "large.load_in is '4bit'"),
     ("data", "somewhere", ("feedback",), {"task": "wordnet-kind"}, "rows of task 'wordnet-kind' come with plugbridge"),
     ("data", "somewhere", ("feedback",), {}, "data is 'somewhere', but the task's own files are named under `task`"),
 ]  # fmt: skip
@@ -120,8 +130,6 @@ UNCHANGED: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("resident", "none", "score", ("feedback",), {}),
     ("score.keep", "memory", "score", ("feedback",), {"resident": "none"}),
     ("evaluate.batch_size", 3, "evaluate", ("feedback",), {}),
-    ("score", {"importance": "magnitude", "samples": 3}, "plug", ("identity",), {}),  # which is said
-    ("prune", {"reduction": 4, "channels": "select"}, "plug", ("identity",), {}),
 ]
 
 ELSEWHERE = {  # what the user brings; its tests are those of tasks and models
@@ -310,29 +318,38 @@ def test_of_stages_that_are_not_run_settings_may_stay(base: Callable[[str, Raw],
     check_settings(resolve(parse_config(put(raw, "evaluate.models", ["small_tuned"]), "test")))
 
 
-@pytest.mark.parametrize(
-    ("mode", "more", "said"),
-    [
-        ("feedback", {}, []),
-        ("feedback", {"couple": {"steps": 0}}, []),
-        ("feedback", {"couple": {"steps": 0}, "evaluate.models": ["small_tuned"]}, []),
-        ("standalone", {"couple.steps": 0, "couple.bridge": "freeze", "couple.down": "learned"},
-         ["couple.steps is 0: couple.learning_rate, couple.batch_size, couple.down, couple.bridge change nothing"]),
-        ("feedback", {"couple": {"steps": 0, "optimizer": "adafactor"}},
-         ["couple.steps is 0: couple.optimizer changes nothing"]),
-        ("identity", {},
-         ["mode 'identity' has no Bridge: `score` and `prune` change nothing in the plugged checkpoint"]),
-    ],
-)  # fmt: skip
-def test_what_a_control_inherits_and_cannot_use_is_said(
-    base: Callable[[str, Raw], Raw], mode: str, more: Raw, said: list[str], caplog: pytest.LogCaptureFixture
+def test_runs_to_be_compared_may_inherit_what_only_steps_read(base: Callable[[str, Raw], Raw]) -> None:
+    raw = base("standalone", {"couple.steps": 0, "couple.bridge": "freeze", "couple.down": "learned"})
+    with pytest.raises(ConfigError, match=r"couple.learning_rate is 0\.05, but couple.steps is 0; leave it out"):
+        check_settings(resolve(parse_config(raw, "test")))
+    found = without_idle_steps(parse_config(raw, "test"))
+    check_settings(resolve(found))
+    plain = parse_config(put(raw, "couple", {"mode": "standalone", "plug": "random", "steps": 0}), "test")
+    assert found.couple == plain.couple
+    steps = parse_config(put(raw, "couple.steps", 3), "test")
+    assert without_idle_steps(steps) == steps
+
+
+def test_what_only_tokenizers_models_and_rows_tell_is_said(
+    base: Callable[[str, Raw], Raw], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "plugbridge")
-    prepare(parse_config(base(mode, more), "test"), None)
-    assert [line for line in caplog.messages if "nothing" in line] == said
+    raw = base("feedback", {})
+    for key, value, said in (
+        ("special_tokens", False, "special_tokens is false, which changes nothing: the tokenizer puts none in front"),
+        ("max_length", 10_000, "max_length is 10,000, which changes nothing: the models' positions hold"),
+        ("task.score", "first", "task.score is first, which changes nothing: all options are single tokens"),
+        ("task.score", "sum", ""),
+        ("max_length", 16, ""),
+    ):
+        caplog.clear()
+        prepare(parse_config(put(raw, key, value), "test"), None)
+        assert [line.startswith(said) for line in caplog.messages if "changes nothing" in line] == [True] * bool(said)
 
 
-def test_of_no_steps_all_settings_but_these_act(base: Callable[[str, Raw], Raw], done: dict[str, Path]) -> None:
+def test_of_no_steps_all_settings_but_these_act(
+    base: Callable[[str, Raw], Raw], done: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plugbridge.preflight.check_acting", lambda _config: None)  # which refuses them
     raw = put(base("standalone", {}), "couple", {"mode": "standalone", "plug": "random", "steps": 0})
     other = {**LOOP, "micro_batch": 2, "optimizer": "adafactor", "plug_learning_rate": 0.3, "down": "learned",
              "bridge": "freeze", "bridge_learning_rate": 0.3}  # fmt: skip

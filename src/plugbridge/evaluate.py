@@ -70,14 +70,12 @@ def option_scores(
     That is the sum or the mean of its tokens' log-probabilities, or the first one's.
 
     A prompt is read once, with what its options begin with, and the options continue from there; where they differ in
-    the last token only, that reading scores them all. Where all options of a row are single tokens before a seq2seq
-    end mark, the mark does not count. A network that is no Hugging Face model reads the prompt anew for every option.
-    Rows are batched by length; the batching changes no score beyond rounding. `batch_size` is the most prompts, and
-    the most options, of one forward pass. Raises NotFinite.
+    the last token only, that reading scores them all. A network that is no Hugging Face model reads the prompt anew for
+    every option. Rows are batched by length; the batching changes no score beyond rounding. `batch_size` is the most
+    prompts, and the most options, of one forward pass. Raises NotFinite.
     """
     device = next(model.parameters()).device
-    end = 1 if encoder.kind == "seq2seq" else 0
-    rows = [_decisive(row, end) for row in rows]
+    rows = [_decisive(row) for row in rows]
     if (base := base_of(model)) is not None:
         score = partial(_score_shared, base=base)
     else:
@@ -96,9 +94,9 @@ def option_scores(
     return scores
 
 
-def _decisive(row: Encoded, end: int) -> Encoded:
-    """A row with the tokens of its options that count: where one of each decides, it alone, whatever other rows are."""
-    if row.score == "first" or all(len(option) == 1 + end for option in row.options):
+def _decisive(row: Encoded) -> Encoded:
+    """A row with the tokens of its options that count: where the first one decides, it alone."""
+    if row.score == "first":
         return replace(row, options=tuple(option[:1] for option in row.options))
     return row
 

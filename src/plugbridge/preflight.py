@@ -45,7 +45,7 @@ class Checked:
 
 def preflight(config: RunConfig, data: Path | None) -> Checked:
     """Refuse what needs no model, tokenizer or device to be refused. Raises ConfigError, ModelError, DataError."""
-    config = _pinned(check_config(config))
+    config = with_commits(check_config(config))
     kind = check_models(config)
     task, rows, digests = _read_task(config, data, kind)
     check_metrics(task.metrics)
@@ -63,8 +63,11 @@ def check_config(config: RunConfig) -> RunConfig:
     return config
 
 
-def _pinned(config: RunConfig) -> RunConfig:
-    """The configuration with both models at the commit that the hub's branch is at now, where they are from the hub."""
+def with_commits(config: RunConfig) -> RunConfig:
+    """The configuration with both models at the commit that the hub's branch is at now, where they are from the hub.
+
+    Raises ModelError.
+    """
     large = pinned(config.large_path)
     whole = large if isinstance(config.large, str) else config.large.model_copy(update={"path": large})
     return config.model_copy(update={"small": pinned(config.small), "large": whole})

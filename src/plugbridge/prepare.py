@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from plugbridge.config import RunConfig
+from plugbridge.config import RunConfig, TaskConfig
 from plugbridge.cost import free_memory
 from plugbridge.digests import file_digest
 from plugbridge.errors import ModelError
@@ -38,11 +38,10 @@ from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
 from plugbridge.sources import commit_of
 from plugbridge.streaming import load_converted, load_streamed
 from plugbridge.tasks.alike import encode_alike
-from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.encode import Encoded, Encoder, front_of
 from plugbridge.tasks.remarks import Cut, cut_of, remarks
 from plugbridge.tasks.spec import SPLITS, Split, Task
 from plugbridge.tensors.checkpoint import Checkpoint
-from plugbridge.transfer.acting import without_effect
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import Method, MethodSettings
 
@@ -170,12 +169,10 @@ def prepare_checked(checked: Checked) -> Prepared:
     large_rows: dict[Split, list[Encoded]] = {
         s: encode_alike(task, form, checked.rows[s], rows[s], *encoders) for s in SPLITS
     }
-    said = [*checked.said, *remarks(task, encoders[0], rows)]
+    said = [*checked.said, *_without_effect(config, encoders, (small, large), rows), *remarks(task, encoders[0], rows)]
     said += [f"large: {line}" for line in remarks(task, encoders[1], large_rows) if line not in said]
     for line in said:
         log.warning("%s", line)
-    for line in without_effect(config):  # as it should be in a control
-        log.info("%s", line)
     return Prepared(
         config=config,
         task=task,
@@ -201,6 +198,27 @@ def prepare_checked(checked: Checked) -> Prepared:
         checkpoints=checkpoints,
         said=tuple(said),
     )
+
+
+def _without_effect(
+    config: RunConfig,
+    encoders: Sequence[Encoder],
+    models: Sequence[PreTrainedConfig],
+    rows: Mapping[Split, Sequence[Encoded]],
+) -> Generator[str]:
+    """Settings of which only tokenizers, models and rows tell that they change nothing, a line each."""
+    if not config.special_tokens and not any(front_of(encoder.tokenizer) for encoder in encoders):
+        yield "special_tokens is false, which changes nothing: the tokenizer puts none in front of a text"
+    rooms = [room_in(config.model_copy(update={"max_length": None}), positions_of(model)) for model in models]
+    if config.max_length is not None and all(room is not None and room <= config.max_length for room in rooms):
+        yield (
+            f"max_length is {config.max_length:,}, which changes nothing: the models' positions hold "
+            f"{max(room for room in rooms if room is not None):,} tokens of a row"
+        )
+    task = config.task
+    own = isinstance(task, TaskConfig) and task.score not in (None, "mean" if task.words is None else "sum")
+    if isinstance(task, TaskConfig) and own and all(row.bare for found in rows.values() for row in found):
+        yield f"task.score is {task.score}, which changes nothing: all options are single tokens"
 
 
 def _check_weights(config: RunConfig, device: str) -> tuple[dict[str, Checkpoint], bool]:
@@ -264,8 +282,10 @@ def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> d
 
 
 def _read(encoder: Encoder, *read: Mapping[Split, Sequence[Encoded]]) -> dict[str, Any]:
-    """How prompts are read where that is not as it stands: what they begin with, and that some were cut."""
-    front = {"front": list(encoder.front)} if encoder.front else {}
+    """How rows are read where that is not as it stands: what prompts begin with, that some were cut, end marks."""
+    front: dict[str, Any] = {"front": list(encoder.front)} if encoder.front else {}
+    if encoder.kind == "seq2seq" and any(row.bare for rows in read for found in rows.values() for row in found):
+        front["end_mark"] = "not behind single tokens"  # earlier versions trained it all the same
     cut = any(row.kept < 1 for rows in read for found in rows.values() for row in found)
     return {**front, **({"cut": "tokens"} if cut else {})}
 

@@ -58,7 +58,7 @@ def option_states(
 ) -> list[Tensor]:
     """What the head reads at the end of every option of a row, (options, hidden) each; a prompt is read once.
 
-    The end is an option's last token; of a seq2seq model's options, that before the end mark. `batch_size` is the most
+    The end is an option's last token; of a seq2seq model's options, that before an end mark. `batch_size` is the most
     prompts, and the most options, of one forward pass.
     """
     device = next(model.parameters()).device
@@ -69,7 +69,7 @@ def option_states(
             nothing = torch.zeros(len(chosen), 0, dtype=torch.long)
             reading = read_prompts(model, encoder, [rows[i].prompt for i in chosen], nothing, device)
             owners = torch.tensor([k for k, i in enumerate(chosen) for _ in rows[i].options], device=device)
-            options = [option[: len(option) - end] for i in chosen for option in rows[i].options]
+            options = [option[: max(1, len(option) - end)] for i in chosen for option in rows[i].options]
             states: list[Tensor] = []
             for start in range(0, len(options), batch_size):
                 part = options[start : start + batch_size]

@@ -254,8 +254,18 @@ def _counts(markers: _Markers) -> dict[str, dict[str, int | None]]:
 
 
 def _makers(markers: _Markers) -> dict[str, tuple[str, ...]]:
-    """The stages that made each model; what is not here was not made, only scored."""
-    return {name: tuple(stage for stage in stages if stage in markers.stages) for name, stages in MADE_BY.items()}
+    """The stages that made each model, with what they needed; what has none here was not made, only scored."""
+    return {name: _and_needed(markers, stages[-1:]) for name, stages in MADE_BY.items()}
+
+
+def _and_needed(markers: _Markers, last: tuple[str, ...]) -> tuple[str, ...]:
+    """A stage and all that it needed, as markers say it, in the order of stages; none where it was not done."""
+    waiting, found = [name for name in last if name in markers.stages], set[str]()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting += markers.stages[name]["needs"]
+    return tuple(name for name in markers.stages if name in found)
 
 
 def _ordered(markers: _Markers, found: dict[str, Any]) -> dict[str, float]:

@@ -54,6 +54,12 @@ def commit_of(source: str) -> str | None:
     return source.commit if isinstance(source, HubId) else None
 
 
+def commits_of(small: str, large: str) -> dict[str, str]:
+    """The commits of both models by size, of those that are pinned to one."""
+    found = {"small": commit_of(small), "large": commit_of(large)}
+    return {size: commit for size, commit in found.items() if commit is not None}
+
+
 def revision(source: str) -> dict[str, str]:
     """What transformers is told of the commit."""
     return {"revision": source.commit} if isinstance(source, HubId) else {}

@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from conftest import VOCAB, WORDS, save_model, toy_rows, write_jsonl
 from plugbridge.bench import quality
 from plugbridge.bench.grid import Group, groups_of, load_grid
-from plugbridge.bench.quality import answers, difference, intervals, left_out, run_groups, slug
+from plugbridge.bench.present import page
+from plugbridge.bench.quality import answers, cells_of, difference, intervals, left_out, run_groups, slug
 from plugbridge.cli import main
 from plugbridge.config import load_config
 from plugbridge.errors import RunError
 from plugbridge.interrupts import ENDING
+from plugbridge.markers import read_marker, write_marker
 from plugbridge.progress import Silent
 
 Rows = list[NDArray[np.float64]]
@@ -223,6 +225,7 @@ KEYS = {
     "family", "method", "mode", "bridge_share", "down", "start", "task", "seeds", "metric", "value", "low", "high",
     "pgr", "pgr_low", "pgr_high", "control", "command",
     "variant", "n", "majority", "large_rows", "seconds", "peak_bytes", "differences", "split",
+    "commits",
 }  # fmt: skip
 STEPS = {
     f"{stage}.{key}": value
@@ -303,7 +306,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         },
         "variants": {
             "stands alone": {"set": {"couple.mode": "standalone", "couple.plug": "random"}},
-            "no Bridge": {"control": True, "set": {"couple.mode": "identity", "couple.plug": "fresh"}},
+            "no Bridge": {"control": True, "set": {"couple.mode": "identity", "couple.plug": "random"}},
         },
         "compare": ["no Bridge"],
         "default": [
@@ -340,14 +343,42 @@ def test_the_command_writes_a_table_its_data_and_a_picture(done: Done) -> None:
     ways = {name: tuple(cells[name][key] for key in ("mode", "down", "start", "large_rows")) for name in cells}
     scored = 2 * 4  # rows, for the residual stream and for their scores
     assert ways["stands alone"] == ("standalone", "select", "random", scored)
-    assert ways["no Bridge"] == ("identity", "gradient_pca", "fresh", scored + 2 * 8)
+    assert ways["no Bridge"] == ("identity", None, "random", 2 * 8)  # nothing is scored or pruned for it
     assert all(ways[name] == ("none", None, None, None) for name in REFERENCES)
-    assert all(0 < cells[name]["bridge_share"] < 1 for name in ("stands alone", "no Bridge"))
+    assert 0 < cells["stands alone"]["bridge_share"] < 1
+    assert cells["no Bridge"]["bridge_share"] is None
     text = (done.out / "quality.md").read_text(encoding="utf-8")
     assert all(f"| {text_of(cell['value'])} " in text for cell in cells.values())
     assert all(name in text for name in cells)
     assert f"    plugbridge bench quality {done.grid} --data DIR\n" in text
     assert (done.out / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_other_commits_are_other_cells(copied: Done) -> None:
+    """`main` of a hub model moved between two seeds, and between two variants of one."""
+    groups = groups_of(load_grid(copied.grid), copied.grid.parent, False)
+
+    def move(seed: int, variant: str, commit: str) -> None:
+        folder = copied.root(seed, variant) / "evaluate"
+        marker = read_marker(folder)
+        assert marker is not None
+        large = {"source": "org/large", "commit": commit}
+        write_marker(folder / "done.json", {**marker, "depends": {**marker["depends"], "large": large}})
+
+    for seed, commit in ((0, "a" * 40), (1, "b" * 40)):
+        for variant in ("stands alone", "no Bridge"):
+            move(seed, variant, commit)
+    cells = cells_of(load_grid(copied.grid), groups, copied.out, "x")
+    found = [(cell.seeds, cell.commits) for cell in cells if cell.variant == "no Bridge"]
+    assert found == [([0], {"large": "a" * 40}), ([1], {"large": "b" * 40})]
+    text = page(cells, "Title", "about", "x")
+    assert "## rte, tiny, lora, large at aaaaaaaaaaaa\n" in text
+    assert "## rte, tiny, lora, large at bbbbbbbbbbbb\n" in text
+    assert left_out(groups, copied.out) == (4, {})
+    move(1, "no Bridge", "c" * 40)
+    cells = cells_of(load_grid(copied.grid), groups, copied.out, "x")
+    assert [cell.seeds for cell in cells if cell.variant == "no Bridge"] == [[0]]
+    assert left_out(groups, copied.out) == (3, {"rte, tiny, lora": ["no Bridge"]})
 
 
 def test_what_is_missing_is_named(copied: Done) -> None:
@@ -383,6 +414,7 @@ def test_cells_are_of_the_predictions(copied: Done) -> None:
             if name in ("small tuned", "large tuned"):
                 first = next(iter(rows[0]["scores"]))
                 rows = [{**row, "prediction": first if name == "small tuned" else row["right"]} for row in rows]
+                rows = [{**row, "correct": row["prediction"] == row["right"]} for row in rows]
                 write_jsonl(path, rows)
             right[name].append(np.array([float(row["prediction"] == row["right"]) for row in rows]))
     assert call(*copied.words, "--summary")[0] == 0
@@ -403,13 +435,13 @@ def test_shared_stages_are_done_once(done: Done) -> None:
     for seed in (0, 1):
         first, second = (done.root(seed, variant) for variant in ("stands alone", "no Bridge"))
         assert not (second / "ceiling").exists()  # no model that it scores needs it
-        for stage in ("tune", "score"):
-            contents = [
-                {str(p.relative_to(root / stage)): p.read_bytes() for p in (root / stage).rglob("*") if p.is_file()}
-                for root in (first, second)
-            ]
-            assert contents[0] == contents[1]  # the marker too, with its seconds
-            assert "done.json" in contents[0]
+        assert not (second / "score").exists()
+        contents = [
+            {str(p.relative_to(root / "tune")): p.read_bytes() for p in (root / "tune").rglob("*") if p.is_file()}
+            for root in (first, second)
+        ]
+        assert contents[0] == contents[1]  # the marker too, with its seconds
+        assert "done.json" in contents[0]
         for stage in ("couple", "plug", "evaluate"):
             assert (first / stage / "done.json").read_bytes() != (second / stage / "done.json").read_bytes()
         for variant in ("stands alone", "no Bridge"):  # what a run leaves is a configuration to run it again

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import test_cli
-from plugbridge.bench.sweep import Tried, apart, best_of, combinations, draw_sweep, rivals, sweep_page, verdict
+from plugbridge.bench.sweep import Tried, apart, best_of, combinations, draw_sweep, foot, rivals, sweep_page, verdict
 from plugbridge.cli.sweep import sweep_table
 from plugbridge.errors import ConfigError
 from plugbridge.report import TITLES
@@ -119,6 +119,26 @@ def test_a_winner_is_named_only_where_the_rows_tell() -> None:
     unknown = Tried(("a.b=old",), {"large_plugged": 0.1}, "accuracy", 100)
     assert rivals([best, unknown], best, "large_plugged") == [unknown]
     assert verdict([Tried(("a.b=5",), {}, "", 0, "loss is nan")], "large_plugged") == ""
+
+
+def test_the_more_runs_are_compared_the_more_a_winner_takes() -> None:
+    def run(name: str, count: int) -> Tried:
+        right = {"large_plugged": tuple(i < count for i in range(100))}
+        return Tried((f"a.b={name}",), {"large_plugged": count / 100}, "accuracy", 100, right=right)
+
+    best, next_best = run("best", 60), run("next", 52)  # better on eight rows, worse on none
+    assert apart(*(each.right["large_plugged"] for each in (best, next_best)))[1] > 0
+    assert rivals([best, next_best], best, "large_plugged") == []
+    far = [run(f"far{i}", 20) for i in range(9)]
+    assert rivals([best, next_best, *far], best, "large_plugged") == [next_best]
+    assert foot([best, next_best]).endswith("than every other, at 95 %")
+    said = "at 95 % for all 10 comparisons together (Bonferroni)"
+    assert foot([best, next_best, *far, Tried(("a.b=x",), {}, "", 0, "loss is nan")]).endswith(said)
+    assert f"{said}.\n" in sweep_page([best, next_best, *far], "large_plugged", "x")
+    assert foot([best]) == ""
+    # the half of z at alpha / 10, two-sided
+    wide, narrow = (apart((True,) * 9, (False,) * 9, n) for n in (10, 1))
+    assert (wide[2] - wide[1]) / (narrow[2] - narrow[1]) == pytest.approx(2.807034 / 1.959964, abs=1e-5)
 
 
 def test_answers_are_compared_row_by_row() -> None:

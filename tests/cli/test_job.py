@@ -32,7 +32,7 @@ def test_a_bar_fits_the_terminal(width: int) -> None:
 
 def test_a_bar_of_nothing_and_one_of_a_long_title() -> None:
     assert bar_line(39, "validate: large_finetuned on all rows", 1, 2, "", None, None) == (
-        "  validate: large_finetuned on al…  1/2"
+        "  validate: large_finetuned on…  1/2"
     )
     assert bar_line(79, "plug", 0, 0, "", None, None) == "  plug  0/0"
 

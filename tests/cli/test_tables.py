@@ -12,7 +12,7 @@ from plugbridge.cli import report as report_module
 from plugbridge.cli import terminal
 from plugbridge.cli.application import app
 from plugbridge.cli.report import draw_all, print_table
-from plugbridge.cli.terminal import rows_table
+from plugbridge.cli.terminal import Screen, rows_table
 
 METRICS = {"accuracy": 0.375}
 
@@ -33,7 +33,7 @@ FOUND: dict[str, Any] = {
 
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_a_report_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(width=width, file=io.StringIO(), soft_wrap=True, force_terminal=True, color_system=None)
+    console = Screen(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     monkeypatch.setattr(report_module, "out", console)
     monkeypatch.setattr(terminal, "out", console)
     with console.capture() as captured:
@@ -63,7 +63,7 @@ def test_the_help_s_summaries_are_whole(words: list[str]) -> None:
     assert found
     assert "..." not in commands
     assert max(map(len, printed.splitlines())) <= 78
-    assert "Completion in your shell: plugbridge --install-completion" in commands or words[0] == "bench"
+    assert "Completion in your shell:  plugbridge --install-completion" in commands or words[0] == "bench"
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning(

@@ -11,10 +11,13 @@ import yaml
 import test_cli
 from plugbridge.config import MADE_BY, parse_config
 from plugbridge.plan.works import references_of, subjects_of, works_of
+from plugbridge.preflight import resolve
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
-from plugbridge.report import TITLES, _counts, _Markers
+from plugbridge.report import TITLES, _counts, _Markers, read_report
+from plugbridge.run import execute, locked
 from plugbridge.stages.build import build_stages
+from plugbridge.transfer.needed import couple_needs, stages_of
 from test_cli import Call
 
 call = test_cli.call  # a fixture
@@ -46,7 +49,7 @@ def test_stages_are_those_of_the_models_asked_for(
 ) -> None:
     raw = run_config(**WHOLE, evaluate={"models": models, "probe": models in (None, ["small_probe"])})
     config = parse_config(raw, "test")
-    assert config.stages == {*stages, "evaluate"}
+    assert stages_of(config) == {*stages, "evaluate"}
     prepared = prepare(config, None)
     made = build_stages(prepared, tmp_path, Silent())
     assert [stage.name for stage in made] == [*stages, "evaluate"]
@@ -58,6 +61,64 @@ def test_stages_are_those_of_the_models_asked_for(
     found = {name.partition(":")[0].partition(" ")[0] for name in planned}
     assert found - {"evaluate"} == set(stages)
     assert planned  # whatever is asked for, something takes memory
+
+
+ALL = ["small_tuned", "large_plugged"]
+
+
+@pytest.mark.parametrize(
+    ("couple", "models", "stages", "needs"),
+    [
+        ({}, ["large_plugged"], ["score", "prune", "repair", "couple", "plug"], ["prune", "repair"]),
+        ({}, ALL, ["tune", "score", "prune", "repair", "couple", "plug"], ["prune", "repair"]),
+        ({"plug": "ridge"}, ["large_plugged"], ["tune", "score", "prune", "repair", "couple", "plug"],
+         ["tune", "prune", "repair"]),
+        ({"mode": "identity"}, ["large_plugged"], ["couple", "plug"], []),
+        ({"mode": "identity"}, None, ["tune", "couple", "plug"], []),
+        ({"mode": "identity", "plug": "random"}, ["large_plugged"], ["tune", "couple", "plug"], ["tune"]),
+        ({"steps": 0}, ["large_plugged"], ["couple", "plug"], []),
+        ({"steps": 0, "plug": "random"}, None, ["tune", "couple", "plug"], ["tune"]),
+        ({"mode": "standalone", "steps": 0}, ["large_plugged"], ["tune", "couple", "plug"], ["tune"]),
+        ({"mode": "standalone", "steps": 0}, ["large_plugged", "bridge_coupled"],
+         ["tune", "score", "prune", "repair", "couple", "plug"], ["tune", "prune", "repair"]),
+    ],
+)  # fmt: skip
+def test_a_stage_is_done_only_for_what_needs_it(
+    run_config: Callable[..., Raw], couple: Raw, models: list[str] | None, stages: list[str], needs: list[str]
+) -> None:
+    repair = {} if couple.get("mode") == "identity" else {"repair": TRAIN}
+    raw = run_config(ceiling=None, couple=couple, evaluate={"models": models}, **repair)
+    config = parse_config(raw, "test")
+    assert stages_of(config) == stages_of(resolve(config)) == {*stages, "evaluate"}
+    assert list(couple_needs(config)) == needs
+
+
+@pytest.mark.parametrize(
+    ("couple", "models", "stages", "needed"),
+    [
+        ({"mode": "identity", "steps": 1, "batch_size": 4}, ["large_plugged"], ["couple", "plug"], ["couple", "plug"]),
+        ({"mode": "standalone", "plug": "random", "steps": 0}, ["large_plugged"], ["tune", "couple", "plug"],
+         ["tune", "couple", "plug"]),
+        ({"steps": 0}, ["small_tuned", "large_plugged"], ["tune", "couple", "plug"], ["couple", "plug"]),
+    ],
+    ids=["identity", "random plug", "fresh"],
+)  # fmt: skip
+def test_a_run_without_a_bridge_is_run_and_reported(
+    run_config: Callable[..., Raw], tmp_path: Path, couple: Raw, models: list[str], stages: list[str],
+    needed: list[str],
+) -> None:  # fmt: skip
+    raw = run_config(ceiling=None, tune=TRAIN, couple=couple, evaluate={"limit": 8, "models": models})
+    root = tmp_path / "run"
+    with locked(root):
+        execute(root, build_stages(prepare(parse_config(raw, "test"), None), root, Silent()), None, lambda *_: None)
+    found = read_report(root)
+    assert [row["name"] for row in found["rows"]] == models
+    assert [stage["name"] for stage in found["stages"]] == [*stages, "evaluate"]
+    assert found["models"]["bridge"] is None
+    plugged = next(row for row in found["rows"] if row["name"] == "large_plugged")
+    cost = sum(stage["seconds"] for stage in found["stages"] if stage["name"] in needed)
+    assert plugged["seconds"] == pytest.approx(cost)
+    assert plugged["parameters"]["changed"] > 0
 
 
 def test_every_model_has_stages_and_a_title() -> None:

@@ -28,7 +28,8 @@ def task_of(form: PromptForm, **more: Any) -> Task:
 
 
 def row(options: tuple[str, ...], answer: int, also: tuple[int, ...] = (), target: str | None = None) -> Row:
-    return Row("Über: “x”", options, answer, {"n": 17}, "rows.jsonl:3", also, target)
+    fields = {"n": 17, "x": "“x”", "o": ["a", "b", "c"], "y": [option.strip() for option in options]}
+    return Row("Über: “x”", options, answer, fields, "rows.jsonl:3", also, target)
 
 
 @pytest.mark.parametrize(
@@ -38,23 +39,33 @@ def row(options: tuple[str, ...], answer: int, also: tuple[int, ...] = (), targe
          {"prediction": "Sports", "right": "World", "scores": {"World": -2.5, "Sports": -0.5}}),
         (WORDS, chosen(row((" world", " sport"), 0), 0), {"prediction": "World", "right": "World"}),  # of a probe
         (PICK, chosen(row((" a", " b", " c"), 2, (1,)), 1, (-3.0, -1.0, -2.0)),
-         {"prediction": " b", "right": " b", "accepted": [" c", " b"], "scores": {" a": -3.0, " b": -1.0, " c": -2.0}}),
+         {"prediction": "b", "right": "b", "accepted": ["c", "b"], "scores": {"a": -3.0, "b": -1.0, "c": -2.0}}),
         (TWO, chosen(row((" p", " q"), 0), 1, (-3.0, -1.0)),
          {"prediction": "1", "right": "0", "options": [" p", " q"], "scores": {"0": -3.0, "1": -1.0}}),
         (WRITE, written(WRITE, row((" p", " q"), 0, (1,)), "q"),
-         {"prediction": " q", "right": " q", "accepted": [" p", " q"]}),
-        (WRITE, written(WRITE, row((" p",), 0), "P!"), {"prediction": "P!", "right": " p", "accepted": [" p"]}),
+         {"prediction": "q", "right": "q", "accepted": ["p", "q"]}),
+        (WRITE, written(WRITE, row((" p",), 0), "P!"), {"prediction": "P!", "right": "p", "accepted": ["p"]}),
         (JUDGED, written(JUDGED, row(("F", "T"), 1, (), "the dog"), "dog"),
          {"prediction": "true", "right": "true", "written": "dog"}),
     ],
 )  # fmt: skip
 def test_a_line_by_names(form: PromptForm, answer: Answer, wanted: dict[str, Any]) -> None:
-    assert line_of(task_of(form), form, answer) == {"id": "rows.jsonl:3", "prompt": "Über: “x”", **wanted}
+    wanted["correct"] = wanted["prediction"] == wanted["right"]
+    found = line_of(task_of(form), form, answer)
+    assert found == {"id": "rows.jsonl:3", "text": "“x”", **wanted, "prompt": "Über: “x”"}
+    assert list(found)[:5] == ["id", "text", "prediction", "right", "correct"]
     assert line_of(task_of(form, id="n"), form, answer)["id"] == 17
 
 
+def test_a_row_of_several_fields_is_shown_by_field() -> None:
+    form = PromptForm(prompt="{a} | {b} | {a}:", words={"x": "X", "y": "Y"})
+    answer = chosen(Row("one | 2 | one:", ("X", "Y"), 0, {"a": "one", "b": 2, "c": "not shown"}, "r:1"), 1)
+    assert line_of(task_of(form), form, answer)["text"] == {"a": "one", "b": "2"}
+
+
 def test_a_file_is_read_by_eye_and_bounded(tmp_path: Path) -> None:
-    long = Row("这" + "x" * 10**6 + "是", (" world", " sport"), 0, {}, "a:1")
+    text = "这" + "x" * 10**6 + "是"
+    long = Row(text, (" world", " sport"), 0, {"x": text}, "a:1")
     write_predictions(tmp_path / "p.jsonl", task_of(WORDS), WORDS, [chosen(long, 0)] * 2)
     lines = (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2
@@ -64,11 +75,12 @@ def test_a_file_is_read_by_eye_and_bounded(tmp_path: Path) -> None:
     assert shown.endswith("x是")
     assert "[…998,002 characters…]" in shown
     assert len(shown) < SHOWN + 40
+    assert json.loads(lines[0])["text"] == shown
 
 
 def test_an_answer_is_a_line_whatever_is_in_it(tmp_path: Path) -> None:
     text = "one\u2028two\u2029three\x85four\nfive\r\x0bsix\ud800"
-    answer = chosen(Row(text, (" w", " s"), 0, {}, "a:1"), 0)
+    answer = chosen(Row(text, (" w", " s"), 0, {"x": text}, "a:1"), 0)
     write_predictions(tmp_path / "p.jsonl", task_of(WORDS), WORDS, [answer] * 3)
     lines = (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == [text] * 3

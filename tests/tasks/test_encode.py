@@ -49,6 +49,16 @@ def test_a_row_in_tokens() -> None:
     )
 
 
+def test_single_tokens_of_t5_have_no_end_mark_in_scoring_or_training() -> None:
+    task = task_of("is it : {word}", words={"even": "yes", "odd": "no"})
+    row = encode(encoder("seq2seq"), task, word="w3")
+    assert row.options == (ids("yes"), ids("no"))
+    assert (row.target, row.weight, row.bare) == (ids("no"), 1, True)
+    assert gold(encoder("seq2seq"), [row]).labels.tolist() == [[*ids("no")]]
+    longer = encode(encoder("seq2seq"), task_of("is it : {word}", words={"even": "yes", "odd": "no no"}), word="w3")
+    assert (longer.target, longer.weight, longer.bare) == ((*ids("no no"), EOS), 3, False)
+
+
 def test_batches_by_hand() -> None:
     long, short = ((5, 6, 7), (3,)), ((5,), (3, 4))
     batch = collate(encoder(), [long, short])

@@ -164,8 +164,9 @@ def _training(config: RunConfig, model: str, report: Mapping[str, Any]) -> str:
     said = f"{settings.steps:,} steps of {settings.batch_size} rows at {rate:g}"
     if model != "large_plugged":
         return said
-    share = report["models"]["bridge"]["share"]
-    return f"coupled {config.couple.mode} through a Bridge of 1/{1 / share:.1f}, {said}"
+    bridge = report["models"]["bridge"]
+    through = "without a Bridge" if bridge is None else f"through a Bridge of 1/{1 / bridge['share']:.1f}"
+    return f"coupled {config.couple.mode} {through}, {said}"
 
 
 def _parameters(table: str, row: Row, made: _Made | None, demo: bool) -> Reproduced:

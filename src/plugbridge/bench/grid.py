@@ -12,6 +12,7 @@ from plugbridge.config import RunConfig, apply_override, parse_config, read_yaml
 from plugbridge.config.strict import StrictConfig
 from plugbridge.errors import ConfigError, first_problem
 from plugbridge.parsing import one_line, shown
+from plugbridge.transfer.acting import without_idle_steps
 from plugbridge.transfer.couple import find_mode
 
 _PAIR = r"[\w+=][\w .+=-]{0,99}"
@@ -175,7 +176,7 @@ def _config(settings: Settings, overrides: Sequence[str], name: str) -> RunConfi
     raw: Any = nested(settings)
     for text in overrides:
         raw = apply_override(raw, text)
-    return parse_config(raw, f"variant {shown(name)}")
+    return without_idle_steps(parse_config(raw, f"variant {shown(name)}"))
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from plugbridge.bench.quality import REFERENCES, Cell
 from plugbridge.files import write_atomically
+from plugbridge.markers import COMMIT
 
 COLOURS = (
     "#c1440e", "#3b6ea5", "#5b8c5a", "#8a5a83", "#b8860b", "#2ca9a1", "#7a7a7a", "#1b1b1b", "#e377c2", "#9acd32",
@@ -32,9 +33,9 @@ def page(
     lines = [f"# {title}", "", about.strip(), "", "Made by", "", f"    {command}", ""]
     lines += _missing(runs, done, missing)
     lines += _summary(cells)
-    for task, family, method in _places(cells):
-        same = [c for c in cells if (c.task, c.family, c.method) == (task, family, method)]
-        lines += [f"## {task}, {family}, {method}", ""]
+    for task, family, method, commits in _places(cells):
+        same = [c for c in cells if _place(c) == (task, family, method, commits)]
+        lines += [f"## {task}, {family}, {method}{f', {commits}' if commits else ''}", ""]
         first = same[0]
         seeds = ", ".join(map(str, first.seeds))
         lines += [f"{first.n} {first.split} rows, seeds {seeds}, majority class {first.majority:.3f}.", ""]
@@ -57,8 +58,23 @@ def _missing(runs: int, done: int, missing: Mapping[str, Sequence[str]]) -> list
     return [*lines, ""]
 
 
-def _places(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
-    return list(dict.fromkeys((c.task, c.family, c.method) for c in cells))
+def _places(cells: Sequence[Cell]) -> list[tuple[str, str, str, str]]:
+    return list(dict.fromkeys(map(_place, cells)))
+
+
+def _place(cell: Cell) -> tuple[str, str, str, str]:
+    """What cells of one table have in common."""
+    return cell.task, cell.family, cell.method, _commits(cell)
+
+
+def _commits(cell: Cell) -> str:
+    """The commits of a cell's models, as far as they are from the hub."""
+    return ", ".join(f"{size} at {commit[:COMMIT]}" for size, commit in cell.commits.items())
+
+
+def _row(cell: Cell) -> str:
+    """What a picture's row is of."""
+    return "\n".join(filter(None, (cell.task, cell.family, _commits(cell))))
 
 
 def _kind(cell: Cell) -> str:
@@ -111,7 +127,7 @@ def draw_cells(cells: Sequence[Cell], path: Path) -> None:
     shown = [c for c in cells if c.pgr is not None and c.mode != "none" and "the Bridge itself" not in c.variant]
     methods = list(dict.fromkeys(cell.method for cell in shown))
     variants = list(dict.fromkeys(cell.variant for cell in shown))
-    places = list(dict.fromkeys(f"{cell.task}\n{cell.family}" for cell in shown))
+    places = list(dict.fromkeys(map(_row, shown)))
     height = 0.16 * len(variants) * len(places) + 1.6
     figure = Figure(figsize=(3.6 * max(1, len(methods)) + 1.8, height), layout="constrained")
     for column, method in enumerate(methods):
@@ -120,7 +136,7 @@ def draw_cells(cells: Sequence[Cell], path: Path) -> None:
             found = [cell for cell in shown if (cell.method, cell.variant) == (method, variant)]
             if not found:
                 continue
-            at = [places.index(f"{c.task}\n{c.family}") + 0.8 * (number / max(1, len(variants)) - 0.4) for c in found]
+            at = [places.index(_row(c)) + 0.8 * (number / max(1, len(variants)) - 0.4) for c in found]
             values = [c.pgr or 0.0 for c in found]
             spans = [
                 [max(0.0, v - (c.pgr_low or 0.0)) for v, c in zip(values, found, strict=True)],

@@ -22,8 +22,9 @@ from plugbridge.prepare import prepare
 from plugbridge.progress import Progress, Silent
 from plugbridge.run import borrow, execute, facts_of, locked
 from plugbridge.stages.build import build_stages, same_result
+from plugbridge.stages.predictions import right_rows
 from plugbridge.stages.shrink import rows_scored
-from plugbridge.tasks.read import read_jsonl
+from plugbridge.transfer.needed import stages_of
 from plugbridge.workers import workers
 
 REFERENCES = {
@@ -76,6 +77,8 @@ class Cell:
     differences: dict[str, Difference] = field(default_factory=dict[str, Difference])
     split: str = "test"
     """Which rows `value` is of."""
+    commits: dict[str, str] = field(default_factory=dict[str, str])
+    """Of models from the hub, by size; runs of other commits are other cells."""
 
 
 def run_group(group: Group, data: Path | None, out: Path, grid: Path | None = None) -> str:
@@ -128,8 +131,7 @@ def answers(root: Path, model: str) -> Answers | None:
     if not path.is_file():
         return None
     try:
-        rows = [row for _, row in read_jsonl(path)]
-        return np.array([row["prediction"] == row["right"] for row in rows])
+        return np.array(right_rows(path))
     except (DataError, KeyError) as error:
         raise RunError(f"{path} holds no predictions as a run leaves them; run its variant again ({error})") from error
 
@@ -143,42 +145,58 @@ def finished(group: Group, name: str, out: Path) -> bool:
     return same_result(resolve(written), resolve(dict(group.variants)[name]))
 
 
+def commits_of(root: Path) -> dict[str, str]:
+    """The commits of a finished run's models from the hub, by size."""
+    marker = read_marker(root / "evaluate")
+    depends: dict[str, Any] = {} if marker is None else marker["depends"]
+    found = {size: depends.get(size, {}).get("commit") for size in ("small", "large")}
+    return {size: commit for size, commit in found.items() if commit is not None}
+
+
+def done(group: Group, name: str, out: Path) -> bool:
+    """Whether a variant is finished, on the commits of the models that the group's first variant is of."""
+    first, own = (out / group.name / slug(variant) for variant in (group.variants[0][0], name))
+    return finished(group, name, out) and commits_of(own) == commits_of(first)
+
+
 def left_out(groups: Sequence[Group], out: Path) -> tuple[int, dict[str, list[str]]]:
     """How many runs are done, and the variants of which a seed is not, by task, family and method.
 
     No name is given where there is nothing of a place.
     """
-    done: dict[str, int] = {}
+    count: dict[str, int] = {}
     missing: dict[str, dict[str, None]] = {}
     for group in groups:
         place = f"{group.task}, {group.pair}, {group.method}"
-        names = [name for name, _ in group.variants if not finished(group, name, out)]
-        done[place] = done.get(place, 0) + len(group.variants) - len(names)
+        names = [name for name, _ in group.variants if not done(group, name, out)]
+        count[place] = count.get(place, 0) + len(group.variants) - len(names)
         missing.setdefault(place, {}).update(dict.fromkeys(names))
-    left = {place: list(names) if done[place] else [] for place, names in missing.items() if names}
-    return sum(done.values()), left
+    left = {place: list(names) if count[place] else [] for place, names in missing.items() if names}
+    return sum(count.values()), left
 
 
 def cells_of(grid: Grid, groups: Sequence[Group], out: Path, command: str) -> list[Cell]:
-    """Reduce finished runs to cells; each says which seeds it has."""
-    found: dict[tuple[str, str, str], list[Group]] = {}
+    """Reduce finished runs to cells; each says which seeds it has. Runs of other commits are other cells."""
+    found: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
-        if finished(group, group.variants[0][0], out):
-            found.setdefault((group.pair, group.method, group.task), []).append(group)
+        first = group.variants[0][0]
+        if finished(group, first, out):
+            commits = commits_of(out / group.name / slug(first))
+            found.setdefault((group.pair, group.method, group.task, *sorted(commits.values())), []).append(group)
     cells: list[Cell | None] = []
     for same in found.values():
         for model, title in REFERENCES.items():
             cells.append(_cell(same, out, same[0].variants[0][0], model, title, title, command))
         for name, _ in same[0].variants:
-            done = [group for group in same if finished(group, name, out)]
+            have = [group for group in same if done(group, name, out)]
             control = name if grid.variants[name].control else None
             label = f"{name}, the Bridge itself"
-            if done:
-                cell = _cell(done, out, name, "large_plugged", name, control, command)
+            if have:
+                cell = _cell(have, out, name, "large_plugged", name, control, command)
                 others = [other for other in grid.compare if other != name and other in dict(same[0].variants)]
-                cells.append(None if cell is None else replace(cell, differences=_differences(done, out, name, others)))
+                cells.append(None if cell is None else replace(cell, differences=_differences(have, out, name, others)))
                 if control is None:
-                    cells.append(_cell(done, out, name, "bridge_coupled", label, label, command))
+                    cells.append(_cell(have, out, name, "bridge_coupled", label, label, command))
     return [cell for cell in cells if cell is not None]
 
 
@@ -186,15 +204,15 @@ def _differences(groups: Sequence[Group], out: Path, variant: str, others: Seque
     """How much more of the gap a variant recovers than others do, on the seeds that both have."""
     found: dict[str, Difference] = {}
     for other in others:
-        done = [group for group in groups if finished(group, other, out)]
+        have = [group for group in groups if done(group, other, out)]
         sides = [
-            [answers(out / group.name / slug(name), model) for group in done]
+            [answers(out / group.name / slug(name), model) for group in have]
             for name, model in (
                 (variant, "large_plugged"), (other, "large_plugged"),
                 (groups[0].variants[0][0], "small_tuned"), (groups[0].variants[0][0], "large_tuned"),
             )
         ]  # fmt: skip
-        if done and all(side is not None for column in sides for side in column):
+        if have and all(side is not None for column in sides for side in column):
             between = difference(*([np.asarray(a, dtype=float) for a in column] for column in sides))
             if between is not None:
                 found[other] = between
@@ -214,6 +232,7 @@ def _cell(
     table = [[np.asarray(a, dtype=float) for a in column] for column in (right, small, large)]
     value, low, high, pgr, pgr_low, pgr_high = intervals(*table)
     config = None if model in REFERENCES else resolve(dict(groups[0].variants)[variant])
+    bridge = config is not None and "prune" in stages_of(config)
     majority = facts_of(first[0], "evaluate")["majority"]["metrics"]
     coupled = [read_marker(root / "couple") for root in roots]
     costs = [marker for marker in coupled if marker is not None] if config is not None else []
@@ -221,8 +240,8 @@ def _cell(
         family=groups[0].pair,
         method=groups[0].method,
         mode=config.couple.mode if config is not None else "none",
-        bridge_share=float(facts_of(roots[0], "prune")["bridge_share"]) if config is not None else None,
-        down=config.prune.channels if config is not None else None,
+        bridge_share=float(facts_of(roots[0], "prune")["bridge_share"]) if bridge else None,
+        down=config.prune.channels if config is not None and bridge else None,
         start=config.couple.plug if config is not None else None,
         task=groups[0].task,
         seeds=[group.seed for group in groups],
@@ -238,6 +257,7 @@ def _cell(
         variant=title,
         n=len(table[0][0]),
         majority=float(majority["accuracy"]),
+        commits=commits_of(first[0]),
         split=dict(groups[0].variants)[groups[0].variants[0][0]].evaluate.split,
         large_rows=_rows_read(roots[0], config, costs) if config is not None and costs else None,
         seconds=float(np.mean([m["seconds"] for m in costs])) if costs else None,
@@ -247,9 +267,10 @@ def _cell(
 
 def _rows_read(root: Path, config: RunConfig, couplings: Sequence[dict[str, Any]]) -> int:
     """Rows that the large model read: to choose the Bridge's units, repair it, and (their mean) start and couple."""
-    rows = rows_scored(config.score.importance, int(facts_of(root, "score")["samples"]))
+    bridge = "prune" in stages_of(config)
+    rows = rows_scored(config.score.importance, int(facts_of(root, "score")["samples"])) if bridge else 0
     rows += round(float(np.mean([coupling["facts"]["large_rows"] for coupling in couplings])))
-    if config.repair is not None:
+    if bridge and config.repair is not None:
         rows += config.repair.steps * config.repair.batch_size
     return rows
 

@@ -20,6 +20,7 @@ from plugbridge.config import RunConfig, apply_override, parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.files import write_atomically
 from plugbridge.parsing import shown
+from plugbridge.transfer.acting import without_idle_steps
 
 PRODUCTS = {
     "lora": ("lora_B.weight", "lora_A.weight"),
@@ -55,7 +56,7 @@ def similarity_configs(choice: Choice, task: str, method: str) -> dict[str, RunC
         raw = nested(settings)
         for override in (*choice.sets, "couple.steps=0"):  # whatever was asked: plugs are compared, not couplings
             raw = apply_override(raw, override)
-        return parse_config(raw, "reproduce")
+        return without_idle_steps(parse_config(raw, "reproduce"))
 
     return {
         f"{task}-{method}-procrustes": config("procrustes", choice.seed),

@@ -9,13 +9,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from plugbridge.config import RunConfig, load_config
 from plugbridge.errors import ConfigError, DataError, RunError
 from plugbridge.parsing import shown
 from plugbridge.report import PROPORTIONS, TITLES, read_report, save_picture, wilson
-from plugbridge.tasks.read import read_jsonl
+from plugbridge.stages.predictions import right_rows
+from plugbridge.transfer.acting import without_idle_steps
 
 JUDGED = "evaluate.split=validation"
 MOST = 1000
@@ -47,7 +49,7 @@ def sweep_configs(config: Path, sets: Sequence[str], varied: Sequence[str], mode
     for text in sets:
         if any(text.partition("=")[0].strip() == each.partition("=")[0] for each in next(iter(chosen.values()))):
             raise ConfigError(f"--set {shown(text)}: --vary has values for this key, too; keep one of the two")
-    found = {name: load_config(config, (*sets, *each, JUDGED)) for name, each in chosen.items()}
+    found = {name: without_idle_steps(load_config(config, (*sets, *each, JUDGED))) for name, each in chosen.items()}
     asked = [*TITLES] if (models := next(iter(found.values())).evaluate.models) is None else models
     if model not in asked:
         raise ConfigError(f"--by {model}: the runs will have {', '.join(asked)}")
@@ -134,34 +136,36 @@ def rows_right(root: Path, model: str) -> tuple[bool, ...]:
     """Which rows a finished run's model got right, by its predictions. Raises RunError."""
     path = root / "evaluate" / "predictions" / f"{model}.jsonl"
     try:
-        return tuple(answer["prediction"] == answer["right"] for _, answer in read_jsonl(path))
+        return tuple(right_rows(path))
     except (DataError, KeyError) as error:
         raise RunError(f"{path} holds no predictions as a run leaves them; run the sweep again ({error})") from error
 
 
-def apart(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
+def apart(one: Sequence[bool], other: Sequence[bool], compared: int = 1) -> tuple[float, float, float]:
     """How many more of the same rows one run got right than another, as a share, and its 95 % interval.
 
     Of paired proportions with half a row added to each kind (Agresti and Min 2005), so that it has a width where two
-    runs answer alike.
+    runs answer alike. Of so many intervals that are `compared`, 95 % is for all together (Bonferroni): a run that is
+    not the best is better than the best in one of its own, so that with as many as there are other runs, one is taken
+    for the best wrongly in 5 % at most, though it was chosen by the same rows (Hsu 1981).
     """
     more, fewer = (sum(a and not b for a, b in zip(x, y, strict=True)) for x, y in ((one, other), (other, one)))
     n, b, c = len(one) + 2, more + 0.5, fewer + 0.5
-    half = 1.959964 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    half = NormalDist().inv_cdf(1 - 0.025 / max(1, compared)) * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return (more - fewer) / len(one), (b - c) / n - half, (b - c) / n + half
 
 
 def rivals(found: Sequence[Tried], best: Tried, model: str) -> list[Tried]:
     """The runs that are not clearly worse than the best: their rows' answers, compared one by one, leave it open.
 
-    A run whose answers are not known is not clearly anything.
+    The more runs there are, the more it takes. A run whose answers are not known is not clearly anything.
     """
     others = [run for run in found if run is not best and run.values]
     mine = best.right.get(model, ())
     return [
         run
         for run in others
-        if not mine or len(theirs := run.right.get(model, ())) != len(mine) or apart(mine, theirs)[1] <= 0
+        if not mine or len(theirs := run.right.get(model, ())) != len(mine) or apart(mine, theirs, len(others))[1] <= 0
     ]
 
 
@@ -179,6 +183,15 @@ def verdict(found: Sequence[Tried], model: str) -> str:
     first = f"highest {where}" if len(level) == 1 else f"{len(level)} runs are level and highest {where}"
     apart_from = f"; not clearly apart from {'it' if len(level) == 1 else 'them'}, answer by answer: {_named(others)}"
     return f"{first}: {chosen}{apart_from if others else ''}"
+
+
+def foot(found: Sequence[Tried]) -> str:
+    """What a run has to be to be named the best, in one line; empty where there are no two."""
+    count = sum(1 for run in found if run.values)
+    if count < 2:
+        return ""
+    together = "at 95 %" if count == 2 else f"at 95 % for all {count - 1:,} comparisons together (Bonferroni)"
+    return f"a run is named the best where it answers more of the same rows right than every other, {together}"
 
 
 def _named(runs: Sequence[str]) -> str:
@@ -241,6 +254,8 @@ def sweep_page(found: Sequence[Tried], model: str, command: str) -> str:
         if best is not None and run is best and not rivals(found, best, model):
             values[names.index(model)] = f"**{values[names.index(model)]}**"
         lines.append("| " + " | ".join([*(text.partition("=")[2] for text in run.sets), *values]) + " |")
+    if said := foot(found):
+        lines += ["", f"{said[0].upper()}{said[1:]}."]
     failed = [f"- {' '.join(run.sets)}: {run.failed}" for run in found if run.failed]
     return "\n".join([*lines, *(["", "Failed:", "", *failed] if failed else []), ""])
 

@@ -10,11 +10,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
-from typer.core import TyperGroup
 
 from plugbridge import __version__
 from plugbridge.cli.bench import bench_app
+from plugbridge.cli.completion import whole_settings
 from plugbridge.cli.describe import explain, families, methods, tasks
+from plugbridge.cli.help import Command, Group, columns
 from plugbridge.cli.plan import plan
 from plugbridge.cli.report import report, submit
 from plugbridge.cli.reproduce import reproduce
@@ -30,23 +31,28 @@ from plugbridge.parsing import one_line
 EPILOG = """
 Start with a file, config.yaml:
 
-\b
   small: gpt2          # a model you can train, and a large one of its kind
   large: gpt2-xl
   task: wordnet-kind   # a name of `plugbridge tasks`, or your own rows
 
-\b
   plugbridge plan config.yaml      what it will take; loads nothing
   plugbridge run config.yaml       the whole job; given again, it goes on
   plugbridge report runs/config    what came of it
   plugbridge explain               every key of the file
 
-\b
-Completion in your shell: plugbridge --install-completion
+Completion in your shell:  plugbridge --install-completion
 """
 
 SHORT = {
     "run": "Do the whole job; finished stages are skipped.",
+    "tune": "Tune the small model.",
+    "score": "Rank the large model's units.",
+    "couple": "Train module, plug and Bridge together.",
+    "evaluate": "Score every model of the run.",
+    "families": "List the model families.",
+    "tasks": "List the tasks.",
+    "methods": "List the parameter-efficient methods.",
+    "explain": "Explain every key of a run's YAML file.",
     "prune": "Prune the large model into the Bridge.",
     "repair": "Fit the Bridge to the large model's forward passes.",
     "polish": "Tune the plugged module's factors, forward only.",
@@ -58,13 +64,13 @@ SHORT = {
     "submit": "Answer SuperGLUE's test rows with a finished run.",
     "reproduce": "Make a table or figure of the paper, ours beside it.",
 }
-"""Commands in a line of the help, where their own first sentence would be cut."""
+"""Commands in a line of the help: their own first sentences would be cut on narrow terminals."""
 
 RESUMING = ("run", *STAGES, "sweep", "bench", "reproduce")
 """Commands that go on where they were when they are given again."""
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """The commands, of which none ends in a traceback when it is interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -86,13 +92,14 @@ app = typer.Typer(
     help="Tune a language model you can run but not train: tune a small sibling, prune the large "
     "model into a Bridge, couple them, and plug the result into the large model.",
     epilog=EPILOG,
+    context_settings={"terminal_width": columns()},
 )
-app.command(short_help=SHORT["run"])(run)
+app.command(cls=Command, short_help=SHORT["run"])(run)
 for _name, _help in STAGES.items():
-    app.command(_name, short_help=SHORT.get(_name))(stage_command(_name, _help))
+    app.command(_name, cls=Command, short_help=SHORT[_name])(stage_command(_name, _help))
 for _command in (plan, report, sweep, submit, families, tasks, methods, explain, reproduce):
-    app.command(short_help=SHORT.get(_command.__name__))(_command)
-app.add_typer(bench_app, name="bench")
+    app.command(cls=Command, short_help=SHORT[_command.__name__])(_command)
+app.add_typer(bench_app, name="bench", short_help="Run grids; write their tables and pictures.")
 
 _LONGEST = 2000  # characters of an error: users' own texts may be in it
 
@@ -121,7 +128,7 @@ def _fail(error: PlugbridgeError) -> NoReturn:
 
 def _run() -> None:
     try:
-        app()
+        app(prog_name="plugbridge")  # whatever it was begun by; shells ask for what completes this name
     except OutputError:
         raise
     except PlugbridgeError as error:
@@ -141,6 +148,7 @@ def main() -> None:
     ending = [n for n in ENDING if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
     for number in ending:
         signal.signal(number, raise_stopped)
+    whole_settings()
     try:
         with standard_streams():
             _run()

@@ -7,14 +7,22 @@ from typing import Annotated
 
 import typer
 
-from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path
+from plugbridge.cli.completion import shapes as shape_names
+from plugbridge.cli.help import Command, Group
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path, yaml_files
 from plugbridge.cli.terminal import out, progress, say, setup
 from plugbridge.errors import ConfigError
 
-bench_app = typer.Typer(no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
+bench_app = typer.Typer(cls=Group, no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
 
 GridArg = Annotated[
-    Path, typer.Argument(parser=path, help="the grid's YAML file, such as configs/quality.yaml", show_default=False)
+    Path,
+    typer.Argument(
+        parser=path,
+        show_default=False,
+        autocompletion=yaml_files,
+        help="the grid's YAML file, such as configs/quality.yaml",
+    ),
 ]
 JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="processes at a time, one thread each")]
 TableOption = Annotated[
@@ -24,7 +32,7 @@ TableOption = Annotated[
 ]  # fmt: skip
 
 
-@bench_app.command(short_help="Measure the transfer against its controls over a grid.")
+@bench_app.command(cls=Command, short_help="Measure the transfer against its controls over a grid.")
 def quality(
     grid: GridArg,
     full: Annotated[bool, typer.Option("--full", help="also the grid's `full` part")] = False,
@@ -93,9 +101,11 @@ models' say little (`bench memory` measures every step in a process of its own).
 """
 
 
-@bench_app.command(short_help="Measure peak memory and time of ours and other ways.")
+@bench_app.command(cls=Command, short_help="Measure peak memory and time of ours and other ways.")
 def memory(
-    shapes: Annotated[str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b")] = "small",
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b", autocompletion=shape_names)
+    ] = "small",
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,

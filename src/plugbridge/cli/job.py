@@ -17,7 +17,6 @@ from plugbridge.progress import Advance, ignore
 from plugbridge.report import bridge_said
 
 WIDEST_BAR = 24
-SHORTEST_TITLE = 10
 SOON = 0.01
 """Share of the whole work before which nobody knows how long it will take."""
 
@@ -126,9 +125,8 @@ def bar_line(width: int, title: str, done: int, total: int, note: str, left: flo
     room -= len(time_left) + 2 if time_left else 0
     note = note if len(note) + 2 <= room else ""
     room -= len(note) + 2 if note else 0
-    head = (
-        f"  {title}" if len(title) + 2 <= room else f"  {title[: room - 3].rstrip()}…" if room >= SHORTEST_TITLE else ""
-    )
+    begun = title[: max(0, room - 2)].rpartition(" ")[0].rstrip()  # in whole words, and before the mark that more comes
+    head = f"  {title}" if len(title) + 2 <= room else f"  {begun}…" if begun else ""
     line = head + "".join(f"  {part}" for part in (count, note, time_left) if part)
     spare = min(WIDEST_BAR, width - len(line) - 2)
     if spare < 8 or total <= 0:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from plugbridge.cli.completion import settings
 from plugbridge.errors import ConfigError
 from plugbridge.parsing import path_of
 
@@ -54,8 +55,11 @@ DataOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="override one key, such as couple.steps=500; repeatable", show_default=False),
-]
+    typer.Option(
+        "--set", help="override one key, such as couple.steps=500; repeatable", show_default=False,
+        autocompletion=settings,
+    ),
+]  # fmt: skip
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars, results only")]
 RedoOption = Annotated[
     bool, typer.Option("--redo", help="do again what was done with other settings; it is kept in <out>/old")

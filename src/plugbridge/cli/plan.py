@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from plugbridge.cli.options import ConfigArg, JsonOption, SetOption
-from plugbridge.cli.terminal import err, out, progress, say, setup
+from plugbridge.cli.terminal import err, out, progress, say, say_command, setup
 from plugbridge.config import load_config
 from plugbridge.embedded import config_file
 from plugbridge.imports import leave_out_bitsandbytes
@@ -87,6 +87,8 @@ def _print_plan(found: "Plan", config: Path, sets: list[str]) -> None:
         out.print(f"peaks are over what Python and its libraries take, {taken}, which --memory has to hold, too")
     else:
         out.print("peaks are the card's")
+    for size, commit in found.commits.items():
+        out.print(f"the {size} model is of commit {commit}, where its branch on the hub is now")
     out.print(f"rows are taken to be full, {found.length} tokens: give --length if yours are shorter")
     if any(stage.name.endswith("(a batch)") for stage in found.stages):
         out.print(
@@ -118,8 +120,8 @@ def _print_what_fits(found: "Plan", memory: int, command: str, sets: list[str]) 
     if found.peak.fits and "resident=none" in settings:
         out.print("resident: auto would go by the memory that is free when the run begins")
     if settings:
-        words = (f"--set {shlex.quote(setting)}" for setting in (*sets, *settings))
-        out.print(f"the run fits with\n  {command} {' '.join(words)}")
+        out.print("the run fits with")
+        say_command([command, *(f"--set {shlex.quote(setting)}" for setting in (*sets, *settings))])
     if found.faster is not None:
         quick = " ".join(f"--set {setting}" for setting in found.faster.settings)
         out.print(

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from plugbridge.cli.completion import models, tasks
 from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path
-from plugbridge.cli.terminal import err, out, progress, say_prose, setup
+from plugbridge.cli.terminal import err, out, progress, say_code, setup
 from plugbridge.config import load_config
 from plugbridge.errors import ConfigError, PlugbridgeError
 from plugbridge.parsing import one_line
@@ -60,10 +61,17 @@ def submit(
         Path, typer.Option("--out", parser=path, help="directory of the leaderboard's files", show_default=False)
     ],
     data: DataOption = None,
-    model: Annotated[str, typer.Option("--model", help="a model of the run's report")] = "large_plugged",
+    model: Annotated[
+        str, typer.Option("--model", help="a model of the run's report", autocompletion=models)
+    ] = "large_plugged",
     task: Annotated[
         str | None,
-        typer.Option("--task", help="ax-b or ax-g for a run of rte  [default: the run's task]", show_default=False),
+        typer.Option(
+            "--task",
+            help="ax-b or ax-g for a run of rte  [default: the run's task]",
+            show_default=False,
+            autocompletion=tasks,
+        ),
     ] = None,
     tests: Annotated[
         Path | None,
@@ -107,17 +115,17 @@ def print_table(found: dict[str, Any]) -> None:
     if out.measure(table, options=out.options.update(width=1000)).maximum <= out.width:
         table.title, table.title_justify = title, "left"
         out.print(table)
-        say_prose(
+        out.print(
             "seconds and MiB: of making the model, or of scoring it where nothing was trained; "
             "changed: parameters the checkpoint adds"
         )
     else:
-        say_prose(title)
+        out.print(title)
         for row in found["rows"]:
             out.print(TITLES[row["name"]])
             seconds, mib = f"{row['seconds']:.0f} s", f"{row['peak_bytes'] / 2**20:.0f} MiB"
             out.print(f"  {row['metric']} {row['value']:.3f}, {seconds}, {mib}")
-        say_prose(
+        out.print(
             "seconds and MiB: of making the model, or of scoring it where nothing was trained; "
             "a wider terminal shows parameters, too"
         )
@@ -129,16 +137,16 @@ def print_table(found: dict[str, Any]) -> None:
     highest = f"{peak['bytes'] / 2**20:,.0f} MiB in '{peak['stage']}' ({held[peak['memory']]})"
     if peak["reserved_bytes"]:
         highest += f"; at most {peak['reserved_bytes'] / 2**20:,.0f} MiB were reserved"
-    say_prose(f"peak of the whole job, references left out: {highest}")
+    out.print(f"peak of the whole job, references left out: {highest}")
     coupling = found["coupling"]
     if coupling is not None:
         kept = f"; {coupling['cache_bytes'] / 2**20:,.0f} MiB of its activations were kept ({coupling['cache']})"
-        say_prose(
+        out.print(
             f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
         )
     for line in found["remarks"] or filter(None, [cut_line(found["cut"])]):
-        say_prose(line)
-    say_prose(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")
+        out.print(line)
+    out.print(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")
 
 
 def rows_of(found: dict[str, Any]) -> Table:
@@ -175,12 +183,12 @@ def print_loading(found: dict[str, Any], pictures: str) -> None:
         out.print(f"\n{pictures}")
         return
     kind = "AutoModelForSeq2SeqLM" if "T5" in _architecture(found) else "AutoModelForCausalLM"
-    ours = "import plugbridge  # knows the adapter; " if found["method"] == "adapter" else ""
+    ours = "  import plugbridge  # knows the adapter\n" if found["method"] == "adapter" else ""
     large = found["models"]["large"]
     revision = f", revision={large['commit']!r}" if large["commit"] else ""
     out.print(f"\nplugged checkpoint: {found['checkpoint']}\n{pictures}")
-    out.print(
-        f"\nload it:\n  {ours}from transformers import {kind}; from peft import PeftModel\n"
+    say_code(
+        f"\nload it:\n{ours}  from transformers import {kind}\n  from peft import PeftModel\n"
         f"  model = {kind}.from_pretrained({large['source']!r}{revision})\n"
         f"  model = PeftModel.from_pretrained(model, {found['checkpoint']!r})",
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from plugbridge.cli.completion import modes, one_of
+from plugbridge.cli.completion import tasks as task_names
 from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path
 from plugbridge.cli.terminal import announcer, out, progress, say, setup
 from plugbridge.errors import ConfigError
@@ -16,12 +18,23 @@ TABLES = (*(f"table{number}" for number in range(1, 9)), "fig1a", "fig1b")
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(help=f"which one: {', '.join(TABLES)}", show_default=False)],
+    table: Annotated[
+        str,
+        typer.Argument(
+            help=f"which one: {', '.join(TABLES)}",
+            show_default=False,
+            autocompletion=one_of(lambda: TABLES),
+        ),
+    ],
     small: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
     large: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="the embedded pair and task: minutes instead of days")] = False,
-    mode: Annotated[str | None, typer.Option(help="how to couple  [default: standalone, the paper's]")] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--task", help="only this task; repeatable")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="how to couple  [default: standalone, the paper's]", autocompletion=modes)
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="only this task; repeatable", autocompletion=task_names)
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="one seed for every run  [default: 0]")] = None,
     out_dir: RunsOption = None,
     target: Annotated[

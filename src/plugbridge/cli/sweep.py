@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from plugbridge.cli.completion import models, settings
 from plugbridge.cli.options import ConfigArg, DataOption, QuietOption, RunsOption, SetOption
 from plugbridge.cli.terminal import announcer, out, progress, say, setup
 
@@ -21,10 +22,11 @@ def sweep(
     vary: Annotated[
         list[str],
         typer.Option("--vary", help="a key and its values, such as couple.learning_rate=0.001,0.003; repeatable",
-                     show_default=False),
+                     show_default=False, autocompletion=settings),
     ],
     by: Annotated[
-        str, typer.Option("--by", help="the model that is judged, as `report --json` names it")
+        str,
+        typer.Option("--by", help="the model that is judged, as `report --json` names it", autocompletion=models),
     ] = "large_plugged",
     out_dir: RunsOption = None,
     data: DataOption = None,
@@ -41,6 +43,7 @@ def sweep(
         best_of,
         combinations,
         draw_sweep,
+        foot,
         rivals,
         sweep_configs,
         sweep_page,
@@ -73,8 +76,9 @@ def sweep(
     for run in found:
         if run.failed:
             out.print(f"failed: {' '.join(run.sets)}: {run.failed}")
-    if best is not None:
-        out.print(verdict(found, by))
+    for line in (verdict(found, by), foot(found)):
+        if line:
+            out.print(line)
     out.print(f"{root / 'sweep.md'} has every model, sweep.json and sweep.png beside it")
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +18,53 @@ from plugbridge.imports import leave_out_bitsandbytes
 from plugbridge.progress import Advance, Progress, Silent
 from plugbridge.workers import quiet_loggers
 
-# plain: what users name (paths, labels) may hold rich's own markup or emoji codes
-out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+class Screen(Console):
+    """A console that leaves no line to a terminal to break: sentences go on behind a blank, tables fold or stack.
+
+    What goes to a file or another program is a line as it is. Only words that are longer than a line are broken.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        # plain: what users name (paths, labels) may hold rich's own markup or emoji codes
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Print as rich does, with `soft_wrap` for what is not to be broken here."""
+        soft = options.pop("soft_wrap", not self.is_terminal)
+        super().print(*(objects if soft else map(self._fitting, objects)), soft_wrap=soft, **options)
+
+    def _fitting(self, what: Any) -> Any:
+        """A table in which every word has room, or its rows one below the other where no such table is as narrow."""
+        if not isinstance(what, Table):
+            return what
+        columns = [[str(column.header), *map(str, column.cells)] for column in what.columns]
+        least = [max((len(word) for text in texts for word in text.split() if "/" not in word), default=1)
+                 for texts in columns]  # fmt: skip
+        widths = [max(1, *(len(line) for text in texts for line in text.split("\n"))) for texts in columns]
+        room = self.width - 3 * len(columns) - 1  # a line and two blanks for each, and the last line
+        if sum(least) > room:
+            return stacked(what)
+        while sum(widths) > room:
+            widths[max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)] -= 1
+        for column, width in zip(what.columns, widths, strict=True):
+            column.width = width
+        return what
+
+
+def stacked(table: Table) -> Group:
+    """A table for narrow terminals: every row's first cell, and below it the others by their columns' names."""
+    heads = [str(column.header).strip().replace("\n", " ") for column in table.columns]
+    lines: list[Text | Padding] = [Text(str(table.title))] if table.title else []
+    for row, *cells in zip(table.rows, *(column.cells for column in table.columns), strict=True):
+        lines.append(Text(str(cells[0]), style=row.style or "bold"))
+        named = (f"{head}: {cell}" for head, cell in zip(heads[1:], cells[1:], strict=True) if str(cell))
+        lines += [Padding(Text(text), (0, 0, 0, 2), expand=False) for text in named]
+    return Group(*lines)
+
+
+out = Screen()
+err = Screen(stderr=True)
 
 
 class Bars:
@@ -42,7 +87,7 @@ def say(what: str, quiet: bool) -> None:
     """A command's first line, before what takes seconds to import: nobody shall look at silence."""
     if not quiet:
         err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {what}"))
-        err.print("  loading libraries and models …", soft_wrap=True)
+        err.print("  loading libraries and models …")
 
 
 class _Said(logging.Handler):
@@ -102,6 +147,17 @@ def rows_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Tab
     return table
 
 
-def say_prose(text: str) -> None:
-    """Print sentences, which a terminal breaks at blanks; never what is copied, such as commands and paths."""
-    out.print(text, soft_wrap=not out.is_terminal)
+def say_code(text: str) -> None:
+    """Print lines that are copied, as they are: a line's end in them would be copied, too."""
+    out.print(text, soft_wrap=True)
+
+
+def say_command(words: Sequence[str]) -> None:
+    """Print a command that is copied; a shell reads it over several lines where a terminal is too narrow for one."""
+    lines, width = [f"  {words[0]}"], out.width - 2 if out.is_terminal else None
+    for word in words[1:]:
+        if width is not None and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}"
+    say_code(" \\\n".join(lines))

@@ -4,7 +4,7 @@ Field descriptions are the text of ``plugbridge explain`` and of docs/configurat
 """
 
 from plugbridge.config.document import plain_value
-from plugbridge.config.fields import fields_help, fields_markdown
+from plugbridge.config.fields import field_values, fields_help, fields_markdown
 from plugbridge.config.inputs import BRANCHES, SHORTHAND, LargeConfig, LoadIn, TaskConfig
 from plugbridge.config.load import (
     apply_override,
@@ -55,6 +55,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "apply_override",
+    "field_values",
     "fields_help",
     "fields_markdown",
     "first_fault",

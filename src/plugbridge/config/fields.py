@@ -27,6 +27,17 @@ def fields_help() -> list[tuple[str, str, str]]:
     return rows
 
 
+def field_values(key: str) -> list[str]:
+    """What a key may be set to, where the schema lists it; a truth value's two words."""
+    name, _, inner = key.partition(".")
+    field = RunConfig.model_fields.get(name)
+    if field is not None and inner:
+        field = next((model.model_fields[inner] for model in tables_of(field) if inner in model.model_fields), None)
+    if field is None:
+        return []
+    return ["true", "false"] if field.annotation is bool else _values(field.annotation)
+
+
 def fields_markdown() -> str:
     """`fields_help` as a Markdown table."""
     lines = [f"| `{key}` | {default} | {text} |" for key, default, text in fields_help()]

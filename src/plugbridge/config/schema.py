@@ -6,7 +6,6 @@ from pydantic import Field
 
 from plugbridge.config.inputs import LargeConfig, LoadIn, TaskConfig
 from plugbridge.config.stages import (
-    MADE_BY,
     BaselinesConfig,
     CoupleConfig,
     EvaluateConfig,
@@ -39,7 +38,7 @@ class RunConfig(StrictConfig):
     special_tokens: bool = Field(
         default=True,
         description="begin every prompt with the special tokens that the tokenizer puts in front of a text, such as "
-        "`<bos>`, once; many models read text badly without. T5's prompts and answers end with `</s>` in any case",
+        "`<bos>`, once; many models read text badly without. T5's prompts end with `</s>` in any case",
     )
     method: MethodConfig = Field(default_factory=MethodConfig)
     tune: PartsConfig = Field(default_factory=PartsConfig)
@@ -68,19 +67,6 @@ class RunConfig(StrictConfig):
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you say so"
     )
-
-    @property
-    def stages(self) -> set[str]:
-        """The stages that a run does: those that make the models to be scored, and `evaluate`."""
-        sections = {"repair": self.repair, "polish": self.polish, "ceiling": self.ceiling, **dict(self.baselines)}
-        asked = MADE_BY if self.evaluate.models is None else self.evaluate.models
-        found = {stage for name in asked for stage in MADE_BY[name] if sections.get(stage, stage) is not None}
-        return {*found, "evaluate"}
-
-    def makes(self, model: str) -> bool:
-        """Whether the run does the stages that a model is made by."""
-        last = MADE_BY[model][-1:]
-        return set(last) <= self.stages
 
     @property
     def large_path(self) -> str:

@@ -28,7 +28,7 @@ from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 DEFAULT = MethodSettings(8, 16.0)
 TARGETS = {"causal": 1, "seq2seq": 2}
-"""Tokens of a row's answer: a label word, and the end mark of a seq2seq model."""
+"""Tokens of a row's answer: a label word, of a seq2seq model one of two tokens or more with its end mark."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ from plugbridge.stages.shrink import units_of
 from plugbridge.tasks.encode import Encoded, gold
 from plugbridge.train import make_optimizer, shares
 from plugbridge.transfer.couple import MODES, find_mode
-from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence
+from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence, without_bridge
 from plugbridge.transfer.down import start_down
 from plugbridge.transfer.fold import fold
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
@@ -243,7 +243,9 @@ def couple(case: Case, mode_name: str) -> Step:
     """Module, plug and Bridge train together."""
     mode = find_mode(mode_name)
     spare, layout = case.on_meta()  # a mode that does not run the large model never makes it
-    bridge, plan = bridge_of(case, spare, layout, torch.float32)
+    bridge, plan = None, without_bridge(layout).to(case.device)
+    if mode.has_bridge:
+        bridge, plan = bridge_of(case, spare, layout, torch.float32)
     start = _start(case, spare, layout)
     model = run_only(case)[0] if mode.runs_large else None
     down = start_down(case.down, layout, plan, case.method, start.module)
@@ -254,7 +256,7 @@ def couple(case: Case, mode_name: str) -> Step:
         large_model=model, recompute=case.recompute or (mode.runs_large and case.streamed),
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
     )  # fmt: skip
-    if not mode.reads_tokens:
+    if bridge is not None and not mode.reads_tokens:
         drop_vocabulary(bridge, layout)
     silence(coupling)
     require_gradients(coupling)
@@ -262,7 +264,7 @@ def couple(case: Case, mode_name: str) -> Step:
     loss = mode.start(coupling)
     climbed = {f"ladder/{key}": tensor for key, tensor in coupling.ladder.items()}
     tensors = [tensor for tensor in {**started, **climbed}.values() if tensor.requires_grad]
-    marks: Marks = [(bridge, "bridge")]
+    marks: Marks = [] if bridge is None else [(bridge, "bridge")]
     if coupling.large_model is not None:
         marks.append((coupling.large_model, "model"))
     return training(case, tensors, loss, marks, [coupling])

@@ -17,7 +17,9 @@ from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import Subjects, Work, peak_of, references_of, streamable, subjects_of, works_of
 from plugbridge.preflight import resolve
 from plugbridge.quantised import check_blocks
+from plugbridge.transfer.acting import runs_again
 from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.needed import stages_of
 
 Settings = Mapping[str, Any]
 """Values by dotted key, as `--set` takes them."""
@@ -275,8 +277,9 @@ def faster(
 ) -> Faster | None:  # fmt: skip
     """What coupling gains from memory that is left, with what is advised; None where that is not enough or nothing."""
     if (
-        "couple" not in config.stages
+        "couple" not in stages_of(config)
         or not config.couple.recompute
+        or not runs_again(config)
         or (advice is not None and advice.stuck is not None)
     ):
         return None

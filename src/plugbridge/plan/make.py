@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from plugbridge.models import pick_dtype
 from plugbridge.plan.advice import Advice, Faster, advise, faster, left_out, streams_here
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
+from plugbridge.preflight import with_commits
 from plugbridge.progress import Progress
+from plugbridge.sources import commits_of
 from plugbridge.stages.room import WIDE, trained_bytes
 
 
@@ -64,6 +66,8 @@ class Plan:
     advice: Advice | None
     left_out: tuple[str, ...] = ()
     faster: Faster | None = None
+    commits: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of models from the hub, by size: `config.json` was read of these."""
 
     @property
     def peak(self) -> PlannedStage:
@@ -105,6 +109,7 @@ def make_plan(
     Predictions are made on `beside`, too, where it is given. Rates are those of so many `threads`, a run's own unless
     told. Raises as `prepare` does for settings that do not go together.
     """
+    config = with_commits(config)
     threads = torch.get_num_threads() if threads is None else threads
     dtype = pick_dtype(config.dtype)
     baseline = 0 if on_card(config) else _baseline(dtype)
@@ -123,7 +128,10 @@ def make_plan(
     by_name = {str(number).removeprefix("torch."): rate for number, rate in rates.items()}
     out = left_out(config, advice, length, room, predictions) if room else ()
     quick = faster(config, advice, length, room, rates, predictions) if room else None
-    return Plan(stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out, quick)
+    commits = commits_of(config.small, config.large_path)
+    return Plan(
+        stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out, quick, commits
+    )  # fmt: skip
 
 
 def _baseline(dtype: torch.dtype) -> int:

@@ -30,6 +30,7 @@ from plugbridge.tasks.own import own_task
 from plugbridge.tasks.spec import Task, load_task
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
+from plugbridge.transfer.needed import needs_bridge, stages_of
 from plugbridge.tuners.table import MethodSettings, find_method
 
 FULL = "full fine-tuning"
@@ -160,7 +161,7 @@ def _length(config: RunConfig, asked: int | None, small: PreTrainedConfig, large
 
 def works_of(s: Subjects) -> Iterator[Work]:
     """Our stages that the run does, in order."""
-    yield from (work for work in _works(s) if _stage_of(work) in s.config.stages)
+    yield from (work for work in _works(s) if _stage_of(work) in stages_of(s.config))
 
 
 def _stage_of(work: Work) -> str:
@@ -218,7 +219,8 @@ def _works(s: Subjects) -> Iterator[Work]:
     note = AT_MOST if disk or kept else ""
     if mode.trains_bridge and config.couple.bridge == "freeze":
         disk += s.bridge * WIDE  # which is written all the same
-    yield Work(row, steps, disk, runs, rows, 0 if on_card(config) else kept, note, training=config.couple)
+    if steps > 0 or needs_bridge(config):  # else the module is plugged in as it is
+        yield Work(row, steps, disk, runs, rows, 0 if on_card(config) else kept, note, training=config.couple)
     if config.polish is not None:
         rows, batch = config.polish.evaluations * config.polish.rows, config.polish.batch_size
         times = config.polish.evaluations * math.ceil(config.polish.rows / batch)
@@ -243,7 +245,7 @@ def _evaluations(s: Subjects, large: Case, bridged: Case) -> Iterator[Work]:
     if any(name.startswith("large_") for name in names):
         scored = 1 if config.limit is None else max(1, len(LARGE_MODELS & set(names)))
         yield Work(row, scored * batches, 0, scored * batches, scored * rows, note=note)
-    elif "tune" not in s.config.stages:
+    elif "tune" not in stages_of(s.config):
         yield Work(replace(row, case=replace(s.small.alone(), batch=min(batch, rows))), batches, 0, 0, 0, note=note)
     mode = find_mode(s.config.couple.mode)
     if mode.trains_bridge and "bridge_coupled" in names:
@@ -279,7 +281,7 @@ def on_card(config: RunConfig) -> bool:
 
 def references_of(s: Subjects) -> Iterator[Work]:
     """What a run makes only to compare with, where it is asked for."""
-    yield from (work for work in _references(s) if _stage_of(work) in s.config.stages)
+    yield from (work for work in _references(s) if _stage_of(work) in stages_of(s.config))
 
 
 def _references(s: Subjects) -> Iterator[Work]:

@@ -23,6 +23,7 @@ from plugbridge.stages.shrink import prune, score
 from plugbridge.stages.tune import ceiling, tune
 from plugbridge.stages.work import Work, rate_of_training
 from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.needed import couple_needs, stages_of
 
 BIG = 2**26
 """Bytes of a large model from which memory matters more than the time that it takes to return it."""
@@ -102,23 +103,22 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress, only: str |
             partial(bridge_room, prepared),
         ),
     ]
-    bridge = ("prune",)
     if config.repair is not None:
         stages.append(
             stage(
                 "repair",
-                bridge,
+                ("prune",),
                 {"large": large, **bits, "repair": _dump(config.repair)},
                 repair,
                 partial(repair_room, prepared),
             )
         )
-        bridge = ("prune", "repair")
     stages += [
         stage(
             "couple",
-            ("tune", *bridge),
+            couple_needs(config),
             {
+                "large": large,
                 "method": method,
                 "couple": _dump(config.couple),
                 "rate": couple_rate,
@@ -136,7 +136,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress, only: str |
         stages.append(stage("polish", coupled, depends, polish))
         coupled = ("couple", "polish")
     stages.append(stage("plug", coupled, {"large": large, "source": config.large_path}, plug))
-    results: tuple[str, ...] = ("tune", *bridge, *coupled, "plug")
+    results: tuple[str, ...] = ("tune", "prune", "repair", *coupled, "plug")
     if config.ceiling is not None:
         depends = {
             "large": large,
@@ -150,7 +150,7 @@ def build_stages(prepared: Prepared, root: Path, progress: Progress, only: str |
     for name, depends, work, room in _baselines(prepared):
         stages.append(stage(name, (), depends, work, room))
         results = (*results, name)
-    asked = config.stages
+    asked = stages_of(config)
     results = tuple(name for name in results if name in asked)
     limited = {} if config.evaluate.limit is None else {"rows": "drawn alike"}  # earlier versions took the first
     stages.append(

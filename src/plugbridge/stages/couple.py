@@ -29,8 +29,16 @@ from plugbridge.tasks.encode import Encoded
 from plugbridge.train import batch_indices, drawn
 from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import find_mode
-from plugbridge.transfer.coupling import Coupling, bridge_state, drop_vocabulary, require_gradients, silence
+from plugbridge.transfer.coupling import (
+    Coupling,
+    bridge_state,
+    drop_vocabulary,
+    require_gradients,
+    silence,
+    without_bridge,
+)
 from plugbridge.transfer.down import start_down
+from plugbridge.transfer.needed import needs_bridge
 from plugbridge.transfer.start import Start, fresh_start, small_start
 from plugbridge.transfer.states import BothRows, Place, See, States, watch
 from plugbridge.tuners.module import Module, Slot, read, save, unpack
@@ -43,30 +51,32 @@ def couple(work: Work) -> dict[str, Any]:
     mode = find_mode(settings.mode)
     assert settings.layers is not None  # resolved
     small, large = layouts(work)
-    plan = read_plan(work.root).to(p.device)
+    through = needs_bridge(p.config)
+    plan = (read_plan(work.root) if through else without_bridge(large)).to(p.device)
     start = _start(work, small, large)
     module = {slot: tensor.to(p.device, torch.float32) for slot, tensor in start.module.items()}
-    bridge = load_bridge(bridge_folder(work), device=p.device)
+    bridge = load_bridge(bridge_folder(work), device=p.device) if through else None
+    starts = settings.steps > 0 or through  # or the module is plugged in as it is
     down = start_down(settings.down, large, plan, p.method, module)
     coupling = Coupling(
         method=p.method, settings=p.settings, small=start.small, large=large, plan=plan, bridge=bridge,
         encoder=p.large_encoder, module=module,
         plug={key: tensor.to(p.device) for key, tensor in start.plug.items()},
         down={key: tensor.to(p.device) for key, tensor in down.items()},
-        train_bridge=mode.trains_bridge and settings.bridge == "train",
-        large_model=p.load_run_only()[0] if mode.runs_large else None,
+        train_bridge=bridge is not None and mode.trains_bridge and settings.bridge == "train",
+        large_model=p.load_run_only()[0] if mode.runs_large and starts else None,
         first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
         recompute=settings.recompute or (mode.runs_large and p.streamed is not None and p.config.load_in is None),
         activations=settings.activations or "bridge", error_bound=settings.error_bound,
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
     )  # fmt: skip
-    if not mode.reads_tokens:
+    if bridge is not None and not mode.reads_tokens:
         drop_vocabulary(bridge, large)
     silence(coupling)
     require_gradients(coupling)
-    weights = dict(bridge.named_parameters())
+    weights = {} if bridge is None else dict(bridge.named_parameters())
     started = coupling.parameters()  # before the mode puts peft's own module on the Bridge
-    loss = mode.start(coupling)
+    loss = mode.start(coupling) if starts else _no_loss
     climbed = {f"ladder/{key}": tensor for key, tensor in coupling.ladder.items()}
     parameters = {name: tensor for name, tensor in {**started, **climbed}.items() if tensor.requires_grad}
     rates = {
@@ -76,7 +86,7 @@ def couple(work: Work) -> dict[str, Any]:
         "ladder/": settings.plug_learning_rate,
         "bridge/": settings.bridge_learning_rate,
     }
-    models = [bridge] if coupling.large_model is None else [coupling.large_model, bridge]
+    models = [model for model in (coupling.large_model, bridge) if model is not None]
     schedule = schedule_of(settings, p.config.seed, rates)
     losses = train(work, models, parameters, p.large_rows["train"], loss, schedule, f"couple ({settings.mode})")
     _save_coupled(work, coupling, weights)
@@ -93,6 +103,10 @@ def couple(work: Work) -> dict[str, Any]:
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
+
+
+def _no_loss(_rows: list[Encoded]) -> Tensor:
+    raise AssertionError("a training without steps asks for no loss")
 
 
 def uses_large(config: RunConfig) -> bool:
@@ -174,7 +188,7 @@ def _save_coupled(work: Work, coupling: Coupling, weights: Mapping[str, Tensor])
     }
     with write_atomically(work.folder / "coupled.safetensors") as path:
         save_file(tensors, str(path))
-    if not find_mode(p.config.couple.mode).trains_bridge:
+    if coupling.bridge is None or not find_mode(p.config.couple.mode).trains_bridge:
         return
     trained = load_bridge(bridge_folder(work))
     with torch.no_grad():

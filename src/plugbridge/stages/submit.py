@@ -21,6 +21,7 @@ from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.metrics import Answer, chosen, written
 from plugbridge.tasks.rows import Row, find_files, make_row, read_flat
 from plugbridge.tasks.spec import Leaderboard, Task
+from plugbridge.transfer.needed import makes
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def submit(
     if form != p.task.form(kind):
         raise ConfigError(f"the run is of task '{p.task.name}', which asks otherwise than '{task.name}'; run that task")
     every = candidates(Work(p, root, root / "evaluate", progress, Cost()))
-    found = {candidate.name: candidate for candidate in every if p.config.makes(candidate.name)}
+    found = {candidate.name: candidate for candidate in every if makes(p.config, candidate.name)}
     if model not in found:
         raise ConfigError(f"the run has no model {shown(model)}; known: {', '.join(found)}")
     check_needs(root, build_stages(p, root, progress), "evaluate")

@@ -14,14 +14,13 @@ from plugbridge.config import PartsConfig, TrainConfig
 from plugbridge.cost import Cost
 from plugbridge.errors import NotFinite, TrainingDiverged
 from plugbridge.evaluate import option_scores, predictions
-from plugbridge.families.spec import Layout, family_of
+from plugbridge.families.spec import Layout
 from plugbridge.generate import generate_texts
 from plugbridge.markers import CHECKPOINT, reading
-from plugbridge.models import load_config
+from plugbridge.models import layout_for, load_model
 from plugbridge.parsing import shown
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
-from plugbridge.run import facts_of
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.streaming import values_of
 from plugbridge.tasks.encode import Encoded, Encoder
@@ -178,20 +177,13 @@ def read_plan(root: Path) -> BridgePlan:
 
 
 def layouts(work: Work) -> tuple[Layout, Layout]:
-    """Small and large layouts, from what earlier stages recorded; loads no model."""
-    family = family_of(load_config(work.prepared.config.large_path).model_type)
-    small = facts_of(work.root, "tune")
-    plan = facts_of(work.root, "prune")
-    large_layers = layer_counts(work)
-    with reading(work.root):
-        return Layout(family, small["sizes"], small["layers"]), Layout(family, plan["large_sizes"], large_layers)
-
-
-def layer_counts(work: Work) -> dict[str, int]:
-    """Layers of the large model by stack, from its config alone."""
-    config = load_config(work.prepared.config.large_path)
-    family = family_of(config.model_type)
-    return {name: int(getattr(config, stack.layers)) for name, stack in family.stack.items()}
+    """Small and large layouts, of their shapes alone; loads no weights."""
+    config = work.prepared.config
+    small, large = (
+        layout_for(load_model(source, device="meta", trust_remote_code=config.trust_remote_code))
+        for source in (config.small, config.large_path)
+    )
+    return small, large
 
 
 def bridge_folder(work: Work) -> Path:

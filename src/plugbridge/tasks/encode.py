@@ -35,6 +35,9 @@ class TooLong(DataError):
 class Encoded:
     """One row in tokens, and the row itself. For seq2seq models every option ends with the end-of-sequence token.
 
+    Where all of a row's options are single tokens it does not: they are told apart without, and training and scoring
+    are of the same.
+
     Where the model writes its answer, the one option is the text that training writes, with an end mark for causal
     models too. `score` is what of an option's tokens choices are made on, and so what training raises. `kept` is the
     share of its passage that is left, `fused` says that the tokenizer would make one token of the prompt's end and an
@@ -54,6 +57,11 @@ class Encoded:
         """What training raises: the right option's tokens, the first alone where choices are made on it."""
         right = self.options[self.answer]
         return right[:1] if self.score == "first" else right
+
+    @property
+    def bare(self) -> bool:
+        """Whether all options are single tokens."""
+        return all(len(option) == 1 for option in self.options)
 
     @property
     def divisor(self) -> int:
@@ -172,6 +180,8 @@ class Encoder:
             texts, end = row.options, self._end()
         found = [self._behind(prompt, text) for text in texts]
         words = [ids for ids, _ in found]
+        if form.generate is None and all(len(word) == 1 for word in words):
+            end = ()
         _check_options(row.where, texts, words)
         if form.options_from is None:  # options that the data lists may be the same tokens: the first of them wins
             unknown = self.tokenizer.unk_token_id

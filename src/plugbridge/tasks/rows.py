@@ -189,13 +189,13 @@ def make_row(task: Task, form: PromptForm, where: str, raw: Mapping[str, Any], l
         options = tuple(fill(option, raw, where, task.blank) for option in form.options)
         right = (_number_of_option(label, len(options), where),) if labelled else ()
     elif form.options_from is not None:
-        texts = _texts(raw, form.options_from, where)
+        texts = texts_of(raw, form.options_from, where)
         options = tuple(fill(form.option, {**raw, "option": text}, where, task.blank) for text in texts)
         right = (
             _numbers_of_texts(texts, _right_texts(raw, task.label, form.options_from, where), where) if labelled else ()
         )
     else:
-        texts = _texts(raw, task.label, where) if labelled else ()
+        texts = texts_of(raw, task.label, where) if labelled else ()
         options = tuple(fill(form.generate or "", {**raw, task.label: text}, where, task.blank) for text in texts)
         right = tuple(range(len(options)))
     target = None
@@ -231,7 +231,7 @@ def _right_texts(raw: Mapping[str, Any], label: str, options: str, where: str) -
     """
     number = raw.get(label)
     if not isinstance(number, int) or isinstance(number, bool):
-        return _texts(raw, label, where)
+        return texts_of(raw, label, where)
     listed = cast(list[Any], raw[options]) if isinstance(raw[options], list) else [raw[options]]
     if not 0 <= number < len(listed):
         raise DataError(f"{where}: label {shown(number)} is not the number of an option (0 to {len(listed) - 1})")
@@ -250,7 +250,7 @@ def _numbers_of_texts(options: Sequence[str], right: Sequence[str], where: str) 
     return tuple(dict.fromkeys(options.index(text) for text in right))
 
 
-def _texts(raw: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+def texts_of(raw: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     """The texts of a field: a text, or a list of them, at least one and none empty."""
     value = field_of(raw, name, where)
     values = cast(list[Any], value) if isinstance(value, list) else [text_field(raw, name, where)]

@@ -5,13 +5,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from plugbridge.config import RunConfig, TaskConfig
+from plugbridge.config import LargeConfig, RunConfig, TaskConfig
 from plugbridge.errors import ConfigError
 from plugbridge.tasks.spec import load_task
 from plugbridge.transfer.couple import Mode, find_mode
+from plugbridge.transfer.needed import stages_of
 
 FREE = (
-    "resident", "device", "trust_remote_code", "score.keep", "couple.cache", "couple.recompute", "evaluate.batch_size",
+    "resident", "device", "trust_remote_code", "score.keep", "couple.cache", "evaluate.batch_size",
     *(f"{section}.checkpoint_every" for section in ("tune", "repair", "couple", "ceiling")),
     *(f"{section}.micro_batch" for section in ("tune", "couple", "ceiling")),
 )  # fmt: skip
@@ -26,13 +27,15 @@ OF_STEPS = (
     "learning_rate", "batch_size", "micro_batch", "warmup", "optimizer", "weight_decay", "clip", "plug_learning_rate",
     "down", "bridge", "bridge_learning_rate",
 )  # fmt: skip
-"""Keys of `couple` that only its steps read. A control without steps may inherit them from what it is compared with."""
+"""Keys of `couple` that only its steps read."""
+RUN_ONLY = ("large_zero_shot", "large_probe", "large_plugged")
+"""Models of which scoring has the large one run forward only."""
 
 
 def check_acting(config: RunConfig) -> None:
     """Refuse a setting that is not at its default and can do nothing, once the mode's defaults are written out.
 
-    Sections of stages that `evaluate.models` leaves out may stay. Raises ConfigError.
+    Sections of stages that the run does not do may stay (`stages_of`). Raises ConfigError.
     """
     for key, why in _idle(config, find_mode(config.couple.mode)):
         owner: BaseModel = config
@@ -45,20 +48,14 @@ def check_acting(config: RunConfig) -> None:
             raise ConfigError(f"{said}, but {why}; leave it out")
 
 
-def without_effect(config: RunConfig) -> list[str]:
-    """What a control may inherit and cannot use, a line each, once the mode's defaults are written out."""
-    if "couple" not in config.stages:
-        return []
-    couple, found = config.couple, list[str]()
-    if couple.steps == 0:
-        resolved = ("optimizer",) if couple.optimizer == "adamw" else ()  # what no steps have by default
-        given = [name for name in OF_STEPS if name not in resolved and _is_given(couple, name)]
-        if given:
-            verb = "changes" if len(given) == 1 else "change"
-            found.append(f"couple.steps is 0: couple.{', couple.'.join(given)} {verb} nothing")
-    if couple.mode == "identity":
-        found.append("mode 'identity' has no Bridge: `score` and `prune` change nothing in the plugged checkpoint")
-    return found
+def without_idle_steps(config: RunConfig) -> RunConfig:
+    """A configuration that inherits what only steps read, without it where there are none: of runs to be compared."""
+    couple = config.couple
+    if couple.steps > 0:
+        return config
+    fields = type(couple).model_fields
+    plain = {name: fields[name].get_default(call_default_factory=True) for name in OF_STEPS}
+    return config.model_copy(update={"couple": couple.model_copy(update=plain)})
 
 
 def _is_given(owner: BaseModel, name: str) -> bool:
@@ -67,8 +64,26 @@ def _is_given(owner: BaseModel, name: str) -> bool:
     return getattr(owner, name) != field.get_default(call_default_factory=True)
 
 
+def runs_again(config: RunConfig) -> bool:
+    """Whether coupling runs something again for its gradients, so that `couple.recompute` acts."""
+    mode = find_mode(config.couple.mode)
+    return not mode.name.startswith("ladder") and not (mode.reads_alone and config.method.name == "prefix")
+
+
+def _runs_large(config: RunConfig, mode: Mode, stages: set[str]) -> bool:
+    """Whether anything has the large model run forward only, which is where its weights may be quantised."""
+    couple = config.couple
+    asked = config.evaluate.models
+    scored = RUN_ONLY if not mode.runs_large else (*RUN_ONLY, "bridge_coupled")
+    if asked is None or set(asked) & {*scored} or {"repair", "polish"} & stages:
+        return True
+    fitted = couple.plug in ("ridge", "procrustes") or couple.layer_map != "uniform"
+    return "couple" in stages and ((mode.runs_large and couple.steps > 0) or fitted)
+
+
 def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
     """Keys that can do nothing, and why."""
+    stages = stages_of(config)
     method, couple = config.method.name, config.couple
     if isinstance(config.task, TaskConfig):
         yield "data", "the task's own files are named under `task`"
@@ -77,9 +92,17 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
     if method != "lora":
         yield "method.alpha", f"only lora has an alpha, not {method}"
         yield "method.dropout", f"only lora has dropout, not {method}"
-    if "couple" not in config.stages:
+    if isinstance(config.large, LargeConfig) and not _runs_large(config, mode, stages):
+        yield "large.load_in", "nothing that is asked for has the large model run forward only"
+    if "couple" not in stages:
         return
     here = f"in mode '{mode.name}'"
+    if couple.steps == 0:
+        for name in OF_STEPS:
+            if name != "optimizer" or couple.optimizer != "adamw":  # which no steps have by default
+                yield f"couple.{name}", "couple.steps is 0"
+    if not runs_again(config):
+        yield "couple.recompute", f"{here}{' with prefixes' if mode.reads_alone else ''} nothing is run again"
     if not mode.trains_bridge:
         yield "method.dropout", f"{here} the module runs without it, or its error would be another network's"
         yield "couple.bridge", f"{here} the Bridge never trains"

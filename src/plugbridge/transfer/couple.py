@@ -28,7 +28,8 @@ class Mode:
     `runs_large`: whether it runs the large model (forward only). `trains_bridge`: whether the Bridge
     can train. `reads_alone`: whether the Bridge reads tokens by itself, which a projected one cannot.
     `reads_tokens`: whether the Bridge's own embeddings and head are used; where they are not, they are dropped
-    and not counted. `caches`: where the large model's activations may be kept from.
+    and not counted. `has_bridge`: whether there is one at all. `caches`: where the large model's activations may be
+    kept from.
     `plug` and `layers` are the defaults: what did best on validation rows (docs/results/coupling_choices.md).
     `optimizer` is the default where the Bridge trains.
     """
@@ -40,6 +41,7 @@ class Mode:
     trains_bridge: bool
     reads_alone: bool
     reads_tokens: bool = False
+    has_bridge: bool = True
     caches: Callable[[Layout], "Rungs"] | None = None
     plug: StartKind = "fresh"
     layers: float = 1.0
@@ -138,6 +140,7 @@ MODES: dict[str, Mode] = {
             runs_large=True,
             trains_bridge=False,
             reads_alone=False,
+            has_bridge=False,
             layers=0.75,
         ),
     )

@@ -27,6 +27,8 @@ class Coupling:
     `module` is at small width with one entry per large layer. `small` and `large` are the models'
     layouts, `bridge` the pruned model, `large_model` the large one for modes that run it. `ladder`
     and `cache` are the ladder's own: its gates and projections, and where activations are kept.
+    `bridge` is None where none is read (`identity`, or a start that is plugged in as it is), the plan then
+    `without_bridge`.
     `first` is the first layer of each stack whose module trains; 0 where it is not named. `recompute`
     says that feedback runs a module's own sublayer again instead of keeping what its first run left, with
     what norms are at the Bridge's width, and standalone the Bridge's blocks.
@@ -37,7 +39,7 @@ class Coupling:
     small: Layout
     large: Layout
     plan: BridgePlan
-    bridge: PreTrainedModel
+    bridge: PreTrainedModel | None
     encoder: Encoder
     module: Module
     plug: Plug
@@ -50,6 +52,12 @@ class Coupling:
     recompute: bool = True
     activations: Literal["bridge", "large"] = "bridge"
     error_bound: float = 0.0
+
+    @property
+    def pruned(self) -> PreTrainedModel:
+        """The Bridge, where there is one."""
+        assert self.bridge is not None
+        return self.bridge
 
     def trains(self, slot: Slot) -> bool:
         """Whether a slot's tensor trains."""
@@ -76,8 +84,13 @@ class Coupling:
         found.update({f"down/{key}": t for key, t in self.down.items()})
         found.update({f"ladder/{key}": t for key, t in self.ladder.items()})
         if self.train_bridge:
-            found.update({f"bridge/{name}": p for name, p in self.bridge.named_parameters()})
+            found.update({f"bridge/{name}": p for name, p in self.pruned.named_parameters()})
         return found
+
+
+def without_bridge(layout: Layout) -> BridgePlan:
+    """The plan where no Bridge is read: it has no channel of the residual stream."""
+    return BridgePlan({**layout.sizes, "hidden": 0}, {"hidden": torch.empty(0, dtype=torch.long)})
 
 
 def drop_vocabulary(bridge: PreTrainedModel, layout: Layout) -> None:

@@ -278,17 +278,21 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
     if not coupling.method.stacked:
         spared["use_cache"] = False
     wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
-    attach(coupling.bridge, coupling.method, narrow, coupling.settings)
-    for model in (large, coupling.bridge):
-        fuse_gelu(model)
-        model.requires_grad_(False)
-    coupling.bridge.eval()
+    bridge = coupling.pruned if through_bridge else None
+    if bridge is not None:
+        attach(bridge, coupling.method, narrow, coupling.settings)
+        bridge.eval()
+    for model in (large, bridge):
+        if model is not None:
+            fuse_gelu(model)
+            model.requires_grad_(False)
     wrapped.eval()
+    dtype = bridge.dtype if bridge is not None else next(iter(coupling.module.values())).dtype
     stacks = {name: _needed(coupling, visits_of(layout, name)) for name in layout.family.stack}
     needed = [visit for visits in stacks.values() for visit in visits]
 
     def norm_at(path: str) -> NarrowNorm:
-        return NarrowNorm(width, large.get_submodule(path), coupling.bridge.dtype, keep=not coupling.recompute)
+        return NarrowNorm(width, large.get_submodule(path), dtype, keep=not coupling.recompute)
 
     norms: Norms | None = None
     if through_bridge:
@@ -297,7 +301,8 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
             norms = {path: norm_at(path) for path in map(norm_path, needed)}.__getitem__
 
     def loss(rows: list[Encoded]) -> Tensor:
-        wide, small = coupling.at_large_width(), coupling.at_bridge_width()
+        wide = coupling.at_large_width()
+        small = coupling.at_bridge_width() if through_bridge else {}
         local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
         through = {slot: t.detach() for slot, t in small.items()}
         batch = gold(coupling.encoder, rows).to(large.device)
@@ -308,7 +313,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
             functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
         reader = layout.family.prefix.stack
         value, error = head_gradient(large, layout, last[reader], batch, kind)
-        error = error.to(coupling.bridge.dtype)
+        error = error.to(dtype)
         low = coupling.plan.sizes["hidden"]
         context = {name: error.new_zeros(*h.shape[:-1], low) for name, h in last.items()}
         send_back(coupling, width, narrow, stacks[reader], error, local, through, context, norms)
@@ -318,7 +323,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
                 with torch.enable_grad():
                     out = large.get_submodule(layout.family.stack[name].final_norm)(h)
                     (error,) = torch.autograd.grad(out, h, width.lift(context[name]).to(out.dtype))
-                error = error.to(coupling.bridge.dtype)
+                error = error.to(dtype)
                 send_back(coupling, width, narrow, visits, error, local, through, context, norms)
         for visit in needed:
             visit.clear()
@@ -359,7 +364,7 @@ def send_back(
             arguments[link.argument] = arguments[link.argument].detach().requires_grad_(True)
             wanted.append(arguments[link.argument])
         with torch.enable_grad():
-            output = call(coupling, narrow, coupling.bridge, visit, through, x, arguments)
+            output = call(coupling, narrow, coupling.pruned, visit, through, x, arguments)
             back = torch.autograd.grad(output, wanted, gradient.low())
         if link is not None:
             context[link.stack] += back[1]

@@ -151,7 +151,7 @@ def ladder(coupling: Coupling) -> Loss:
         tensor.requires_grad_(True)
     backbone = Backbone(large, coupling.encoder, rungs, coupling.cache)
     return bridge_loss(
-        coupling, lambda rows: climbing(coupling.bridge, rungs, coupling.ladder, backbone.heights_of(rows))
+        coupling, lambda rows: climbing(coupling.pruned, rungs, coupling.ladder, backbone.heights_of(rows))
     )
 
 
@@ -178,15 +178,15 @@ def ladder_delta(coupling: Coupling) -> Loss:
     With an unpruned Bridge this is the plugged large model itself.
     """
     large = cast(PreTrainedModel, coupling.large_model)
-    for model in (large, coupling.bridge):
+    for model in (large, coupling.pruned):
         model.requires_grad_(False)
         model.eval()
     layout, width, rungs = coupling.large, Width(coupling.large, coupling.plan), norm_rungs(coupling.large)
     backbone = Backbone(large, coupling.encoder, rungs, coupling.cache)
-    wrapped, _ = attach(coupling.bridge, coupling.method, coupling.bridge_layout(), coupling.settings)
+    wrapped, _ = attach(coupling.pruned, coupling.method, coupling.bridge_layout(), coupling.settings)
     wrapped.eval()
     wrapped.requires_grad_(False)
-    dtype = coupling.bridge.dtype  # a large model in bfloat16 would round small changes of its stream away
+    dtype = coupling.pruned.dtype  # a large model in bfloat16 would round small changes of its stream away
     norms = {rung: deepcopy(large.get_submodule(path)).to(dtype) for rung, path in rungs.items()}
     kind, end = coupling.encoder.kind, f"{layout.family.prefix.stack}:end"
 
@@ -207,9 +207,9 @@ def ladder_delta(coupling: Coupling) -> Loss:
             changed[rung] = heights[rung] + width.lift(given - plain[rung])
             return width.down(norms[rung](changed[rung]))
 
-        with torch.no_grad(), cast(Any, wrapped).disable_adapter(), replaced_norms(coupling.bridge, rungs, unchanged):
+        with torch.no_grad(), cast(Any, wrapped).disable_adapter(), replaced_norms(coupling.pruned, rungs, unchanged):
             wrapped(**inputs)
-        with replaced_norms(coupling.bridge, rungs, moved):
+        with replaced_norms(coupling.pruned, rungs, moved):
             functional_call(wrapped, replaced, (), inputs)
         return head_loss(large, layout, changed[end].to(large.dtype), batch, kind)
 
@@ -219,7 +219,7 @@ def ladder_delta(coupling: Coupling) -> Loss:
 def _unread(batch: Batch, coupling: Coupling) -> dict[str, Tensor]:
     """Inputs of the Bridge's forward pass where nothing of its own stream is read: zeros instead of tokens."""
     width = coupling.plan.sizes["hidden"]
-    empty = torch.zeros(*batch.input_ids.shape, width, dtype=coupling.bridge.dtype, device=batch.input_ids.device)
+    empty = torch.zeros(*batch.input_ids.shape, width, dtype=coupling.pruned.dtype, device=batch.input_ids.device)
     found = {"inputs_embeds": empty, "attention_mask": batch.attention_mask}
     if coupling.encoder.kind == "seq2seq":
         found["decoder_inputs_embeds"] = empty.new_zeros(*batch.labels.shape, width)

@@ -29,8 +29,8 @@ def bridge_loss(coupling: Coupling, during: Callable[[list[Encoded]], AbstractCo
     Where nothing does, blocks may be run again for their gradient (`Coupling.recompute`: activation checkpointing).
     """
     recompute = during is None and coupling.recompute and not coupling.method.stacked
-    named = dict(coupling.bridge.named_parameters())
-    wrapped, _ = attach(coupling.bridge, coupling.method, coupling.bridge_layout(), coupling.settings)
+    named = dict(coupling.pruned.named_parameters())
+    wrapped, _ = attach(coupling.pruned, coupling.method, coupling.bridge_layout(), coupling.settings)
     names = set(trainable(wrapped))
     for parameter in named.values():  # peft froze them
         parameter.requires_grad_(coupling.train_bridge)
@@ -45,7 +45,7 @@ def bridge_loss(coupling: Coupling, during: Callable[[list[Encoded]], AbstractCo
         module = pack(coupling.method, coupling.bridge_layout(), coupling.at_bridge_width())
         replaced = {parameter_name(key): tensor for key, tensor in module.items()}
         assert set(replaced) == names
-        batch = gold(coupling.encoder, rows).to(coupling.bridge.device)
+        batch = gold(coupling.encoder, rows).to(coupling.pruned.device)
         if recompute:  # of prefixes, checkpointing would drop the cache that holds them
             return _loss_inside(wrapped, replaced, batch, coupling.encoder.kind)
 
@@ -60,7 +60,7 @@ def bridge_loss(coupling: Coupling, during: Callable[[list[Encoded]], AbstractCo
 
 def _run_blocks_again(coupling: Coupling) -> None:
     """Have transformers checkpoint the Bridge's blocks, which it does where a block is in training."""
-    bridge, layout = coupling.bridge, coupling.bridge_layout()
+    bridge, layout = coupling.pruned, coupling.bridge_layout()
     checkpoint_activations(bridge)
     for name, stack in layout.family.stack.items():
         for layer in range(layout.layers[name]):

@@ -352,7 +352,7 @@ def test_of_no_steps_all_settings_but_these_act(
     monkeypatch.setattr("plugbridge.preflight.check_acting", lambda _config: None)  # which refuses them
     raw = put(base("standalone", {}), "couple", {"mode": "standalone", "plug": "random", "steps": 0})
     other = {**LOOP, "micro_batch": 2, "optimizer": "adafactor", "plug_learning_rate": 0.3, "down": "learned",
-             "bridge": "freeze", "bridge_learning_rate": 0.3}  # fmt: skip
+             "bridge": "freeze", "bridge_learning_rate": 0.3, "activations": "large", "error_bound": 0.5}  # fmt: skip
     del other["steps"]
     assert {*OF_STEPS} == {*other}
     del other["bridge_learning_rate"]  # of a Bridge that trains

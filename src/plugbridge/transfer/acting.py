@@ -25,7 +25,7 @@ together.
 
 OF_STEPS = (
     "learning_rate", "batch_size", "micro_batch", "warmup", "optimizer", "weight_decay", "clip", "plug_learning_rate",
-    "down", "bridge", "bridge_learning_rate",
+    "down", "bridge", "bridge_learning_rate", "activations", "error_bound",
 )  # fmt: skip
 """Keys of `couple` that only its steps read."""
 RUN_ONLY = ("large_zero_shot", "large_probe", "large_plugged")
@@ -98,8 +98,12 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
         return
     here = f"in mode '{mode.name}'"
     if couple.steps == 0:
+        written = {
+            "optimizer": "adamw",
+            "activations": "bridge" if config.prune.bits == 16 else "large",
+        }  # by `resolve`
         for name in OF_STEPS:
-            if name != "optimizer" or couple.optimizer != "adamw":  # which no steps have by default
+            if name not in written or getattr(couple, name) != written[name]:
                 yield f"couple.{name}", "couple.steps is 0"
     if not runs_again(config):
         yield "couple.recompute", f"{here}{' with prefixes' if mode.reads_alone else ''} nothing is run again"

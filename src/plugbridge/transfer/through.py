@@ -112,7 +112,7 @@ def send_through(coupling: Coupling) -> None:
 
     To be called before a module is attached to either model.
     """
-    large, bridge = coupling.large_model, coupling.bridge
+    large, bridge = coupling.large_model, coupling.pruned
     assert large is not None
     for path in matrices_of(large, coupling.large):
         layer = large.get_submodule(path)

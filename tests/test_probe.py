@@ -12,7 +12,7 @@ from plugbridge.models import layout_for
 from plugbridge.probe import PENALTIES, fit_option_probe, fit_probe, option_states, prompt_states
 from plugbridge.progress import Silent
 from plugbridge.tasks.encode import Encoded, Encoder
-from test_evaluate import KIND, rows_of
+from test_evaluate import EOS, KIND, rows_of
 
 # states
 
@@ -87,7 +87,8 @@ def test_states_at_the_options_ends_equal_a_plain_loop(family: str) -> None:
             if kind == "causal":
                 model(input_ids=torch.tensor([[*row.prompt, *option]]))
             else:  # the decoder starts with a mark of its own, so the end mark's place has read all before it
-                model(input_ids=torch.tensor([row.prompt]), labels=torch.tensor([option]))
+                marked = option if option[-1] == EOS else (*option, EOS)
+                model(input_ids=torch.tensor([row.prompt]), labels=torch.tensor([marked]))
             wanted.append(seen.pop()[-1])
     handle.remove()
     for batch_size in (1, 4, 100):

@@ -27,7 +27,8 @@ def run(call: Call, run_config: Callable[..., Raw], tmp_path: Path) -> Callable[
     def whole(*, ceiling: Raw | None = None, evaluate: Raw | None = None, **changes: Any) -> Raw:
         train = {"steps": 2, "batch_size": 4}
         raw = run_config(tune=train, ceiling=ceiling, evaluate={"limit": 8, **(evaluate or {})}, **changes)
-        raw["couple"] = {**train, **changes.get("couple", {})}
+        couple = changes.get("couple", {})
+        raw["couple"] = {**({} if couple.get("steps") == 0 else train), **couple}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
         code, out, err = call("run", "run.yaml", "--out", "run", "--quiet")
         assert (code, err) == (0, "")

@@ -454,6 +454,8 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "not YAML": (lambda *_: "small: [", "is not YAML"),
     "not a table": (lambda *_: "- small", "expected keys and values, found a list"),
     "empty": (lambda *_: "", "expected keys and values, found nothing"),
+    "null": (lambda *_: "null", "expected keys and values, found nothing"),
+    "no words": (put("task.words", {}), "`words` has no two labels, so there is nothing to choose; give at least two"),
     "key missing": (lambda raw, _: raw.pop("small") and None, "'small' is required and not given"),
     "task key missing": (lambda raw, _: raw["task"].pop("prompt") and None, "'task.prompt' is required and not given"),
     "wrong type": (put("tune.steps", "many"), "tune.steps: Input should be a valid integer"),

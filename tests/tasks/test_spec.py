@@ -523,7 +523,7 @@ def test_how_options_are_ranked() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"words": {"a": " a"}}, "`words` has one label, so every answer is right; give at least two"),
+        ({"words": {"a": " a"}}, "`words` has no two labels, so there is nothing to choose; give at least two"),
         ({"max_new_tokens": 5}, "`max_new_tokens` is for texts that are written; it needs `generate`"),
         ({"words": None, "generate": "{label}", "score": "sum"}, "`score` ranks options; it does not go with"),
         ({"score": "product"}, "Input should be 'sum', 'mean' or 'first'"),

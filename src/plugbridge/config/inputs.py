@@ -102,5 +102,5 @@ class TaskConfig(StrictConfig):
         if self.generate is not None and self.score is not None:
             raise ValueError("`score` ranks options; it does not go with `generate`")
         if self.words is not None and len(self.words) < 2:
-            raise ValueError("`words` has one label, so every answer is right; give at least two")
+            raise ValueError("`words` has no two labels, so there is nothing to choose; give at least two")
         return self

@@ -56,7 +56,8 @@ def first_fault(error: ValidationError, source: str) -> str:
 def parse_config(raw: Any, source: str) -> RunConfig:
     """Check a configuration. Raises ConfigError with one line."""
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else f"a {'text' if isinstance(raw, str) else type(raw).__name__}"
+        empty = raw is None or (isinstance(raw, Plain) and raw.is_null)
+        found = "nothing" if empty else f"a {'text' if isinstance(raw, str) else type(raw).__name__}"
         raise ConfigError(f"{source}: expected keys and values, found {found}")
     try:
         return RunConfig.model_validate(raw)

@@ -159,7 +159,7 @@ def load_converted(
     weights = list(_distinct(model))
     if any(_stored(model, checkpoint, names) is None for names, _ in weights):
         return None
-    _fill_buffers(model, device)
+    fill_buffers(model, device)
     for names, parameter in weights:
         values = _reader(source, model, checkpoint, device, names, parameter)()
         _place(_owners(model, names), nn.Parameter(values, parameter.requires_grad))
@@ -172,7 +172,7 @@ def stream_blocks(model: PreTrainedModel, device: str, reader_of: ReaderOf, read
     Returns the model's layout. `reader` runs what reads ahead.
     """
     layout = layout_for(model)
-    _fill_buffers(model, device)
+    fill_buffers(model, device)
     order = {place: i for i, place in enumerate(_blocks_of(layout))}
     blocks: list[list[tuple[Absent, Owners]]] = [[] for _ in order]
     table = layout.table()
@@ -273,7 +273,7 @@ def _reader(
     return lambda: checkpoint.read(stored, dtype).to(device)
 
 
-def _fill_buffers(model: PreTrainedModel, device: str) -> None:
+def fill_buffers(model: PreTrainedModel, device: str) -> None:
     """Compute the buffers that no checkpoint holds (Llama's rotary frequencies), by transformers' own code."""
     for module in model.modules():
         own = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}

@@ -70,6 +70,17 @@ def test_a_prediction_is_close_to_what_a_real_step_has_alive(family: str, step: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_feedback_through_a_packed_bridge_is_close_to_what_a_real_step_has_alive(family: str) -> None:
+    """Positions without an error, which a prediction cannot know, are counted with the others."""
+    case = replace(with_top(case_of(family), ""), reduction=1, packed=2, activations="large")
+    plain, step = replace(case, packed=16), STEPS["couple, feedback"]
+    assert predict(case, step).peak == pytest.approx(really_alive(case, step), rel=0.15)
+    assert predict(case, step).peak < predict(plain, step).peak
+    deep = predict(case_of(family, layers=8, packed=3, activations="large"), STEPS["prune"])
+    assert deep.peak == pytest.approx(trace(case_of(family, layers=8, packed=3), STEPS["prune"]).peak, rel=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_repair_of_logits_is_close_to_what_a_real_one_has_alive(family: str) -> None:
     case = replace(case_of(family), target="logits")
     assert predict(case, STEPS["repair"]).peak == pytest.approx(really_alive(case, STEPS["repair"]), rel=0.15)

@@ -13,6 +13,7 @@ from plugbridge.models import layout_for, load_model
 from plugbridge.shrink.bridge import empty_bridge, write_bridge
 from plugbridge.shrink.importance import magnitude
 from plugbridge.shrink.packing import (
+    Order,
     PackedLinear,
     bytes_of,
     load_bridge,
@@ -44,7 +45,9 @@ def test_all_matrices_of_the_blocks_are_rounded_and_nothing_else(family: str) ->
     for path in paths:
         layer = plain.get_submodule(path)
         weight = layer.get_parameter("weight")
-        weight.data.copy_(pack(weight, 2).unpack())
+        stored = weight if layout.family.linear == "out in" else weight.mT
+        rounded = pack(stored.contiguous(), 2).unpack()
+        weight.data.copy_(rounded if layout.family.linear == "out in" else rounded.mT)
         assert not torch.equal(weight, model.get_submodule(path).get_parameter("weight"))
     assert torch.allclose(logits_of(packed), logits_of(plain), atol=1e-4)
     assert not torch.allclose(logits_of(packed), logits_of(model), atol=1e-2)
@@ -57,8 +60,9 @@ def test_a_directory_loads_by_itself_and_holds_the_bits_it_says(family: str, tmp
     plan = plan_bridge(layout, magnitude(model, layout), layout.sizes)
     bridge = empty_bridge(model, layout, plan)
     paths = matrices_of(bridge, layout)
-    make_packed(bridge, paths, 3)
-    write_bridge(bridge, packed_weights(model.named_parameters(), paths, 3), tmp_path)
+    make_packed(bridge, paths, 3, "out in")
+    turned = layout.family.linear == "in out"
+    write_bridge(bridge, packed_weights(model.named_parameters(), paths, 3, turned), tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     kind = AutoModelForSeq2SeqLM if layout.family.kind == "seq2seq" else AutoModelForCausalLM
     loaded = kind.from_pretrained(tmp_path)
@@ -67,9 +71,9 @@ def test_a_directory_loads_by_itself_and_holds_the_bits_it_says(family: str, tmp
     again = load_bridge(tmp_path)
     layer = cast(PackedLinear, again.get_submodule(paths[0]))
     assert (layer.weight.dtype, layer.bits) == (torch.int8, 3)
-    weights = sum(layer.shape.numel() for path in paths if (layer := cast(PackedLinear, again.get_submodule(path))))
-    packed = sum(layer.weight.nbytes for path in paths if (layer := cast(PackedLinear, again.get_submodule(path))))
-    assert packed == weights * 3 // 8
+    layers = [cast(PackedLinear, again.get_submodule(path)) for path in paths]
+    packed = sum(layer.weight.nbytes for layer in layers)
+    assert packed == sum(layer.shape[0] * -(-layer.shape[1] // 64) * 64 * 3 // 8 for layer in layers)
     assert bytes_of(again, layout, True) > bytes_of(again, layout, False) > packed
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits_of(load_bridge(tmp_path / "again")), logits_of(loaded))
@@ -77,11 +81,11 @@ def test_a_directory_loads_by_itself_and_holds_the_bits_it_says(family: str, tmp
         load_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("order", ["in out", "out in"])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_products_are_those_of_the_unpacked_matrix(bits: Bits, turned: bool) -> None:
-    layer = PackedLinear(6, 10, bits, turned, torch.nn.Parameter(torch.randn(10)), "cpu")
-    layer.fill(torch.randn(layer.shape))
+def test_products_are_those_of_the_unpacked_matrix(bits: Bits, order: Order) -> None:
+    layer = PackedLinear(6, 10, bits, order, torch.nn.Parameter(torch.randn(10)), "cpu")
+    layer.fill(pack(torch.randn(layer.shape), bits))
     matrix = layer.dense(torch.float32)
     x = torch.randn(2, 3, 6, requires_grad=True)
     out = layer(x)

@@ -69,6 +69,10 @@ class ScoreConfig(StrictConfig):
     )
 
 
+PackBits = Literal[16, 8, 4, 3, 2]
+Activations = Literal["bridge", "large"]
+
+
 class PruneConfig(StrictConfig):
     """How small the Bridge is: a reduction of every axis, or a budget of parameters."""
 
@@ -90,7 +94,7 @@ class PruneConfig(StrictConfig):
         "importance: fisher); `auto` is select where the Bridge reads alone, else gradient_pca, else pca",
     )
 
-    bits: Literal[16, 8, 4, 3, 2] = Field(
+    bits: PackBits = Field(
         default=16,
         description="bits of a weight in the matrices of the Bridge's blocks: 16 leaves them in the large model's "
         "precision; fewer are packed, with a scale for 64 weights",
@@ -171,7 +175,7 @@ class CoupleConfig(PartsConfig):
         "standalone the Bridge's blocks (not with prefixes); false keeps what the first run left, and in feedback what "
         "norms are at the Bridge's width: less time, more memory (a streamed large model always runs them again)",
     )
-    activations: Literal["bridge", "large"] | None = Field(
+    activations: Activations | None = Field(
         default=None,
         description="whose activations and attention feedback sends the error back through: `bridge`, those of the "
         "Bridge's sublayers, run on what the large model's norms gave, which keeps little; or `large`, those of the "

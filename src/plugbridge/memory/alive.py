@@ -2,7 +2,8 @@
 
 A fake tensor (torch's FakeTensorMode) has shape, dtype and device but no data, so that code made for real
 models runs unchanged and costs no memory. What cannot be known without data is answered here: every
-number asked for is one, tensors of one shape are equal, and a mask chooses as many positions as the caller says.
+number asked for is one, tensors of one shape are equal, and a mask chooses as many positions as the caller says; of two
+dimensions, all.
 """
 
 import weakref
@@ -74,6 +75,8 @@ class Alive(TorchDispatchMode):
             return args[0].shape == args[1].shape
         if func is aten.nonzero.default and isinstance(args[0], FakeTensor) and args[0].dim() == 1:
             return args[0].new_zeros(_all_or(self.columns, args[0]), 1, dtype=torch.long)
+        if func is aten.nonzero.default and isinstance(args[0], FakeTensor):
+            return args[0].new_zeros(args[0].numel(), args[0].dim(), dtype=torch.long)
         if func is aten.uniform_.default and isinstance(args[0], FakeTensor):
             return args[0]  # first values of weights, which do not matter
         if func is aten._unsafe_view.default:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.config import LoadIn
-from plugbridge.config.stages import OptimizerName
+from plugbridge.config.stages import Activations, OptimizerName, PackBits
 from plugbridge.families.spec import Family, Layout, family_of
 from plugbridge.memory.alive import note_read
 from plugbridge.models import MODEL_CLASS, find_checkpoint, layout_for
@@ -74,7 +74,8 @@ class Case:
     the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
     of their step, whose gradients are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
     `small`'s shape behind a plug, or without one from a fresh module. `target` is what a repair fits, `down`
-    whether coupling trains the way down.
+    whether coupling trains the way down. The Bridge's matrices are of `packed` bits, and its error passes the
+    `activations` of the Bridge or of the large model.
     """
 
     config: PreTrainedConfig
@@ -101,6 +102,8 @@ class Case:
     small: PreTrainedConfig | None = None
     target: RepairTarget = "response"
     down: DownKind = "select"
+    packed: PackBits = 16
+    activations: Activations = "bridge"
 
     @property
     def reads_files(self) -> bool:
@@ -149,7 +152,7 @@ class Case:
         """The same without what concerns only a Bridge and what trains: equal wherever nothing else differs."""
         return replace(
             self, trained={}, sizes=None, train_bridge=True, recompute=True, micro_batch=None, optimizer="adamw",
-            target="response", down="select",
+            target="response", down="select", packed=16, activations="bridge",
         )  # fmt: skip
 
     def shorter(self, batch: int, length: int) -> "Case":

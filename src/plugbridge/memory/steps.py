@@ -23,9 +23,11 @@ from plugbridge.models import checkpoint_activations, find_checkpoint, last_posi
 from plugbridge.progress import Silent
 from plugbridge.quantised import load_quantised
 from plugbridge.shrink.bridge import bridge_config, bridge_weights
+from plugbridge.shrink.packing import make_packed, matrices_of, packed_weights
 from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, unit_sum
 from plugbridge.shrink.shelf import Place, Shelf
 from plugbridge.stages.shrink import units_of
+from plugbridge.streaming import fill_buffers
 from plugbridge.tasks.encode import Encoded, gold
 from plugbridge.train import make_optimizer, shares
 from plugbridge.transfer.couple import MODES, find_mode
@@ -39,6 +41,8 @@ from plugbridge.transfer.start import LayerLikeness, MapKind, PlugFit, Start, St
 from plugbridge.transfer.states import States, watch
 from plugbridge.tuners.module import Module, attach, pack, saved_key, trainable, unpack
 
+MADE_UP = {"scales": 56, "top": 0.01}
+"""Values of a made-up packed matrix's scales, of which 56 is 1 in eight bits: small, and not zero, as no error is."""
 MakeStep = Callable[[Case], "Step"]
 Marks = list[tuple[nn.Module, str]]
 
@@ -152,9 +156,18 @@ def bridge_of(
 ) -> tuple[PreTrainedModel, BridgePlan]:
     """A Bridge with random weights, as one read from disk."""
     plan = case.plan(layout).to(case.device)
-    with torch.device(case.device):
+    with torch.device("meta" if case.packed != 16 else case.device):
         bridge: Any = type(model)(bridge_config(model.config, layout, plan))
-    return bridge.to(dtype).eval(), plan
+    bridge = bridge.to(dtype).eval()
+    if case.packed != 16:
+        make_packed(bridge, matrices_of(bridge, layout), case.packed, "out in")
+        fill_buffers(bridge, case.device)
+        for name, parameter in list(bridge.named_parameters(remove_duplicate=False)):
+            owner, _, leaf = name.rpartition(".")
+            value = MADE_UP.get(leaf, 0)
+            made = torch.full(parameter.shape, value, dtype=parameter.dtype, device=case.device)
+            setattr(bridge.get_submodule(owner), leaf, nn.Parameter(made, requires_grad=False))
+    return bridge, plan
 
 
 class Nowhere(Shelf):
@@ -201,7 +214,11 @@ def prune(case: Case) -> Step:
             moments = unit_sum(torch.eye(hidden, dtype=torch.double) for _ in range(kinds))
             plan = BridgePlan(plan.sizes, plan.keep, {"hidden": principal_basis(moments, sizes["hidden"])})
             del moments
-        for _ in bridge_weights(model, layout, plan, energy):  # each goes to disk
+        weights = bridge_weights(model, layout, plan, energy)
+        if case.packed != 16:
+            turned = layout.family.linear == "in out"
+            weights = packed_weights(weights, matrices_of(model, layout), case.packed, turned)
+        for _ in weights:  # each goes to disk
             pass
 
     return Step({"prune": work}, [], 0, held=[model])
@@ -253,7 +270,8 @@ def couple(case: Case, mode_name: str) -> Step:
         method=case.method, settings=case.settings, small=start.small, large=layout, plan=plan, bridge=bridge,
         encoder=case.encoder, module=start.module, plug=start.plug, down=down,
         train_bridge=mode.trains_bridge and case.train_bridge,
-        large_model=model, recompute=case.recompute or (mode.runs_large and case.streamed),
+        large_model=model, activations=case.activations,
+        recompute=case.recompute or (mode.runs_large and case.streamed),
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
     )  # fmt: skip
     if bridge is not None and not mode.reads_tokens:

@@ -20,7 +20,7 @@ from plugbridge.memory.steps import STEPS, alignment
 from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype, positions_of
 from plugbridge.preflight import check_probe, check_settings, resolve, room_in
 from plugbridge.prepare import bridge_sizes, wants_streaming
-from plugbridge.shrink.sizes import count_parameters
+from plugbridge.shrink.sizes import count_bytes, count_parameters
 from plugbridge.stages.couple import alignment_passes
 from plugbridge.stages.room import WIDE, kept_numbers
 from plugbridge.stages.shrink import rows_at_once, rows_scored
@@ -71,7 +71,11 @@ def peak_of(work: Work, counts: Trace) -> int:
 
 @dataclass(frozen=True)
 class Subjects:
-    """A configuration met with the shapes of its models; `at_once` is of a streamed model that is scored."""
+    """A configuration met with the shapes of its models; `at_once` is of a streamed model that is scored.
+
+    `bridge` counts the Bridge's parameters, `bridge_bytes` what it takes on disk, and `bridge_frozen` what it takes
+    once more where coupling writes it as it is.
+    """
 
     config: RunConfig
     layout: Layout
@@ -80,6 +84,8 @@ class Subjects:
     at_once: int
     parameters: int
     bridge: int
+    bridge_bytes: int
+    bridge_frozen: int
     hidden: int
 
 
@@ -103,7 +109,8 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         large, config.couple.batch_size, length, dtype=pick_dtype(config.dtype), method=method, settings=settings,
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
         train_bridge=config.couple.bridge == "train", recompute=config.couple.recompute,
-        optimizer=config.couple.optimizer, down=config.couple.down,
+        optimizer=config.couple.optimizer, down=config.couple.down, packed=config.prune.bits,
+        activations=config.couple.activations or "bridge",
     )  # fmt: skip
     empty, layout = base.on_meta()
     sizes = bridge_sizes(config, empty, layout)
@@ -131,6 +138,8 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         0 if config.score.keep == "disk" else min(at_once, config.score.samples),
         parameter_count(empty),
         count_parameters(layout, names, sizes),
+        count_bytes(layout, names, sizes, config.prune.bits, base.dtype.itemsize),
+        count_bytes(layout, names, sizes, config.prune.bits, WIDE),
         layout.sizes["hidden"],
     )
 
@@ -190,8 +199,8 @@ def _works(s: Subjects) -> Iterator[Work]:
     yield Work(
         Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes, sweeps=_sweeps(s, samples)
     )
-    pruned = replace(full, sizes=s.large.sizes)
-    yield Work(Row("prune", "", pruned, STEPS["prune"]), 1, s.bridge * width, 0, 0)
+    pruned = replace(full, sizes=s.large.sizes, packed=config.prune.bits)
+    yield Work(Row("prune", "", pruned, STEPS["prune"]), 1, s.bridge_bytes, 0, 0)
     if config.repair is not None:
         steps, asked = config.repair.steps, config.repair
         case = replace(bridged, batch=asked.batch_size, optimizer=asked.optimizer, target=asked.target)
@@ -218,7 +227,7 @@ def _works(s: Subjects) -> Iterator[Work]:
     disk, kept = (_cache_bytes(s, rows) if config.couple.cache == kind else 0 for kind in ("disk", "memory"))
     note = AT_MOST if disk or kept else ""
     if mode.trains_bridge and config.couple.bridge == "freeze":
-        disk += s.bridge * WIDE  # which is written all the same
+        disk += s.bridge_frozen  # which is written all the same
     if steps > 0 or needs_bridge(config):  # else the module is plugged in as it is
         yield Work(row, steps, disk, runs, rows, 0 if on_card(config) else kept, note, training=config.couple)
     if config.polish is not None:

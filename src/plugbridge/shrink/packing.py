@@ -4,9 +4,9 @@ A directory of such a model loads as any other does, `AutoModelForCausalLM.from_
 imported: its configuration names the quantiser that is registered here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +18,36 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.models import PACKED, load_model
-from plugbridge.tensors.packed import GROUP, Bits, pack, packed_shapes, unpack
+from plugbridge.tensors.packed import GROUP, Bits, Packed, pack, packed_shapes, unpack
 
 PARTS = {"codes": "weight", "scales": "scales", "top": "top"}
 """The parts of a packed matrix, and what a layer's parameters of them are called."""
+Order = Literal["out in", "in out"]
+"""How a packed matrix lies in memory. Groups are neighbours along the last axis."""
+Rounding = Callable[[str, Tensor, Bits], Packed]
+"""Packs a layer's matrix as it will lie in memory, given the layer's path."""
+
+
+def _nearest(_path: str, matrix: Tensor, bits: Bits) -> Packed:
+    return pack(matrix, bits)
 
 
 class PackedLinear(nn.Linear):
     """A frozen linear layer, `inputs` to `outputs`, whose matrix is packed.
 
-    `turned` says that it is kept as (out, in), as nn.Linear does; transformers' Conv1D keeps (in, out). The parameter
-    `weight` holds the codes. Nothing of the unpacked matrix stays for the backward pass, which unpacks it again.
+    It is kept in the `order` "out in" or "in out". The parameter `weight` holds the codes. Nothing of the unpacked
+    matrix stays for the backward pass, which unpacks it again.
     """
 
     scales: nn.Parameter
     top: nn.Parameter
 
     def __init__(
-        self, inputs: int, outputs: int, bits: Bits, turned: bool, bias: nn.Parameter | None, device: torch.device | str
+        self, inputs: int, outputs: int, bits: Bits, order: Order, bias: nn.Parameter | None, device: torch.device | str
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.turned = inputs, outputs, turned
-        self.shape = torch.Size((outputs, inputs) if turned else (inputs, outputs))
+        self.in_features, self.out_features, self.order = inputs, outputs, order
+        self.shape = torch.Size((outputs, inputs) if order == "out in" else (inputs, outputs))
         for part, (shape, dtype) in packed_shapes(self.shape, bits).items():
             empty = torch.zeros(shape, dtype=dtype, device=device)
             setattr(self, PARTS[part], nn.Parameter(empty, requires_grad=False))
@@ -53,11 +61,10 @@ class PackedLinear(nn.Linear):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix, unpacked: (in, out)."""
         found = unpack(self.weight, self.scales, self.top, self.shape, dtype)
-        return found.mT if self.turned else found
+        return found.mT if self.order == "out in" else found
 
-    def fill(self, matrix: Tensor) -> None:
-        """Pack a matrix into this layer, of `shape`."""
-        packed = pack(matrix, cast(Bits, self.bits))
+    def fill(self, packed: Packed) -> None:
+        """Take in a packed matrix of `shape`."""
         for part, name in PARTS.items():
             self.get_parameter(name).data.copy_(getattr(packed, part))
 
@@ -94,44 +101,49 @@ def matrices_of(model: nn.Module, layout: Layout) -> list[str]:
     ]
 
 
-def make_packed(model: PreTrainedModel, paths: Sequence[str], bits: Bits) -> None:
+def make_packed(model: PreTrainedModel, paths: Sequence[str], bits: Bits, order: Order) -> None:
     """Put packed layers in the place of linear ones, on the same device, their matrices not filled.
 
     The model's configuration says so from then on.
     """
-    model.config.quantization_config = cast(Any, PackedConfig)(bits=bits).to_dict()
+    model.config.quantization_config = cast(Any, PackedConfig)(bits=bits, order=order).to_dict()
     for path in paths:
         layer = model.get_submodule(path)
         assert isinstance(layer, nn.Linear | Conv1D)
-        weight = layer.weight
-        turned = not isinstance(layer, Conv1D)
-        outputs, inputs = weight.shape if turned else reversed(weight.shape)
+        inputs, outputs = reversed(layer.weight.shape) if isinstance(layer, nn.Linear) else layer.weight.shape
         bias = cast("nn.Parameter | None", layer.bias)
-        model.set_submodule(path, PackedLinear(inputs, outputs, bits, turned, bias, weight.device))
-
-
-@torch.no_grad()
-def pack_model(model: PreTrainedModel, layout: Layout, bits: Bits) -> None:
-    """Pack the matrices of a model's blocks in place, one after another."""
-    for path in matrices_of(model, layout):
-        matrix = model.get_submodule(path).get_parameter("weight").detach()
-        make_packed(model, [path], bits)
-        cast(PackedLinear, model.get_submodule(path)).fill(matrix)
+        model.set_submodule(path, PackedLinear(inputs, outputs, bits, order, bias, layer.weight.device))
 
 
 def packed_weights(
-    weights: Iterable[tuple[str, Tensor]], paths: Sequence[str], bits: Bits
+    weights: Iterable[tuple[str, Tensor]], paths: Sequence[str], bits: Bits, turned: bool, rounding: Rounding = _nearest
 ) -> Iterator[tuple[str, Tensor]]:
-    """Named weights, those of the layers at `paths` packed: each part by its parameter's name."""
-    packed = {f"{path}.weight" for path in paths}
+    """Named weights, those of the layers at `paths` packed by a `rounding`: each part by its parameter's name.
+
+    `turned` says that the packed layers keep (out, in) where these weights are (in, out), or the other way round.
+    """
+    packed = {f"{path}.weight": path for path in paths}
     for name, values in weights:
         if name not in packed:
             yield name, values
             continue
-        found = pack(values, bits)
+        path = packed[name]
+        found = rounding(path, values.mT.contiguous() if turned else values, bits)
         del values
         for part, leaf in PARTS.items():
-            yield f"{name.removesuffix('weight')}{leaf}", getattr(found, part)
+            yield f"{path}.{leaf}", getattr(found, part)
+
+
+@torch.no_grad()
+def pack_model(
+    model: PreTrainedModel, layout: Layout, bits: Bits, order: Order = "out in", rounding: Rounding = _nearest
+) -> None:
+    """Pack the matrices of a model's blocks in place, one after another."""
+    for path in matrices_of(model, layout):
+        matrix = model.get_submodule(path).get_parameter("weight").detach()
+        make_packed(model, [path], bits, order)
+        stored = matrix if order == layout.family.linear else matrix.mT.contiguous()
+        cast(PackedLinear, model.get_submodule(path)).fill(rounding(path, stored, bits))
 
 
 def load_bridge(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -151,11 +163,11 @@ def bytes_of(bridge: PreTrainedModel, layout: Layout, reads_tokens: bool) -> int
 
 @register_quantization_config(PACKED)
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed model: bits of a weight, and how many share a scale."""
+    """`quantization_config` of a packed model: bits of a weight, how many share a scale, and matrices' order."""
 
-    def __init__(self, bits: int = 4, group_size: int = GROUP, **_: Any) -> None:
+    def __init__(self, bits: int = 4, group_size: int = GROUP, order: Order = "out in", **_: Any) -> None:
         self.quant_method = cast(Any, PACKED)
-        self.bits, self.group_size = bits, group_size
+        self.bits, self.group_size, self.order = bits, group_size, order
 
 
 @register_quantizer(PACKED)
@@ -164,7 +176,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         layout = layout_of_config(model.config.to_dict())
-        make_packed(model, matrices_of(model, layout), cast(Any, self.quantization_config).bits)
+        said: Any = self.quantization_config
+        make_packed(model, matrices_of(model, layout), said.bits, said.order)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         kind = param.get_dtype() if hasattr(param, "get_dtype") else None

@@ -4,7 +4,7 @@ from plugbridge.config import TrainConfig
 from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.models import layout_for, load_config, load_model, parameter_count
 from plugbridge.prepare import Prepared, bridge_sizes
-from plugbridge.shrink.sizes import count_parameters
+from plugbridge.shrink.sizes import count_bytes, count_parameters
 from plugbridge.stages.couple import rows_drawn
 from plugbridge.tasks.encode import Encoded
 from plugbridge.train import drawn
@@ -40,7 +40,7 @@ def kept_numbers(layout: Layout, row: Encoded, kind: str) -> int:
 
 def bridge_room(p: Prepared) -> int:
     """Bytes of the Bridge that pruning will write."""
-    return _bridge_parameters(p) * p.dtype.itemsize
+    return count_bytes(*_bridge(p), p.config.prune.bits, p.dtype.itemsize)
 
 
 def repair_room(p: Prepared) -> int:
@@ -54,8 +54,9 @@ def couple_room(p: Prepared) -> int:
     couple = p.config.couple
     if not find_mode(couple.mode).trains_bridge:
         return cache_room(p)
-    each = trained_bytes(couple, WIDE) if couple.bridge == "train" else WIDE
-    return cache_room(p) + _bridge_parameters(p) * each
+    if couple.bridge == "freeze":
+        return cache_room(p) + count_bytes(*_bridge(p), p.config.prune.bits, WIDE)
+    return cache_room(p) + _bridge_parameters(p) * trained_bytes(couple, WIDE)
 
 
 def baseline_room(p: Prepared, size: str, kind: str, settings: TrainConfig) -> int:
@@ -79,10 +80,15 @@ def trained_bytes(settings: TrainConfig, width: int) -> int:
 
 
 def _bridge_parameters(p: Prepared) -> int:
+    return count_parameters(*_bridge(p))
+
+
+def _bridge(p: Prepared) -> tuple[Layout, set[str], dict[str, int]]:
+    """The large model's layout, the names of its weights, and the Bridge's sizes."""
     model = load_model(p.config.large_path, device="meta", trust_remote_code=p.config.trust_remote_code)
     layout = layout_for(model)
     names = {name for name, _ in model.named_parameters()}
-    return count_parameters(layout, names, bridge_sizes(p.config, model, layout))
+    return layout, names, bridge_sizes(p.config, model, layout)
 
 
 def cache_room(prepared: Prepared) -> int:

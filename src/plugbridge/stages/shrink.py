@@ -28,7 +28,7 @@ from plugbridge.shrink.importance import (
     record_second_moments,
     residual_energy,
 )
-from plugbridge.shrink.packing import bytes_of, make_packed, matrices_of, packed_weights
+from plugbridge.shrink.packing import Order, bytes_of, make_packed, matrices_of, packed_weights
 from plugbridge.shrink.prune import plan_bridge, principal_basis, unit_sum
 from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
@@ -178,19 +178,20 @@ def prune(work: Work) -> dict[str, Any]:
     weights = bridge_weights(model, layout, plan, energy)
     if p.config.prune.shuffle:
         weights = shuffled(weights, layout, p.config.seed)
+    alone = find_mode(p.config.couple.mode).reads_tokens
     count = parameter_count(bridge)
     ends = sum(t.numel() for n, t in bridge.named_parameters() if n in layout.vocabulary())
     if p.config.prune.bits != 16:
         paths = matrices_of(bridge, layout)
-        make_packed(bridge, paths, p.config.prune.bits)
-        weights = packed_weights(weights, paths, p.config.prune.bits)
+        order: Order = "in out" if alone else "out in"  # what is summed over comes first: inputs forward, outputs back
+        make_packed(bridge, paths, p.config.prune.bits, order)
+        weights = packed_weights(weights, paths, p.config.prune.bits, order != layout.family.linear)
     with folder_atomically(work.folder / "bridge") as folder:
         write_bridge(bridge, weights, folder)
         p.large_encoder.tokenizer.save_pretrained(str(folder))
     with write_atomically(work.folder / "keep.safetensors") as path:
         save_file({**plan.keep, **{f"{BASIS}{key}": matrix for key, matrix in plan.basis.items()}}, str(path))
     write_json(work.folder / "sizes.json", plan.sizes)
-    alone = find_mode(p.config.couple.mode).reads_tokens
     used = count if alone else count - ends
     held = bytes_of(bridge, layout, alone)
     return {

@@ -5,11 +5,10 @@ bits they are evenly spaced. Codes are packed without gaps: 64 weights take 8 by
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GROUP = 64
 """Neighbouring weights that share a scale."""
@@ -30,7 +29,6 @@ _PIECE = 2**22
 """Weights that are rounded at once, so that rounding takes little memory beside the matrix."""
 
 
-@cache
 def levels(bits: Bits) -> Tensor:
     """The levels of so many bits in units of the scale, ascending; (2**bits,), for 8 bits one less."""
     if bits == 8:
@@ -44,8 +42,8 @@ class Packed:
     """A packed matrix. codes: (groups, 8 * bits) int8; scales: (groups,) int8, float8 bits; top: () float32.
 
     Bytes are int8 so that no code takes them for what it may convert to another precision. A scale is its float8 times
-    `top`, a power of two. `shape` is that of the matrix, whose weights are grouped in the order in which they lie in
-    memory; the last group may be filled up.
+    `top`, a power of two. `shape` is that of the matrix, (rows, columns). Groups are neighbours in a row; its last one
+    is filled up.
     """
 
     codes: Tensor
@@ -70,18 +68,14 @@ class Packed:
 
 def packed_shapes(shape: torch.Size, bits: Bits) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of a packed matrix's parts, by their names."""
-    groups = -(-shape.numel() // GROUP)
+    groups = shape[0] * -(-shape[1] // GROUP)
     return {"codes": ((groups, 8 * bits), torch.int8), "scales": ((groups,), torch.int8), "top": ((), torch.float32)}
 
 
 @torch.no_grad()
 def pack(matrix: Tensor, bits: Bits) -> Packed:
     """A matrix rounded to the nearest levels, with scales of least squared error."""
-    flat = matrix.detach().reshape(-1)
-    missing = -flat.numel() % GROUP
-    if missing:
-        flat = torch.cat([flat, flat.new_zeros(missing)])
-    groups = flat.view(-1, GROUP)
+    groups = grouped(matrix.detach())
     size = max(1, _PIECE // GROUP)
     found = torch.cat([_best_scales(piece.float(), bits) for piece in groups.split(size)])
     top, scales = stored(found)
@@ -89,6 +83,12 @@ def pack(matrix: Tensor, bits: Bits) -> Packed:
     pieces = zip(groups.split(size), real.split(size), strict=True)
     codes = torch.cat([join(nearest(piece.float(), scale, bits), bits) for piece, scale in pieces])
     return Packed(codes, scales, top, matrix.shape)
+
+
+def grouped(matrix: Tensor) -> Tensor:
+    """A matrix's weights, group by group, each row filled up with zeros: (groups, 64)."""
+    missing = -matrix.shape[-1] % GROUP
+    return (nn.functional.pad(matrix, (0, missing)) if missing else matrix).reshape(-1, GROUP)
 
 
 def stored(scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def nearest(groups: Tensor, scales: Tensor, bits: Bits) -> Tensor:
 def _best_scales(groups: Tensor, bits: Bits) -> Tensor:
     """Scales of least squared error with the nearest levels, found by turns. groups: (n, 64). Returns (n,)."""
     if bits == 8:
-        return groups.abs().amax(-1)
+        return groups.abs().amax(-1) * (17 / 16)  # no weight is beyond the ends, however the scale is rounded
     grid = levels(bits).to(groups.device)
     scales = groups.square().mean(-1).sqrt()
     for _ in range(4):
@@ -133,24 +133,36 @@ def join(codes: Tensor, bits: int) -> Tensor:
     return torch.stack([(word >> (8 * i)) & 255 for i in range(bits)], -1).to(torch.uint8).flatten(-2).view(torch.int8)
 
 
-@cache
-def _table(bits: Bits, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The levels of every four neighbouring codes, by the number that their bits make; (2 ** (4 bits), 4)."""
-    number = torch.arange(2 ** (bits * _AT_ONCE))
-    codes = torch.stack([(number >> (bits * i)) & (2**bits - 1) for i in range(_AT_ONCE)], -1)
-    return levels(bits)[codes].to(device, dtype)
+_TABLES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+
+def _table(codes: Tensor, bits: Bits, dtype: torch.dtype) -> Tensor:
+    """The levels of every four neighbouring codes, by the number that their bits make; (2 ** (4 bits), 4).
+
+    Made once; fake tensors have theirs once a trace.
+    """
+    made, world = _TABLES, cast(Any, getattr(codes, "fake_mode", None))
+    if world is not None:
+        made = getattr(world, "packed_tables", {})
+        world.packed_tables = made
+    key = bits, codes.device, dtype
+    if key not in made:
+        number = torch.arange(2 ** (bits * _AT_ONCE), device=codes.device)
+        parts = torch.stack([(number >> (bits * i)) & (2**bits - 1) for i in range(_AT_ONCE)], -1)
+        made[key] = levels(bits).to(codes.device, dtype)[parts]
+    return made[key]
 
 
 def unpack(codes: Tensor, scales: Tensor, top: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The matrix that these codes (groups, 8 * bits) and scales (groups,) stand for, in `dtype`."""
-    bits, codes = codes.shape[-1] // 8, codes.view(torch.uint8)
+    bits = codes.shape[-1] // 8
     if bits == 8:
-        found = (codes.to(dtype) - 127).div_(127)
+        found = (codes.view(torch.uint8).to(dtype) - 127).div_(127)
     else:
-        table = _table(bits, codes.device, dtype)  # pyright: ignore[reportArgumentType]
-        found = torch.nn.functional.embedding(_numbers(codes, bits), table)
+        table = _table(codes, cast(Bits, bits), dtype)
+        found = nn.functional.embedding(_numbers(codes.view(torch.uint8), bits), table)
     found = found.view(-1, GROUP).mul_(read_scales(scales, top).to(dtype).unsqueeze(-1))
-    return found.view(-1)[: shape.numel()].view(shape)
+    return found.view(shape[0], -1)[:, : shape[1]]
 
 
 def _numbers(codes: Tensor, bits: int) -> Tensor:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plugbridge.config.stages import Activations
 from plugbridge.families.spec import Layout
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Encoded, Encoder
@@ -50,7 +50,7 @@ class Coupling:
     cache: ActivationCache | None = None
     first: dict[str, int] = field(default_factory=dict[str, int])
     recompute: bool = True
-    activations: Literal["bridge", "large"] = "bridge"
+    activations: Activations = "bridge"
     error_bound: float = 0.0
 
     @property

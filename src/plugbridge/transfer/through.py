@@ -70,13 +70,12 @@ def carrying(rows: Tensor, bound: float) -> Tensor | None:
     At a bound of 0 those that are zero are left out, which changes nothing.
     """
     squares = rows.square().sum(-1, dtype=torch.float32)
+    wanted = squares > 0
     if bound > 0:
-        order = squares.argsort(descending=True)
-        total = squares[order].cumsum(0)
-        count = int((total < (1 - bound) * total[-1]).sum()) + 1
-        kept = order[:count].sort().values
-    else:
-        kept = squares.nonzero().squeeze(-1)
+        ordered, order = squares.sort(descending=True)
+        before = ordered.cumsum(0) - ordered
+        wanted = torch.zeros_like(wanted).index_copy_(0, order, before < (1 - bound) * squares.sum())
+    kept = wanted.unsqueeze(1).nonzero()[:, 0]  # of two dimensions: a prediction of memory takes all of them
     return None if kept.numel() == rows.shape[0] else kept
 
 

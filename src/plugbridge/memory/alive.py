@@ -19,9 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from plugbridge.memory.remembered import Answer, Effect, answer_of, key_of
+
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
 _CURRENT: ContextVar["Alive | None"] = ContextVar("_CURRENT", default=None)
+_WORLD: ContextVar[FakeTensorMode | None] = ContextVar("_WORLD", default=None)
+_ANSWERS: dict[Any, Answer] = {}
+"""What operations on fake tensors gave, of all traces: it depends on nothing but their keys."""
 
 
 class Alive(TorchDispatchMode):
@@ -83,15 +88,12 @@ class Alive(TorchDispatchMode):
             func = aten.view.default  # the same tensor, and an answer that fake tensors remember
         if func is aten.index.Tensor:
             args = (args[0], _positions(args[1], self.chosen))
-        found = func(*args, **(kwargs or {}))
-        if func.namespace != "prim":  # questions about a tensor, of which fake ones get many
-            made = _tensors(found)
-            for tensor in made:
-                self._add(tensor)
-            if func._overloadpacket in _SCRATCH:
-                more = self.now + _SCRATCH[func._overloadpacket](*args)
-                self.peaks[self.place] = max(self.peaks.get(self.place, 0), more)
-            self._work(func, args, kwargs or {}, found, made)
+        if func.namespace == "prim":  # questions about a tensor, of which fake ones get many
+            return func(*args, **(kwargs or {}))
+        found, effect = _done(func, args, kwargs or {})
+        for tensor in _tensors(found):
+            self._add(tensor)
+        self._work(effect)
         return found
 
     def _add(self, tensor: Tensor) -> None:
@@ -110,16 +112,46 @@ class Alive(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-    def _work(self, func: Any, args: Any, kwargs: Any, found: Any, made: list[Tensor]) -> None:
-        packet = func._overloadpacket
-        counter = flop_registry.get(packet, _FLOPS.get(packet))
-        if counter is not None:
-            self.flops[_number(made)] += int(counter(*args, **kwargs, out_val=found))
-            if _number(made) in HALVES:
-                self.primitives.add((packet, *((tensor.shape, tensor.stride()) for tensor in _tensors(args))))
-        elif not func.is_view:
-            read = _tensors(args) + _tensors(tuple(kwargs.values()))
-            self.moved[_number(made)] += sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made))
+    def _work(self, effect: Effect) -> None:
+        if effect.scratch:
+            self.peaks[self.place] = max(self.peaks.get(self.place, 0), self.now + effect.scratch)
+        if effect.flops is not None:
+            self.flops[effect.number] += effect.flops
+        if effect.moved is not None:
+            self.moved[effect.number] += effect.moved
+        if effect.primitive is not None:
+            self.primitives.add(effect.primitive)
+
+
+def _done(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Effect]:
+    """What an operation gives and costs; it is done if the same was not before."""
+    world = _WORLD.get()
+    key = None if world is None else key_of(world, func, args, kwargs)
+    known = None if key is None else _ANSWERS.get(key)
+    if world is not None and known is not None:
+        return known.again(world, args), known.effect
+    found = func(*args, **kwargs)
+    effect = _effect(func, args, kwargs, found)
+    if world is not None and key is not None and key_of(world, func, args, kwargs) == key:  # or it changed a shape
+        answer = answer_of(world, func, args, found, effect)
+        if answer is not None:
+            _ANSWERS[key] = answer
+    return found, effect
+
+
+def _effect(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> Effect:
+    packet, made = func._overloadpacket, _tensors(found)
+    number = _number(made)
+    scratch = _SCRATCH[packet](*args) if packet in _SCRATCH else 0
+    counter = flop_registry.get(packet, _FLOPS.get(packet))
+    if counter is not None:
+        flops = int(counter(*args, **kwargs, out_val=found))
+        shapes = (packet, *((tensor.shape, tensor.stride()) for tensor in _tensors(args)))
+        return Effect(number, flops=flops, scratch=scratch, primitive=shapes if number in HALVES else None)
+    if func.is_view:
+        return Effect(number, scratch=scratch)
+    read = _tensors(args) + _tensors(tuple(kwargs.values()))
+    return Effect(number, moved=sum(tensor.numel() * tensor.itemsize for tensor in (*read, *made)), scratch=scratch)
 
 
 def note_read(tensor: Tensor) -> Tensor:
@@ -213,10 +245,13 @@ def fake_tensors() -> Generator[None]:
     own = base._apply
     # torch's swaps fake parameters for their converted selves, which it refuses where something refers to them weakly
     base._apply = _convert
+    world = _World()
+    outer = _WORLD.set(world)
     try:
-        with _World():
+        with world:
             yield
     finally:
+        _WORLD.reset(outer)
         base._apply = own
 
 

@@ -13,7 +13,8 @@ from conftest import make_model, save_model
 from plugbridge.cli.report import print_loading
 from plugbridge.config import parse_config
 from plugbridge.errors import RunError
-from plugbridge.models import load_model, model_files
+from plugbridge.folders import model_files
+from plugbridge.models import load_model
 from plugbridge.plan.make import make_plan
 from plugbridge.preflight import with_commits
 from plugbridge.prepare import Prepared, prepare

@@ -19,7 +19,8 @@ from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.run import Stage, execute
 from plugbridge.stages.build import build_stages, same_result
-from plugbridge.stages.work import rate_of_training, schedule_of
+from plugbridge.stages.depends import rate_of_training
+from plugbridge.stages.work import schedule_of
 from plugbridge.transfer.acting import FREE, OF_STEPS, without_idle_steps
 from plugbridge.tuners.table import METHODS
 

@@ -120,8 +120,11 @@ def changed_output(folder: Path, marker: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def state_of(folder: Path, digest: str) -> State:
-    """What a stage's folder is, seen with the digest of today. Raises RunError for one that is not ours."""
+def state_of(folder: Path, digest: str, whole: bool = True) -> State:
+    """What a stage's folder is, seen with the digest of today. Raises RunError for one that is not ours.
+
+    Without `whole` nobody looks at its outputs, which may take long: it may be damaged, where it is said to be done.
+    """
     if folder.is_symlink() and not folder.exists():
         raise RunError(f"{folder} is a link to nowhere; remove it, or give another --out")
     if not folder.exists():
@@ -133,7 +136,7 @@ def state_of(folder: Path, digest: str) -> State:
     done = read_marker(folder)
     started = read_started(folder) or done
     if done is not None and done["digest"] == digest:
-        return "done" if changed_output(folder, done) is None else "damaged"
+        return "done" if not whole or changed_output(folder, done) is None else "damaged"
     with reading(folder):
         empty = not any(not path.name.startswith(".") for path in folder.iterdir())
     if empty:

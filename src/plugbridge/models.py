@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 from zipfile import is_zipfile
@@ -27,21 +28,29 @@ from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from plugbridge.devices import NO_CARD
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout, check_families, check_numbers, family_of, known_family, layout_of
+from plugbridge.folders import (
+    ACTIVATIONS,
+    DROPOUTS,
+    SAME,
+    check_activation,
+    check_embeddings,
+    check_stored,
+    find_headers,
+    no_place,
+    other_number,
+    quantised_already,
+)
 from plugbridge.parsing import one_line, shown
 from plugbridge.sources import check_source, missing_for_sentencepiece, read_model_config, revision
-from plugbridge.tensors.checkpoint import AGAIN, DTYPES, Checkpoint, open_checkpoint, read_index
+from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
+from plugbridge.tensors.headers import AGAIN, read_index
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("F32", "BF16", "F16", "F64")
-"""How safetensors names the types in which weights are stored as they are."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate", "attention_dropout")
-"""Shares that the families' configurations give for dropout."""
-ACTIVATIONS = ("activation_function", "hidden_act", "dense_act_fn")
-"""Where configurations name the function between two linear layers."""
 _ADVICE = "weights_only"
 _NO_TENSORS = f"it is no file of tensors that torch.save wrote; {AGAIN}"
 MODEL_CLASS = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
@@ -124,9 +133,8 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
         raise ModelError(f"cannot read the configuration of {source}: {reason_of(error)}") from error
     for name in ACTIVATIONS:
         value = getattr(config, name, None)
-        if value is not None and (not isinstance(value, str) or value not in ACT2FN):
-            raise ModelError(f"config.json of {source}: {name} is {shown(value)}, which transformers does not know; "
-                             "expected an activation such as gelu_new")  # fmt: skip
+        if value is not None:
+            check_activation(source, name, value, ACT2FN)
     return config
 
 
@@ -167,10 +175,7 @@ def load_model(
     family = family_of(config.model_type)
     stored: Any = getattr(config, "quantization_config", None)
     if stored is not None and not (packed and stored.get("quant_method") == PACKED):
-        raise ModelError(
-            f"the weights of {source} are quantised already, as config.json says; expected full weights, which "
-            "large.load_in quantises"
-        )
+        raise ModelError(quantised_already(source))
     try:
         loaded: Any = MODEL_CLASS[family.kind].from_pretrained(
             source,
@@ -195,10 +200,7 @@ def load_model(
         )
     surplus = sorted(name for name in report["unexpected_keys"] if not name.endswith(family.buffers))
     if surplus:
-        raise ModelError(
-            f"{source} holds {len(surplus)} tensors for which its config.json has no place, the first is "
-            f"{shown(surplus[0])}; is it the checkpoint's own config.json?"
-        )
+        raise ModelError(no_place(source, surplus))
     return cast(PreTrainedModel, (model if quantisation is not None else model.to(device)).eval())
 
 
@@ -207,51 +209,8 @@ def find_checkpoint(source: str) -> Checkpoint | None:
 
     Raises ModelError for a broken, contradictory or incomplete set of files.
     """
-    whole = _find_file(source, "model.safetensors")
-    if whole is not None:
-        return open_checkpoint([whole])
-    index = _find_file(source, "model.safetensors.index.json")
-    if index is None:
-        return None
-    names = read_index(index)
-    paths: list[Path] = []
-    held = {shard: name for name, shard in reversed(names.items())}  # the first tensor of each
-    for shard, name in sorted(held.items()):
-        path = _find_file(source, shard)
-        if path is None:
-            raise ModelError(f"{source} has no {shard}, where {index.name} says that tensor {shown(name)} is; {AGAIN}")
-        paths.append(path)
-    checkpoint = open_checkpoint(paths)
-    for name, shard in names.items():
-        if name not in checkpoint.entries or checkpoint.entries[name].shard.name != shard:
-            raise ModelError(f"tensor {shown(name)} is not in {shard} of {source}, where {index.name} says it is")
-    return checkpoint
-
-
-TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "tekken.json",
-)  # fmt: skip
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-"""What peft's checkpoints are, which transformers loads into a model that lies beside them."""
-
-
-def model_files(folder: Path, *, code: bool = False) -> list[Path]:
-    """The files of a model's folder that loading it reads: configuration, tokenizer, weights, and `code` if trusted.
-
-    Of weights in several formats the one that is loaded, safetensors first.
-    """
-    patterns = ["config.json", *TOKENIZER_FILES, *ADAPTER_FILES, *(["*.py"] if code else [])]
-    found = {path for pattern in patterns for path in folder.glob(pattern)}
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = f"{whole}.index.json"
-        if (folder / whole).is_file():
-            found.add(folder / whole)
-            break
-        if (folder / index).is_file():
-            found |= {folder / index, *(folder / name for name in read_index(folder / index).values())}
-            break
-    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    found = find_headers(source, partial(_find_file, source))
+    return None if found is None else Checkpoint(found.entries, found.stamps)
 
 
 def check_precision(source: str, model: PreTrainedModel, checkpoint: Checkpoint | None) -> None:
@@ -262,11 +221,8 @@ def check_precision(source: str, model: PreTrainedModel, checkpoint: Checkpoint 
     own = shapes_of(model)
     entries = ((name, entry.dtype) for name, entry in checkpoint.entries.items()) if checkpoint is not None else None
     for name, kind in entries if entries is not None else _pickled(source):
-        if kind not in PRECISIONS and (name in own or f"{model.base_model_prefix}.{name}" in own):
-            raise ModelError(
-                f"tensor {shown(name)} of {source} is of type {kind}; expected {', '.join(PRECISIONS)}: are the "
-                "weights quantised, and their scales or config.json's quantization_config lost?"
-            )
+        if name in own or f"{model.base_model_prefix}.{name}" in own:
+            check_stored(source, name, kind)
 
 
 def _pickled(source: str) -> Iterator[tuple[str, str]]:
@@ -365,27 +321,19 @@ def parameter_count(model: nn.Module) -> int:
 def check_same_tokenizer(small: Tokenizer, large: Tokenizer) -> None:
     """Refuse a pair whose tokenizers differ, and say in what. Raises ModelError."""
     a, b = small.get_vocab(), large.get_vocab()
-    hint = "a module can only move between models that read the same tokens"
     if len(a) != len(b):
-        raise ModelError(f"small's tokenizer has {len(a)} tokens, large's has {len(b)}; {hint}")
+        raise ModelError(f"small's tokenizer has {len(a)} tokens, large's has {len(b)}; {SAME}")
     for token, number in sorted(a.items(), key=lambda item: item[1]):  # the first that differs
         if b.get(token) != number:
-            raise ModelError(
-                f"token {shown(token)} is {number} for small but {b.get(token, 'absent')} for large; {hint}"
-            )
+            raise ModelError(other_number(token, number, b.get(token, "absent")))
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(small, name) != getattr(large, name):
-            raise ModelError(f"{name} is {getattr(small, name)} for small but {getattr(large, name)} for large; {hint}")
+            raise ModelError(f"{name} is {getattr(small, name)} for small but {getattr(large, name)} for large; {SAME}")
 
 
 def check_vocabulary(source: str, tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
     """Refuse a model that has no embedding for a token of its tokenizer. Raises ModelError."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise ModelError(
-            f"{source}: the tokenizer has token {largest} but the model only {config.vocab_size} embeddings; "
-            "is it the model's own tokenizer?"
-        )
+    check_embeddings(source, max(tokenizer.get_vocab().values(), default=-1), config.vocab_size)
 
 
 def check_pair(small: PreTrainedConfig, large: PreTrainedConfig) -> None:
@@ -403,7 +351,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("device is 'cuda' but torch sees no CUDA card; use device: cpu")
+        raise ModelError(NO_CARD)
     return name
 
 

@@ -1,6 +1,6 @@
 """What users hand over, read in one place per kind: files and JSON, with every foreign exception made one line.
 
-YAML is read in `config/document.py`, safetensors in `tensors/checkpoint.py`; both stand on this.
+YAML is read in `config/document.py`, safetensors in `tensors/headers.py`; both stand on this.
 """
 
 import json

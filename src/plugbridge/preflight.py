@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from plugbridge.config import BaselinesConfig, RunConfig, TaskConfig
+from plugbridge.devices import check_device
 from plugbridge.digests import file_digest
 from plugbridge.errors import ConfigError, ModelError
-from plugbridge.families.spec import Family, Layout, check_families, check_numbers, family_of, layout_of_config
+from plugbridge.families.spec import Family, Layout, check_families, family_of, layout_of_config
+from plugbridge.folders import check_config as check_model_config
+from plugbridge.folders import check_vocabularies, check_weights
 from plugbridge.shrink.sizes import reduced_sizes
 from plugbridge.sources import check_files, pinned, read_model_config
 from plugbridge.tasks.check import check_rows
@@ -46,6 +49,7 @@ class Checked:
 def preflight(config: RunConfig, data: Path | None) -> Checked:
     """Refuse what needs no model, tokenizer or device to be refused. Raises ConfigError, ModelError, DataError."""
     config = with_commits(check_config(config))
+    check_device(config.device)
     kind = check_models(config)
     task, rows, digests = _read_task(config, data, kind)
     check_metrics(task.metrics)
@@ -97,19 +101,23 @@ def settings_of(config: RunConfig) -> MethodSettings:
 
 
 def check_models(config: RunConfig, weights: bool = True) -> str:
-    """The kind of both models, by their `config.json`, if they can be a pair; with `weights` and a tokenizer, too.
+    """The kind of both models, by their `config.json`, if they can be a pair.
 
-    Raises ModelError for one that is missing, of no known family, of another family than the other, or whose sizes are
-    no model's, ConfigError for a Bridge that cannot be.
+    With `weights` their folders have weights and a tokenizer, too, as far as headers and JSON tell. Raises ModelError
+    for one that is missing, of no known family, of another family than the other, or whose values are no model's,
+    ConfigError for a Bridge that cannot be.
     """
     sources = (config.small, config.large_path)
     raw = [read_model_config(source) for source in sources]
     families = [_family(source, found) for source, found in zip(sources, raw, strict=True)]
     check_families(*families)
     for source, found, family in zip(sources, raw, families, strict=True):
-        check_numbers(source, family, found)
+        check_model_config(source, family, found)
         if weights:
             check_files(source, own_tokenizer=config.trust_remote_code)
+            check_weights(source, family, found)
+    if weights and not config.trust_remote_code:  # or the tokenizer may be of a model's own code
+        check_vocabularies(*sources, raw)
     layout = _layout(raw[1], families[1])
     if layout is not None and config.prune.reduction is not None:
         reduced_sizes(layout, config.prune.reduction)
@@ -127,7 +135,8 @@ def _layout(raw: Mapping[str, Any], family: Family) -> Layout | None:
     if any(raw.get(stack.layers) is None for stack in family.stack.values()):
         return None
     layout = layout_of_config(raw)
-    return layout if all(axis in layout.sizes for axis in family.scope) else None
+    tied = (axis for pair in (*family.constraints.equal, *family.constraints.divisible) for axis in pair[1].split())
+    return layout if all(axis in layout.sizes for axis in (*family.scope, *tied)) else None
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -161,6 +170,13 @@ def check_settings(config: RunConfig) -> None:
     _check_bridge_use(config)
     _check_models(config)
     check_acting(config)
+
+
+def check_task(config: RunConfig, kind: str) -> None:
+    """Refuse a task that cannot be, whatever its rows. Raises ConfigError."""
+    task = own_task(config.task) if isinstance(config.task, TaskConfig) else load_task(config.task)
+    check_metrics(task.metrics)
+    check_probe(config, task, kind)
 
 
 def check_probe(config: RunConfig, task: Task, kind: str) -> None:
@@ -236,6 +252,29 @@ def room_in(config: RunConfig, positions: int | None) -> int | None:
     reserved = rank if method.stacked else 0  # a prefix takes positions of its own
     limits = [] if positions is None else [positions - reserved]
     return min([*limits, *([] if config.max_length is None else [config.max_length])], default=None)
+
+
+def check_length(config: RunConfig, length: int) -> None:
+    """Refuse rows of more tokens than a run gives its models, as far as `config.json` says. Raises ConfigError."""
+    for source in (config.small, config.large_path):
+        raw = read_model_config(source)
+        room = room_in(config, positions_told(raw))
+        if room is not None and length > room:
+            raise ConfigError(too_many(length, room, source))
+
+
+def positions_told(raw: Mapping[str, Any]) -> int | None:
+    """The longest sequence a model's positions allow; None for relative positions, or where nothing is said."""
+    found = [raw[name] for name in POSITIONS if raw.get("model_type") != "t5" and raw.get(name) is not None]
+    return int(found[0]) if found else None
+
+
+POSITIONS = ("n_positions", "max_position_embeddings")
+
+
+def too_many(tokens: int, room: int, source: str) -> str:
+    """What is said of rows that are longer than a model's room."""
+    return f"rows of {tokens} tokens are longer than the {room} that a run gives {source}"
 
 
 def most_of(config: RunConfig) -> dict[str, int]:

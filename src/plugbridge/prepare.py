@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plugbridge.config import RunConfig, TaskConfig
 from plugbridge.cost import free_memory
-from plugbridge.digests import file_digest
 from plugbridge.errors import ModelError
 from plugbridge.families.spec import Layout
+from plugbridge.folders import model_digest
 from plugbridge.models import (
     Tokenizer,
     check_pair,
@@ -26,7 +26,6 @@ from plugbridge.models import (
     load_config,
     load_model,
     load_tokenizer,
-    model_files,
     parameter_count,
     pick_device,
     pick_dtype,
@@ -35,7 +34,6 @@ from plugbridge.models import (
 from plugbridge.preflight import Checked, most_of, preflight, room_in
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
-from plugbridge.sources import commit_of
 from plugbridge.streaming import load_converted, load_streamed
 from plugbridge.tasks.alike import encode_alike
 from plugbridge.tasks.encode import Encoded, Encoder, front_of
@@ -185,8 +183,8 @@ def prepare_checked(checked: Checked) -> Prepared:
         device=device,
         dtype=pick_dtype(config.dtype),
         inputs={
-            "small": _model_digest(config, config.small),
-            "large": _model_digest(config, config.large_path),
+            "small": model_digest(config.small, remote),
+            "large": model_digest(config.large_path, remote),
             "task": {
                 "spec": task.model_dump(mode="json"),
                 "files": dict(checked.digests),
@@ -288,11 +286,3 @@ def _read(encoder: Encoder, *read: Mapping[Split, Sequence[Encoded]]) -> dict[st
         front["end_mark"] = "not behind single tokens"  # earlier versions trained it all the same
     cut = any(row.kept < 1 for rows in read for found in rows.values() for row in found)
     return {**front, **({"cut": "tokens"} if cut else {})}
-
-
-def _model_digest(config: RunConfig, source: str) -> dict[str, Any]:
-    """What makes a model: its configuration, tokenizer and weights. What else lies in its folder changes nothing."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return {"source": source, "commit": commit_of(source)}
-    return {"files": {path.name: file_digest(path) for path in model_files(folder, code=config.trust_remote_code)}}

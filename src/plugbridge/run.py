@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from plugbridge.errors import RunError
 from plugbridge.files import digest_of, disk_errors, folder_atomically
@@ -151,14 +151,23 @@ def _and_needed(known: Mapping[str, Stage], name: str) -> list[Stage]:
 
 def check_kept(root: Path, stages: Sequence[Stage], only: str | None, redo: bool) -> None:
     """Refuse to do again what was done with other settings or inputs, and say which. Raises RunError."""
-    digests, states = stage_digests(stages), _states(root, stages, only)
-    other = [
+    other = other_stages(root, stages, only)
+    if other and not redo:
+        refuse_others(root, stages, other)
+
+
+def other_stages(root: Path, stages: Sequence[Stage], only: str | None) -> list[Stage]:
+    """The stages that were done with other settings or inputs, and of whose today's nothing was set aside."""
+    digests, states = stage_digests(stages), _states(root, stages, only, whole=False)
+    return [
         stage
         for stage in stages
         if states.get(stage.name) == "other" and _kept(root, stage.name, digests[stage.name]) is None
     ]
-    if not other or redo:
-        return
+
+
+def refuse_others(root: Path, stages: Sequence[Stage], other: Sequence[Stage]) -> NoReturn:
+    """Raise RunError for stages that would be done again, with what has changed."""
     names = ", ".join(stage.name for stage in other)
     raise RunError(
         f"{root} holds other work, which would be done again ({names}): {_why(root, stages, other)}; give the same "
@@ -180,10 +189,10 @@ def _why(root: Path, stages: Sequence[Stage], changed: Sequence[Stage]) -> str:
     return ", ".join([*list(found)[:MOST], *([f"and {more} more"] if more > 0 else [])])
 
 
-def _states(root: Path, stages: Sequence[Stage], only: str | None) -> dict[str, State]:
-    """What the folder of every stage to run is today."""
+def _states(root: Path, stages: Sequence[Stage], only: str | None, whole: bool = True) -> dict[str, State]:
+    """What the folder of every stage to run is today; outputs are compared where that is of the `whole`."""
     digests = stage_digests(stages)
-    return {name: state_of(root / name, digest) for name, digest in digests.items() if only in (None, name)}
+    return {name: state_of(root / name, digest, whole) for name, digest in digests.items() if only in (None, name)}
 
 
 def check_room(root: Path, stages: Sequence[Stage], only: str | None) -> None:

@@ -11,7 +11,7 @@ from test_answers import multirc
 
 import test_cli
 from conftest import VOCAB, save_model, write_jsonl
-from plugbridge.stages.submit import board_lines, uninformed
+from plugbridge.stages.leaderboard import board_lines, uninformed
 from plugbridge.tasks.metrics import chosen, written
 from plugbridge.tasks.rows import make_row
 from plugbridge.tasks.spec import load_task, task_names
@@ -175,7 +175,7 @@ def test_a_finished_run_answers_the_test_rows(call: Call, data: Path, tmp_path: 
     assert call(*submit, "--tests", odd, "--out", "short") == (0, "short/RTE.jsonl: answers of large_plugged\n", "")
     assert lines_of(tmp_path / "short" / "RTE.jsonl") == found[::2]
     write_jsonl(odd / "RTE" / "test.jsonl", [test[1]])
-    assert "without its passage, 'premise', it still takes" in mistake(call(*submit, "--tests", odd))
+    assert "without its passage, 'premise', it still takes" in mistake(call(*submit, "--tests", odd, "--out", "none"))
     assert "the run has no model 'large_tuned'; known: small_zero_shot, " in mistake(
         call(*submit, "--model", "large_tuned")
     )

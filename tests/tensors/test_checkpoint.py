@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from conftest import make_model, save_model
 from plugbridge.errors import ModelError
 from plugbridge.models import find_checkpoint, load_model
-from plugbridge.tensors.checkpoint import Checkpoint, open_checkpoint, read_index
+from plugbridge.tensors.checkpoint import Checkpoint, open_checkpoint
+from plugbridge.tensors.headers import read_index
 
 TENSORS = {
     "a.float": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
@@ -236,5 +237,5 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
 def test_a_type_that_cannot_be_streamed_is_said_before_anything_is_read(tmp_path: Path) -> None:
     shard = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(2), "b": torch.zeros(4).to(torch.float8_e4m3fn)}, shard)
-    with pytest.raises(ModelError, match=r"tensor 'b' in .* is of type F8_E4M3, which cannot be streamed"):
+    with pytest.raises(ModelError, match=r"tensor 'b' in .* is of type 'F8_E4M3', which cannot be streamed"):
         open_checkpoint([shard]).require_readable()

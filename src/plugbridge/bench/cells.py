@@ -22,9 +22,8 @@ from plugbridge.progress import Progress
 from plugbridge.report import read_report
 from plugbridge.run import borrow, execute, locked
 from plugbridge.shrink.sizes import budgeted_sizes, count_parameters
-from plugbridge.stages.baselines import rate_of_baseline
 from plugbridge.stages.build import build_stages, same_result
-from plugbridge.stages.work import rate_of_training
+from plugbridge.stages.depends import rate_of_baseline, rate_of_training
 from plugbridge.tuners.table import find_method
 
 SHARE = "% of the model's"

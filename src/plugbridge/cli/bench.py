@@ -9,7 +9,7 @@ import typer
 
 from plugbridge.cli.completion import shapes as shape_names
 from plugbridge.cli.help import Command, Group
-from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path, yaml_files
+from plugbridge.cli.options import MOST, DataOption, QuietOption, RunsOption, SetOption, path, yaml_files
 from plugbridge.cli.terminal import out, progress, say, setup
 from plugbridge.errors import ConfigError
 
@@ -24,7 +24,7 @@ GridArg = Annotated[
         help="the grid's YAML file, such as configs/quality.yaml",
     ),
 ]
-JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="processes at a time, one thread each")]
+JobsOption = Annotated[int, typer.Option("--jobs", min=1, max=MOST, help="processes at a time, one thread each")]
 TableOption = Annotated[
     Path | None,
     typer.Option("--table", parser=path, show_default=False,
@@ -124,7 +124,7 @@ def memory(
         float | None,
         typer.Option("--minutes", min=0, help="begin no row after so many; the same command goes on from there"),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=MOST, help="CPU threads of a step")] = 1,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="run only rows whose `method: stage` holds this, such as ours, and predict all "

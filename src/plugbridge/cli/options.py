@@ -10,6 +10,9 @@ from plugbridge.cli.completion import settings
 from plugbridge.errors import ConfigError
 from plugbridge.parsing import path_of
 
+MOST = 1024
+"""Threads of a process, and processes at a time, that can be asked for."""
+
 
 def path(text: str) -> Path:
     """A path on the command line, `~` expanded: shells leave it in `--out=~/run`. Raises ConfigError."""

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from plugbridge.cli.options import ConfigArg, JsonOption, SetOption
-from plugbridge.cli.terminal import err, out, progress, say, say_command, setup
+from plugbridge.cli.options import MOST, ConfigArg, JsonOption, SetOption
+from plugbridge.cli.terminal import out, progress, say, say_command, setup
 from plugbridge.config import load_config
 from plugbridge.embedded import config_file
 from plugbridge.imports import leave_out_bitsandbytes
 
 if TYPE_CHECKING:
     from plugbridge.plan.make import Plan
+
+LONGEST = 10_000_000
+"""Tokens of a row at most, as of `max_length`."""
 
 
 def plan(
@@ -30,6 +33,7 @@ def plan(
         typer.Option(
             "--length",
             min=4,
+            max=LONGEST,
             show_default=False,
             help="tokens of a row; by default 512, or what max_length and the models' positions leave of them",
         ),
@@ -37,7 +41,11 @@ def plan(
     threads: Annotated[
         int | None,
         typer.Option(
-            "--threads", min=1, show_default=False, help="CPU threads whose rates are measured; by default a run's own"
+            "--threads",
+            min=1,
+            max=MOST,
+            show_default=False,
+            help="CPU threads whose rates are measured; by default a run's own",
         ),
     ] = None,
     sets: SetOption = None,
@@ -49,12 +57,18 @@ def plan(
     config = config_file(config)
     loaded = load_config(config, tuple(sets or ()))
     room = parse_bytes(memory) if memory is not None else None
+    from plugbridge.devices import check_device
     from plugbridge.plan.beside import second_process
-    from plugbridge.preflight import check_config, check_models
+    from plugbridge.preflight import check_config, check_length, check_models, check_task
 
-    check_models(check_config(loaded), weights=False)
+    checked = check_config(loaded)
+    check_task(checked, check_models(checked, weights=False))
+    if length is not None:
+        check_length(checked, length)
+    if room is None:
+        check_device(checked.device)  # of which the free memory is asked
     fresh = leave_out_bitsandbytes()  # a plan has stand-ins for what it quantises
-    say(f"plan {config}", as_json or not err.is_terminal)
+    say(f"plan {config}", as_json)
     setup(True)
     from plugbridge.plan.make import make_plan  # all that is heavy, before the process is copied
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from plugbridge.cli.completion import models, tasks
 from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path
-from plugbridge.cli.terminal import err, out, progress, say_code, setup
+from plugbridge.cli.terminal import err, out, progress, say, say_code, setup
 from plugbridge.config import load_config
 from plugbridge.errors import ConfigError, PlugbridgeError
 from plugbridge.parsing import one_line
@@ -88,18 +88,22 @@ def submit(
 
     read_report(root)  # refuses what is no finished run
     config = load_config(root / "config.yaml")
-    setup(quiet)
-    from plugbridge.prepare import prepare
-    from plugbridge.stages.submit import submit as write_answers
+    from plugbridge.preflight import preflight
+    from plugbridge.stages.leaderboard import read_unanswered
     from plugbridge.tasks.hub import from_hub
     from plugbridge.tasks.spec import load_task
 
-    prepared = prepare(config, data)
-    chosen = prepared.task if task is None else load_task(task)
+    checked = preflight(config, data)
     folder = tests or data or (Path(config.data) if config.data else None)
     if from_hub(folder):
         raise ConfigError("the hub is for rows with labels; give --tests DIR of the official test files")
-    done = write_answers(prepared, root, chosen, model, folder, out_dir, progress(quiet))
+    asked = read_unanswered(checked, root, checked.task if task is None else load_task(task), model, folder, out_dir)
+    say(f"submit {root} -> {asked.path}, {len(asked.rows):,} rows", quiet)
+    setup(quiet)
+    from plugbridge.prepare import prepare_checked
+    from plugbridge.stages.submit import submit as write_answers
+
+    done = write_answers(prepare_checked(checked), root, asked, model, progress(quiet))
     out.print(f"{done.path}: answers of {model}")
     if done.long:
         out.print(f"{len(done.long):,} of {done.rows:,} rows were not read and have {done.instead}: {done.long[0]}")

@@ -35,7 +35,7 @@ def reproduce(
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="only this task; repeatable", autocompletion=task_names)
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="one seed for every run  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="one seed for every run  [default: 0]")] = None,
     out_dir: RunsOption = None,
     target: Annotated[
         Path | None, typer.Option("--table", parser=path, help="Markdown file to write; LaTeX and JSON beside it")

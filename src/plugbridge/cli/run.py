@@ -38,11 +38,13 @@ def execute_stages(
     from plugbridge.markers import check_places, check_root
     from plugbridge.preflight import preflight
     from plugbridge.run import check_stages, execute, locked
+    from plugbridge.stages.recorded import check_recorded
     from plugbridge.transfer.needed import stages_of
 
     check_root(root, config_path, redo)
     check_places(root, stages_of(config) if only is None else {only})
     checked = preflight(config, data)
+    check_recorded(root, checked, only, redo)
     say(f"{config_path} -> {root}", quiet)
     setup(quiet)
     from plugbridge.cli.job import Job

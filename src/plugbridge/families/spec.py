@@ -244,7 +244,8 @@ def solve_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         for left, right in family.constraints.equal:
             for known, unknown in ((left, right), (right, left)):
                 if all(name in sizes for name in known.split()):
-                    _solve_one(unknown, _product(known, sizes), sizes, f"{left} = {right}")
+                    value = _product(known, sizes)
+                    _solve_one(unknown, value, sizes, f"{left} = {right} = {value}")
     return sizes
 
 

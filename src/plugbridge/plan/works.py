@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from plugbridge.config import RunConfig, TaskConfig, TrainConfig
+from plugbridge.config import RunConfig, TrainConfig
 from plugbridge.config.stages import PartsConfig
 from plugbridge.cost import free_memory
 from plugbridge.errors import ConfigError
@@ -18,16 +18,13 @@ from plugbridge.memory.predict import Trace
 from plugbridge.memory.rows import Row, baselines, top_layers
 from plugbridge.memory.steps import STEPS, alignment
 from plugbridge.models import check_pair, load_config, parameter_count, pick_device, pick_dtype, positions_of
-from plugbridge.preflight import check_probe, check_settings, resolve, room_in
+from plugbridge.preflight import check_settings, check_task, resolve, room_in, too_many
 from plugbridge.prepare import bridge_sizes, wants_streaming
 from plugbridge.shrink.sizes import count_bytes, count_parameters
-from plugbridge.stages.couple import alignment_passes
+from plugbridge.stages.depends import alignment_passes
 from plugbridge.stages.room import WIDE, kept_numbers
 from plugbridge.stages.shrink import rows_at_once, rows_scored
 from plugbridge.streaming import block_bytes
-from plugbridge.tasks.metrics import check_metrics
-from plugbridge.tasks.own import own_task
-from plugbridge.tasks.spec import Task, load_task
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
 from plugbridge.transfer.needed import needs_bridge, stages_of
@@ -100,7 +97,7 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
     remote = config.trust_remote_code
     small, large = (load_config(path, trust_remote_code=remote) for path in (config.small, config.large_path))
     check_pair(small, large)
-    _check_task(config, family_of(large.model_type).kind)
+    check_task(config, family_of(large.model_type).kind)
     length = _length(config, length, small, large)
     rank = config.method.rank if config.method.rank is not None else method.rank
     settings = MethodSettings(rank, config.method.alpha or 2.0 * rank, config.method.dropout)
@@ -150,12 +147,6 @@ def streamable(config: RunConfig) -> bool:
     return any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
 
 
-def _check_task(config: RunConfig, kind: str) -> None:
-    task: Task = own_task(config.task) if isinstance(config.task, TaskConfig) else load_task(config.task)
-    check_metrics(task.metrics)
-    check_probe(config, task, kind)
-
-
 def _length(config: RunConfig, asked: int | None, small: PreTrainedConfig, large: PreTrainedConfig) -> int:
     """Tokens of a row: as asked, or `LENGTH`, or what `max_length` and both models' positions leave of them."""
     models = {config.small: small, config.large_path: large}
@@ -164,7 +155,7 @@ def _length(config: RunConfig, asked: int | None, small: PreTrainedConfig, large
         return min([LENGTH, *(room for room in rooms.values() if room is not None)])
     for source, room in rooms.items():
         if room is not None and asked > room:
-            raise ConfigError(f"rows of {asked} tokens are longer than the {room} that a run gives {source}")
+            raise ConfigError(too_many(asked, room, source))
     return asked
 
 

@@ -20,15 +20,13 @@ from plugbridge.models import parameter_count
 from plugbridge.shrink.bridge import prune_model
 from plugbridge.shrink.prune import plan_bridge
 from plugbridge.shrink.sizes import reduced_sizes
+from plugbridge.stages.depends import rate_of_baseline
 from plugbridge.stages.shrink import measure_units
 from plugbridge.stages.work import Work, accuracy, schedule_of, train
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.spec import Split
 from plugbridge.transfer.ladder import Heights, LadderNetwork, start_ladder
 
-RATES = {"finetuned": 1e-4, "ladder": 3e-3}
-"""Peak learning rates by default, for models of usual size: on the embedded large models the best for all weights, and
-for a ladder within noise of the best. The embedded small models, of 0.2M parameters, are fine-tuned best at 3e-3."""
 LADDER = "ladder.safetensors"
 
 
@@ -48,11 +46,6 @@ def subject_of(work: Work, size: Literal["small", "large"]) -> Subject:
     if size == "small":
         return Subject(size, p.config.small, p.encoder, p.rows)
     return Subject(size, p.config.large_path, p.large_encoder, p.large_rows)
-
-
-def rate_of_baseline(kind: str, settings: TrainConfig) -> float:
-    """The peak learning rate of a baseline: as configured, or its default."""
-    return settings.learning_rate if settings.learning_rate is not None else RATES[kind]
 
 
 def finetune(work: Work, size: Literal["small", "large"]) -> dict[str, Any]:

@@ -10,17 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plugbridge.config import RunConfig
 from plugbridge.families.spec import Layout
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.markers import reading
 from plugbridge.prepare import Prepared
 from plugbridge.shrink.packing import load_bridge
+from plugbridge.stages.depends import alignment_passes, rate_of_training
 from plugbridge.stages.work import (
     Work,
     bridge_folder,
     layouts,
-    rate_of_training,
     read_plan,
     schedule_of,
     train,
@@ -107,19 +106,6 @@ def couple(work: Work) -> dict[str, Any]:
 
 def _no_loss(_rows: list[Encoded]) -> Tensor:
     raise AssertionError("a training without steps asks for no loss")
-
-
-def uses_large(config: RunConfig) -> bool:
-    """Whether coupling loads the large model: to run it, or to start from it."""
-    return find_mode(config.couple.mode).runs_large or config.couple.plug == "fresh" or alignment_passes(config) > 0
-
-
-def alignment_passes(config: RunConfig) -> int:
-    """How often coupling runs both models on some rows first, to start from what their states have in common."""
-    settings = config.couple
-    if settings.plug == "fresh":
-        return 0
-    return (settings.plug != "random") + (settings.layer_map != "uniform")
 
 
 def rows_drawn(prepared: Prepared) -> list[Encoded]:

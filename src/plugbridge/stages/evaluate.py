@@ -17,6 +17,7 @@ from plugbridge.probe import MOST, fit_option_probe, fit_probe, option_states, p
 from plugbridge.shrink.packing import load_bridge
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
 from plugbridge.stages.couple import read_coupled
+from plugbridge.stages.depends import baselines_of, model_names
 from plugbridge.stages.predictions import write_predictions
 from plugbridge.stages.work import Work, answers_of, layouts, read_plan, source_of
 from plugbridge.tasks.encode import Encoded, Encoder
@@ -136,27 +137,21 @@ def candidates(work: Work) -> list[Candidate]:
     """The models of a run, in the order of its report."""
     p, root = work.prepared, work.root
     small, large = (p.encoder, p.rows), (p.large_encoder, p.large_rows)
-    found = [
-        Candidate("small_zero_shot", lambda: p.load(p.config.small)[0], *small),
-        Candidate("small_tuned", lambda: with_module(work, p.load(p.config.small), root / "tune" / "module"), *small),
-        Candidate("large_zero_shot", lambda: p.load_run_only()[0], *large),
-        Candidate("large_plugged", lambda: with_module(work, p.load_run_only(), root / "plug" / "checkpoint"), *large),
-    ]
-    mode = find_mode(p.config.couple.mode)
-    if mode.trains_bridge:
-        found.append(Candidate("bridge_coupled", lambda: _coupled_bridge(work, mode.runs_large), *large))
-    if p.config.ceiling is not None:
-        tuned = root / "ceiling" / "module"  # of the weights it was tuned with
-        found.append(Candidate("large_tuned", lambda: with_module(work, p.load_large(), tuned), *large))
-    for size in SIZES:
+    climbs = find_mode(p.config.couple.mode).runs_large
+    tuned = root / "ceiling" / "module"  # of the weights it was tuned with
+    known = {
+        "small_zero_shot": (lambda: p.load(p.config.small)[0], *small),
+        "small_tuned": (lambda: with_module(work, p.load(p.config.small), root / "tune" / "module"), *small),
+        "large_zero_shot": (lambda: p.load_run_only()[0], *large),
+        "large_plugged": (lambda: with_module(work, p.load_run_only(), root / "plug" / "checkpoint"), *large),
+        "bridge_coupled": (lambda: _coupled_bridge(work, climbs), *large),
+        "large_tuned": (lambda: with_module(work, p.load_large(), tuned), *large),
+    }
+    for name, size, kind, _ in baselines_of(p.config):
         subject = subject_of(work, size)
-        for name, load in (
-            (f"{size}_finetuned", partial(load_finetuned, work, f"{size}_finetuned")),
-            (f"{size}_ladder", partial(load_ladder, work, f"{size}_ladder", size)),
-        ):
-            if getattr(p.config.baselines, name) is not None:
-                found.append(Candidate(name, load, subject.encoder, subject.rows))
-    return found
+        load = partial(load_finetuned, work, name) if kind == "finetuned" else partial(load_ladder, work, name, size)
+        known[name] = (load, subject.encoder, subject.rows)
+    return [Candidate(name, *known[name]) for name in model_names(p.config)]
 
 
 def with_module(work: Work, loaded: tuple[PreTrainedModel, Layout], module: Path) -> torch.nn.Module:

@@ -10,7 +10,8 @@ from plugbridge.config import TrainConfig
 from plugbridge.evaluate import mean_loss
 from plugbridge.files import folder_atomically, write_json
 from plugbridge.models import parameter_count
-from plugbridge.stages.work import Work, accuracy, rate_of_training, schedule_of, train
+from plugbridge.stages.depends import rate_of_training
+from plugbridge.stages.work import Work, accuracy, schedule_of, train
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tasks.spec import Split
 from plugbridge.tuners.module import attach, save, state_of, trainable

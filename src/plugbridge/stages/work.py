@@ -26,9 +26,8 @@ from plugbridge.streaming import values_of
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.metrics import Answer, chosen, metrics_of, written
 from plugbridge.tasks.rows import Row
-from plugbridge.tensors.checkpoint import AGAIN
+from plugbridge.tensors.headers import AGAIN
 from plugbridge.train import Schedule, fit
-from plugbridge.tuners.table import Method
 
 WATCH = 10.0
 """Seconds after which a training looks whether the models' files have changed."""
@@ -61,11 +60,6 @@ def schedule_of(train: TrainConfig, seed: int, rates: Mapping[str, float]) -> Sc
         micro_batch=train.micro_batch if isinstance(train, PartsConfig) else None,
         optimizer=train.optimizer,
     )
-
-
-def rate_of_training(train: TrainConfig, method: Method) -> float:
-    """The peak learning rate of a training: as configured, or the method's default."""
-    return train.learning_rate if train.learning_rate is not None else method.learning_rate
 
 
 def train(

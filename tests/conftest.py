@@ -38,10 +38,22 @@ from plugbridge.cost import measure, return_blocks, settle  # noqa: E402
 from plugbridge.memory.case import Case  # noqa: E402
 from plugbridge.memory.predict import Trace, predict  # noqa: E402
 from plugbridge.memory.steps import MakeStep  # noqa: E402
-from plugbridge.workers import workers  # noqa: E402
+from plugbridge.workers import apart, workers  # noqa: E402
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+
+# tests kill processes, not machines: what the system holds of a file is there for the next process
+os.fsync = lambda _file: None
+_normal = torch.nn.init._no_grad_normal_
+
+
+def _drawn(tensor: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+    """First values; a model without weights needs none, and torch takes as long as over real ones."""
+    return tensor if tensor.device.type == "meta" else _normal(tensor, *given, **named)
+
+
+torch.nn.init._no_grad_normal_ = _drawn
 
 _freeze = gc.freeze
 _freeze()
@@ -161,13 +173,15 @@ def logits_of(model: Any) -> torch.Tensor:
     return logits if "labels" in inputs else logits[inputs["attention_mask"].bool()]
 
 
-def peak_of(load: Callable[[], Any]) -> int:
-    """Bytes that a second loading of a model takes, in a process of its own. Only Linux can tell."""
+@pytest.fixture(scope="session")
+def clean() -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Have work done by a copy of a process that has imported everything and computed nothing. Linux only."""
     with workers(1) as pool:
-        return pool.submit(_second_peak, load).result()
+        yield lambda work: pool.submit(apart, work).result()
 
 
-def _second_peak(load: Callable[[], Any]) -> int:
+def second_peak(load: Callable[[], Any]) -> int:
+    """Bytes that a second loading of a model takes, in a process of its own."""
     return_blocks()
     load()
     settle()

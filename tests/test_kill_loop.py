@@ -4,14 +4,14 @@ import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from plugbridge.workers import Workers, workers
 from test_durability import artefacts, start
 
 KILLS = 10
@@ -65,19 +65,12 @@ def kill_loop(raw: dict[str, Any], folder: Path, seed: int) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Workers]:
-    """A process that imports everything once and computes nothing."""
-    with workers(1) as pool:
-        yield pool
-
-
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_ten_kills_at_random_instants_change_nothing(
-    pool: Workers, run_config: Callable[..., dict[str, Any]], tmp_path: Path, name: str
+    clean: Callable[..., Any], run_config: Callable[..., dict[str, Any]], tmp_path: Path, name: str
 ) -> None:
     family, method, settings = CONFIGURATIONS[name]
     scored = ["small_tuned", "large_plugged", *(["large_tuned"] if settings["ceiling"] else [])]
     few = {"score": {"samples": 4}, "evaluate": {"batch_size": 8, "limit": 4, "models": scored}}
     raw = run_config(family, method, tune=TRAIN, **few, **settings)
-    assert pool.submit(kill_loop, raw, tmp_path, 5).result() == []
+    assert clean(partial(kill_loop, raw, tmp_path, 5)) == []

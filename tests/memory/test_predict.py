@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from plugbridge.memory.weights import write_weights
 from plugbridge.streaming import window_of
 from plugbridge.transfer.coupling import Coupling
 from plugbridge.tuners.table import METHODS, MethodSettings
-from plugbridge.workers import workers
 
 FAMILIES = ("gpt2", "t5", "llama")
 TRAINED = {"couple, feedback", "couple, ladder_delta"}
@@ -227,9 +227,8 @@ def _decompose(what: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there peaks can be reset")
-def test_what_a_decomposition_works_on_is_counted() -> None:
-    with workers(1) as pool:
-        measured = {what: pool.submit(_decompose, what).result() for what in DECOMPOSED}
+def test_what_a_decomposition_works_on_is_counted(clean: Callable[..., Any]) -> None:
+    measured = {what: clean(partial(_decompose, what)) for what in DECOMPOSED}
     for what, decompose in DECOMPOSED.items():
         with fake_tensors(), Alive() as alive:
             decompose()

@@ -2,12 +2,14 @@
 
 import ctypes
 import mmap
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from plugbridge.memory.warm import multiply
-from plugbridge.workers import workers
 
 _NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
@@ -45,7 +47,6 @@ def _kept(dtype: torch.dtype) -> list[int]:
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another matrix library")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc says what is in use")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_products_find_the_matrix_librarys_buffers_made(dtype: torch.dtype) -> None:
-    with workers(1) as pool:
-        _, *warm = pool.submit(_kept, dtype).result()
+def test_products_find_the_matrix_librarys_buffers_made(clean: Callable[..., Any], dtype: torch.dtype) -> None:
+    _, *warm = clean(partial(_kept, dtype))
     assert max(warm) < 2**18  # what the first one keeps differs by processor, in float32 it may be nothing

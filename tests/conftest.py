@@ -37,7 +37,9 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 from plugbridge.cost import measure, return_blocks, settle  # noqa: E402
 from plugbridge.memory.case import Case  # noqa: E402
 from plugbridge.memory.predict import Trace, predict  # noqa: E402
+from plugbridge.memory.rates import measure_rates  # noqa: E402
 from plugbridge.memory.steps import MakeStep  # noqa: E402
+from plugbridge.memory.warm import warm_up  # noqa: E402
 from plugbridge.workers import apart, workers  # noqa: E402
 
 transformers_logging.set_verbosity_error()
@@ -74,7 +76,10 @@ def imports_are_no_garbage() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def predictions_once() -> Iterator[None]:
-    """Plans and memory benches of equal steps are predicted once a session, as they are once a plan."""
+    """Plans and memory benches of equal steps are predicted once a session, as they are once a plan.
+
+    So is what they measure of the machine: nothing that is tested depends on how fast it is just now.
+    """
     known: dict[tuple[MakeStep, str], Trace] = {}
 
     def once(case: Case, make: MakeStep) -> Trace:
@@ -86,6 +91,8 @@ def predictions_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("plugbridge.plan.predictions.predict", once)
         patch.setattr("plugbridge.bench.memory.predict", once)
+        patch.setattr("plugbridge.memory.rates.measure_rates", functools.cache(measure_rates))
+        patch.setattr("plugbridge.plan.make.warm_up", functools.cache(warm_up))
         yield
 
 

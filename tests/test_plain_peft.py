@@ -21,8 +21,10 @@ from plugbridge.stages.build import build_stages
 from plugbridge.tuners.module import attach, load_state, read
 
 READER = """
-import json, sys, torch
+import json, sys
 {extra}
+assert not {{"peft", "torch"}} & sys.modules.keys()
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 torch.set_num_threads(1)

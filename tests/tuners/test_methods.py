@@ -1,7 +1,5 @@
 """Every method on every family: a no-op at start, exact round trips, axes that match its tensors."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -181,11 +179,3 @@ def test_only_the_module_trains(method: str) -> None:
     names = trainable(wrapped)
     assert names
     assert all("lora_" in n or "adapter_" in n or "prompt_encoder" in n for n in names)
-
-
-def test_importing_plugbridge_teaches_peft_without_importing_it() -> None:
-    code = (
-        "import sys, plugbridge; assert 'peft' not in sys.modules and 'torch' not in sys.modules;"
-        "from peft import PeftType; assert 'BOTTLENECK_ADAPTER' in PeftType.__members__"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -13,8 +13,9 @@ from plugbridge.tensors.packed import (
     nearest,
     pack,
     packed_shapes,
+    power_of_two,
     read_scales,
-    stored,
+    to_scales,
     unpack,
 )
 
@@ -69,7 +70,8 @@ def test_codes_fill_every_bit(bits: Bits) -> None:
     """Every code at every place of a group comes back."""
     grid = levels(bits)
     number = torch.arange(GROUP * grid.numel()) * 7 % grid.numel()
-    top, scales = stored(torch.ones(grid.numel()))
+    top = power_of_two(torch.ones(()))
+    scales = to_scales(torch.ones(grid.numel()), top)
     groups = grid[number].view(-1, GROUP)
     codes = nearest(groups, read_scales(scales, top), bits)
     assert torch.equal(codes.flatten().long(), number)
@@ -78,7 +80,8 @@ def test_codes_fill_every_bit(bits: Bits) -> None:
 
 def test_scales_are_kept_within_a_sixteenth() -> None:
     scales = torch.cat([torch.rand(1000) * 3 + 0.02, torch.zeros(1)])
-    top, kept = stored(scales)
+    top = power_of_two(scales.amax())
+    kept = to_scales(scales, top)
     assert float(torch.log2(top)) == round(float(torch.log2(top)))
     assert torch.allclose(read_scales(kept, top), scales, rtol=1 / 16)
 

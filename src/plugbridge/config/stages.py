@@ -71,6 +71,8 @@ class ScoreConfig(StrictConfig):
 
 PackBits = Literal[16, 8, 4, 3, 2]
 Activations = Literal["bridge", "large"]
+Passing = Literal["inputs", "errors"]
+"""What a matrix is multiplied by: what it reads going forward, or the errors that come back."""
 
 
 class PruneConfig(StrictConfig):
@@ -98,6 +100,13 @@ class PruneConfig(StrictConfig):
         default=16,
         description="bits of a weight in the matrices of the Bridge's blocks: 16 leaves them in the large model's "
         "precision; fewer are packed, with a scale for 64 weights",
+    )
+
+    rounding: Literal["calibrated", "nearest"] = Field(
+        default="calibrated",
+        description="how packed weights are rounded: `calibrated` to what they are multiplied by (GPTQ), for which "
+        "`score` keeps vectors: the errors that come back, with importance: fisher, or in standalone the layers' "
+        "inputs; or each to its `nearest` level",
     )
 
     shuffle: bool = Field(

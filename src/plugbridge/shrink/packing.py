@@ -28,7 +28,8 @@ Rounding = Callable[[str, Tensor, Bits], Packed]
 """Packs a layer's matrix as it will lie in memory, given the layer's path."""
 
 
-def _nearest(_path: str, matrix: Tensor, bits: Bits) -> Packed:
+def to_nearest(_path: str, matrix: Tensor, bits: Bits) -> Packed:
+    """Every weight takes its nearest level."""
     return pack(matrix, bits)
 
 
@@ -116,7 +117,11 @@ def make_packed(model: PreTrainedModel, paths: Sequence[str], bits: Bits, order:
 
 
 def packed_weights(
-    weights: Iterable[tuple[str, Tensor]], paths: Sequence[str], bits: Bits, turned: bool, rounding: Rounding = _nearest
+    weights: Iterable[tuple[str, Tensor]],
+    paths: Sequence[str],
+    bits: Bits,
+    turned: bool,
+    rounding: Rounding = to_nearest,
 ) -> Iterator[tuple[str, Tensor]]:
     """Named weights, those of the layers at `paths` packed by a `rounding`: each part by its parameter's name.
 
@@ -136,7 +141,7 @@ def packed_weights(
 
 @torch.no_grad()
 def pack_model(
-    model: PreTrainedModel, layout: Layout, bits: Bits, order: Order = "out in", rounding: Rounding = _nearest
+    model: PreTrainedModel, layout: Layout, bits: Bits, order: Order = "out in", rounding: Rounding = to_nearest
 ) -> None:
     """Pack the matrices of a model's blocks in place, one after another."""
     for path in matrices_of(model, layout):

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast
 
 from plugbridge.config import PartsConfig, RunConfig, TrainConfig
 from plugbridge.transfer.couple import find_mode
-from plugbridge.transfer.needed import couple_needs, stages_of
+from plugbridge.transfer.needed import couple_needs, passing, stages_of
 from plugbridge.tuners.table import Method, MethodSettings
 
 DRAWN = "drawn by the seed"
@@ -18,8 +18,12 @@ DRAWN = "drawn by the seed"
 UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute")
 """Keys that change no result, beyond rounding; `micro_batch` does with dropout, and is then named beside them."""
 LATER: dict[str, tuple[Any, ...]] = {
-    "optimizer": ("adamw",), "bits": (16,), "activations": ("bridge", None), "error_bound": (0.0,),
-}  # fmt: skip
+    "optimizer": ("adamw",),
+    "bits": (16,),
+    "rounding": ("calibrated",),
+    "activations": ("bridge", None),
+    "error_bound": (0.0,),
+}
 """Keys that came later, and what they are where a run from before them has none: such a run need not be done anew."""
 RATES = {"finetuned": 1e-4, "ladder": 3e-3}
 """Peak learning rates by default, for models of usual size: on the embedded large models the best for all weights, and
@@ -84,7 +88,7 @@ def parts_of(asked: Asked, only: str | None = None) -> list[Part]:
     pruning = {"large": large, "prune": _dump(config.prune), "reads_tokens": reads_tokens}
     found: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         ("tune", (), tuning),
-        ("score", (), {"large": large, "score": _dump(config.score), "rows": DRAWN}),
+        ("score", (), {"large": large, "score": _dump(config.score), "rows": DRAWN, **_passing(config)}),
         ("prune", ("score",), pruning),
     ]
     if config.repair is not None:
@@ -156,6 +160,12 @@ def _baselines(asked: Asked) -> Iterator[tuple[str, dict[str, Any]]]:
         if kind == "ladder":
             depends |= {"score": _dump(config.score), "rows": DRAWN}
         yield name, depends
+
+
+def _passing(config: RunConfig) -> dict[str, Any]:
+    """What scoring keeps for a packed Bridge's rounding, where it keeps something."""
+    kind = passing(config)
+    return {} if kind is None else {"vectors": kind}
 
 
 def rate_of_training(train: TrainConfig, method: Method) -> float:

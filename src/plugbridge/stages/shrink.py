@@ -28,17 +28,32 @@ from plugbridge.shrink.importance import (
     record_second_moments,
     residual_energy,
 )
-from plugbridge.shrink.packing import Order, bytes_of, make_packed, matrices_of, packed_weights
-from plugbridge.shrink.prune import plan_bridge, principal_basis, unit_sum
+from plugbridge.shrink.packing import (
+    Order,
+    Rounding,
+    bytes_of,
+    make_packed,
+    matrices_of,
+    packed_weights,
+    to_nearest,
+)
+from plugbridge.shrink.prune import BridgePlan, plan_bridge, principal_basis, unit_sum
+from plugbridge.shrink.rounding import calibrated
 from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.stream_fisher import streamed_fisher
-from plugbridge.shrink.sweep import Done, blocks_of, sweep
+from plugbridge.shrink.sweep import Block, Done, blocks_of, sweep
+from plugbridge.shrink.vectors import Vectors, read_vectors, record_vectors
 from plugbridge.stages.work import BASIS, Work, why_not_finite
 from plugbridge.streaming import block_bytes, window_of
 from plugbridge.tasks.encode import Encoded, Encoder, gold
 from plugbridge.tensors.checkpoint import open_checkpoint
+from plugbridge.tensors.packed import Bits, Packed
 from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.needed import passing
+
+VECTORS = "vectors"
+"""The folder of what the large model's matrices are multiplied by, where a packed Bridge's rounding asks for it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,10 @@ def measure_units(
     elif streams:
         longest = max(len(row.prompt) + max(map(len, row.options)) for row in chosen)
         at_once = min(len(chosen), rows_at_once(layout, longest, model.dtype, block_bytes(model, layout)))
-    return units_of(model, layout, encoder, chosen, settings.importance, work.progress, shelf, at_once)
+    vectors = None
+    if (kind := passing(p.config)) is not None:
+        vectors = Vectors(work.folder / VECTORS, kind, layout, len(chosen))
+    return units_of(model, layout, encoder, chosen, settings.importance, work.progress, shelf, at_once, vectors)
 
 
 def units_of(
@@ -81,10 +99,12 @@ def units_of(
     progress: Progress,
     shelf: Shelf | None = None,
     at_once: int | None = None,
+    vectors: Vectors | None = None,
 ) -> Units:
     """Score a model's units on rows, one at a time. Raises ModelError where a score is not finite.
 
-    A streamed model reads several rows block by block: all of them, their states on the `shelf`, or `at_once`.
+    A streamed model reads several rows block by block: all of them, their states on the `shelf`, or `at_once`. What
+    its matrices are multiplied by is recorded in `vectors`.
     """
 
     def likelihood(row: Encoded) -> Tensor:
@@ -109,14 +129,19 @@ def units_of(
         def read(some: Sequence[Encoded], done: Done = lambda _block: None) -> None:
             sweep(blocks, [partial(likelihood, row) for row in some], shelf, done)
 
-        def finish(moments: SecondMoments) -> Done:
-            return lambda block: moments.finish(block.path) if chunk >= len(rows) else None
+        def finish(*sums: SecondMoments | Vectors | None) -> Done:
+            def done(block: Block) -> None:
+                for each in sums:
+                    if each is not None and chunk >= len(rows):
+                        each.finish(block.path)
+
+            return done
 
         error = None
         if importance == "fisher":
-            with record_second_moments(model, layout, ("error",)) as errors:
+            with record_second_moments(model, layout, ("error",)) as errors, record_vectors(model, vectors, "errors"):
                 scores = (
-                    streamed_fisher(model, layout, counted(), likelihood, chunk, shelf, finish(errors))
+                    streamed_fisher(model, layout, counted(), likelihood, chunk, shelf, finish(errors, vectors))
                     if streams
                     else fisher(model, layout, counted(), likelihood)
                 )
@@ -125,8 +150,8 @@ def units_of(
             scores = activation(model, layout, *((chunks(), read) if streams else (counted(), likelihood)))
         else:
             scores = magnitude(model, layout)
-        with record_second_moments(model, layout, ("activity",)) as moments:
-            last = (chunks(), partial(read, done=finish(moments))) if streams else (counted(), likelihood)
+        with record_second_moments(model, layout, ("activity",)) as moments, record_vectors(model, vectors, "inputs"):
+            last = (chunks(), partial(read, done=finish(moments, vectors))) if streams else (counted(), likelihood)
             energy = residual_energy(model, layout, *last)
     found = {"activity": moments.total("activity"), "error": error}
     second = {kind: matrix for kind, matrix in found.items() if matrix is not None}
@@ -185,7 +210,8 @@ def prune(work: Work) -> dict[str, Any]:
         paths = matrices_of(bridge, layout)
         order: Order = "in out" if alone else "out in"  # what is summed over comes first: inputs forward, outputs back
         make_packed(bridge, paths, p.config.prune.bits, order)
-        weights = packed_weights(weights, paths, p.config.prune.bits, order != layout.family.linear)
+        turned, rounding = order != layout.family.linear, rounding_of(work, layout, plan)
+        weights = packed_weights(weights, paths, p.config.prune.bits, turned, rounding)
     with folder_atomically(work.folder / "bridge") as folder:
         write_bridge(bridge, weights, folder)
         p.large_encoder.tokenizer.save_pretrained(str(folder))
@@ -200,12 +226,25 @@ def prune(work: Work) -> dict[str, Any]:
         "bridge_model_parameters": count,
         "bridge_share": used / whole,
         "bits": p.config.prune.bits,
+        "rounding": passing(p.config) or "nearest",
         "bridge_bytes": held,
         "bridge_bytes_share": held / (2 * whole),
         "sizes": plan.sizes,
         "large_sizes": layout.sizes,
         "reduction_of_axes": {a: layout.sizes[a] / plan.sizes[a] for a in layout.family.scope},
     }
+
+
+def rounding_of(work: Work, layout: Layout, plan: BridgePlan) -> Rounding:
+    """How a Bridge's matrices are rounded: for the vectors that `score` recorded, or to nearest."""
+    kind = passing(work.prepared.config)
+    if kind is None or work.prepared.config.prune.shuffle:
+        return to_nearest
+
+    def rounding(path: str, matrix: Tensor, bits: Bits) -> Packed:
+        return calibrated(matrix, bits, read_vectors(work.root / "score" / VECTORS, kind, layout, plan, path))
+
+    return rounding
 
 
 def _basis(work: Work, size: int) -> Tensor:

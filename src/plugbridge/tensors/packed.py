@@ -77,8 +77,9 @@ def pack(matrix: Tensor, bits: Bits) -> Packed:
     """A matrix rounded to the nearest levels, with scales of least squared error."""
     groups = grouped(matrix.detach())
     size = max(1, _PIECE // GROUP)
-    found = torch.cat([_best_scales(piece.float(), bits) for piece in groups.split(size)])
-    top, scales = stored(found)
+    found = torch.cat([best_scales(piece.float(), bits) for piece in groups.split(size)])
+    top = power_of_two(found.amax())
+    scales = to_scales(found, top)
     real = read_scales(scales, top)
     pieces = zip(groups.split(size), real.split(size), strict=True)
     codes = torch.cat([join(nearest(piece.float(), scale, bits), bits) for piece, scale in pieces])
@@ -91,15 +92,19 @@ def grouped(matrix: Tensor) -> Tensor:
     return (nn.functional.pad(matrix, (0, missing)) if missing else matrix).reshape(-1, GROUP)
 
 
-def stored(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """A power of two, and every scale (groups,) divided by it, in eight bits: no scale is too large for them."""
-    most = scales.amax().float().clamp_min(torch.finfo(torch.float32).tiny) if scales.numel() else scales.new_ones(())
-    top = torch.exp2(torch.ceil(torch.log2(most / LARGEST)))
-    return top, (scales.float() / top).to(SCALE).view(torch.int8)
+def power_of_two(most: Tensor) -> Tensor:
+    """The power of two by which scales up to `most` are divided, so that none is too large for eight bits."""
+    floor = torch.finfo(torch.float32).tiny
+    return torch.exp2(torch.ceil(torch.log2(most.float().clamp_min(floor) / LARGEST)))
+
+
+def to_scales(scales: Tensor, top: Tensor) -> Tensor:
+    """Scales (groups,) divided by `top`, in eight bits; what is too large still is the largest there is."""
+    return (scales.float() / top).clamp_max(LARGEST).to(SCALE).view(torch.int8)
 
 
 def read_scales(scales: Tensor, top: Tensor) -> Tensor:
-    """What `stored` was given, as far as eight bits hold it; (groups,) float32."""
+    """Scales as far as eight bits hold them; (groups,) float32."""
     return scales.view(SCALE).float() * top.float()
 
 
@@ -111,7 +116,7 @@ def nearest(groups: Tensor, scales: Tensor, bits: Bits) -> Tensor:
     return torch.bucketize(groups / safe.unsqueeze(-1), between, out_int32=True).to(torch.uint8)
 
 
-def _best_scales(groups: Tensor, bits: Bits) -> Tensor:
+def best_scales(groups: Tensor, bits: Bits) -> Tensor:
     """Scales of least squared error with the nearest levels, found by turns. groups: (n, 64). Returns (n,)."""
     if bits == 8:
         return groups.abs().amax(-1) * (17 / 16)  # no weight is beyond the ends, however the scale is rounded

@@ -116,6 +116,10 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
         yield "couple.activations", f"{here} no error goes back through the Bridge alone"
     if mode.name != "feedback" or couple.activations != "large":
         yield "couple.error_bound", "only with activations: large in mode 'feedback' positions are left out"
+    if config.prune.bits == 16:
+        yield "prune.rounding", "with prune.bits: 16 no weight is rounded"
+    elif not mode.reads_tokens and config.score.importance != "fisher":
+        yield "prune.rounding", "without importance: fisher no errors are known, and rounding is to nearest"
     if mode.name == "identity":
         yield "prune.bits", f"{here} there is no Bridge"
         yield "prune.shuffle", f"{here} there is no Bridge"

@@ -1,7 +1,7 @@
 """The stages that something asked for needs: by mode, start and the models to be scored, decided here alone."""
 
 from plugbridge.config import RunConfig
-from plugbridge.config.stages import MADE_BY, TRANSFER
+from plugbridge.config.stages import MADE_BY, TRANSFER, Passing
 from plugbridge.transfer.couple import find_mode
 
 BRIDGE = ("score", "prune", "repair")
@@ -31,6 +31,19 @@ def couple_needs(config: RunConfig) -> tuple[str, ...]:
 def needs_bridge(config: RunConfig) -> bool:
     """Whether coupling reads the Bridge: not in `identity`, and without steps only where the Bridge is scored."""
     return "prune" in couple_needs(config)
+
+
+def passing(config: RunConfig) -> Passing | None:
+    """Which vectors a packed Bridge's rounding is chosen for; None where it is to nearest.
+
+    A Bridge that reads tokens keeps products with its inputs, another one those with the errors that come back, which
+    only fisher knows.
+    """
+    if config.prune.bits == 16 or config.prune.rounding == "nearest":
+        return None
+    if find_mode(config.couple.mode).reads_tokens:
+        return "inputs"
+    return "errors" if config.score.importance == "fisher" else None
 
 
 def _coupled(config: RunConfig) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from plugbridge.config import parse_config
-from plugbridge.errors import PlugbridgeError
+from plugbridge.errors import PlugbridgeError, RunError
 from plugbridge.files import digest_of
-from plugbridge.markers import check_root, write_own
+from plugbridge.markers import RUN, check_root, read_run, write_marker, write_own
 from plugbridge.prepare import prepare
 from plugbridge.progress import Silent
 from plugbridge.report import read_report
@@ -180,3 +180,16 @@ def test_no_change_of_a_run_directory_is_a_traceback(run: Run) -> None:
         _restored(root, files) if on or not root.is_dir() else _put_back(path, files)
     assert refused > CASES // 3  # the changes are seen
     assert _looked_at(root, stages) == []
+
+
+def test_what_a_run_notes_of_its_files_is_digests_or_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with locked(root):
+        write_own(root, "config.yaml", "a")
+        marker = read_run(root)
+        assert marker is not None
+        for noted in (-1, None, "x", {}, [1]):
+            write_marker(root / RUN, {**marker, "wrote": {"config.yaml": noted}})
+            with pytest.raises(RunError, match=r"config\.yaml is not as plugbridge wrote it"):
+                write_own(root, "config.yaml", "b")
+        assert (root / "config.yaml").read_text() == "a"

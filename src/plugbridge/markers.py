@@ -270,7 +270,8 @@ def _digest_of_text(path: Path) -> str:
 
 
 def _check_own(path: Path, digest: str, wrote: Mapping[str, list[str]]) -> None:
-    if digest not in wrote.get(path.name, ()):
+    noted: object = wrote.get(path.name)
+    if not isinstance(noted, list) or digest not in noted:
         raise RunError(f"{path} is not as plugbridge wrote it; move it away, or choose another --out")
 
 

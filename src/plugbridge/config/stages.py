@@ -148,7 +148,8 @@ class CoupleConfig(PartsConfig):
         default="feedback",
         description="what the Bridge is for: `feedback`, it carries back the error of the large model's own forward "
         "pass; `standalone`, it reads tokens by itself (the paper); `ladder` and `ladder_delta`, it reads the large "
-        "model's activations; `identity`, a control without it",
+        "model's activations; `identity`, a control without it; `mezo`, none either: two forward passes of the large "
+        "model tell how far a step goes along a random direction (Malladi et al. 2023)",
     )
     plug: Literal["random", "ridge", "procrustes", "fresh"] | None = Field(
         default=None,
@@ -197,6 +198,12 @@ class CoupleConfig(PartsConfig):
         lt=1,
         description="with activations: large, the share of the error's squared norm that may be left behind at every "
         "matrix by sending only the positions that carry most of it; at 0 those without any error are left out",
+    )
+    perturbation: float = Field(
+        default=1e-3,
+        gt=0,
+        description="how far mezo moves the module's entries either way to see the loss change: this times a standard "
+        "normal number each",
     )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")

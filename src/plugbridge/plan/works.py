@@ -199,7 +199,7 @@ def _works(s: Subjects) -> Iterator[Work]:
         yield Work(row, steps, 0, steps, steps * case.batch, training=asked)
     steps = config.couple.steps
     mode = find_mode(config.couple.mode)
-    runs = steps if mode.runs_large else 0
+    runs = steps * mode.passes if mode.runs_large else 0
     case = replace(coupled, small=None if config.couple.plug == "fresh" else s.small.config)
     aligned = config.couple.align_samples * alignment_passes(config)
     if aligned:

@@ -27,7 +27,7 @@ from plugbridge.stages.work import (
 from plugbridge.tasks.encode import Encoded
 from plugbridge.train import batch_indices, drawn
 from plugbridge.transfer.cache import make_cache
-from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.couple import Mode, find_mode
 from plugbridge.transfer.coupling import (
     Coupling,
     bridge_state,
@@ -67,6 +67,7 @@ def couple(work: Work) -> dict[str, Any]:
         first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
         recompute=settings.recompute or (mode.runs_large and p.streamed is not None and p.config.load_in is None),
         activations=settings.activations or "bridge", error_bound=settings.error_bound,
+        perturbation=settings.perturbation,
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
     )  # fmt: skip
     if bridge is not None and not mode.reads_tokens:
@@ -96,7 +97,7 @@ def couple(work: Work) -> dict[str, Any]:
             part: sum(t.numel() for n, t in parameters.items() if n.startswith(f"{part}/"))
             for part in ("module", "plug", "down", "ladder", "bridge")
         },
-        "large_rows": _rows_aligned(p) + _large_rows(p, mode.runs_large, coupling.cache is not None),
+        "large_rows": _rows_aligned(p) + _large_rows(p, mode, coupling.cache is not None),
         "cache_bytes": coupling.cache.bytes if coupling.cache is not None else 0,
         "layer_map": start.layer_map,
         "loss_first": losses[0] if losses else None,
@@ -124,12 +125,12 @@ def _rows_aligned(prepared: Prepared) -> int:
     return samples * alignment_passes(prepared.config)
 
 
-def _large_rows(prepared: Prepared, runs_large: bool, cached: bool) -> int:
-    """Rows that the large model reads while coupling; a cached row is read once."""
-    if not runs_large:
+def _large_rows(prepared: Prepared, mode: Mode, cached: bool) -> int:
+    """Rows that the large model reads while coupling, as often as it does; a cached row is read once."""
+    if not mode.runs_large:
         return 0
     drawn = rows_drawn(prepared)
-    return len(set(drawn)) if cached else len(drawn)
+    return len(set(drawn)) if cached else mode.passes * len(drawn)
 
 
 def _start(work: Work, small: Layout, large: Layout) -> Start:

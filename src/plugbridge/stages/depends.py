@@ -23,6 +23,7 @@ LATER: dict[str, tuple[Any, ...]] = {
     "rounding": ("calibrated",),
     "activations": ("bridge", None),
     "error_bound": (0.0,),
+    "perturbation": (1e-3,),
 }
 """Keys that came later, and what they are where a run from before them has none: such a run need not be done anew."""
 RATES = {"finetuned": 1e-4, "ladder": 3e-3}

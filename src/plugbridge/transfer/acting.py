@@ -25,7 +25,7 @@ together.
 
 OF_STEPS = (
     "learning_rate", "batch_size", "micro_batch", "warmup", "optimizer", "weight_decay", "clip", "plug_learning_rate",
-    "down", "bridge", "bridge_learning_rate", "activations", "error_bound",
+    "down", "bridge", "bridge_learning_rate", "activations", "error_bound", "perturbation",
 )  # fmt: skip
 """Keys of `couple` that only its steps read."""
 RUN_ONLY = ("large_zero_shot", "large_probe", "large_plugged")
@@ -67,7 +67,7 @@ def _is_given(owner: BaseModel, name: str) -> bool:
 def runs_again(config: RunConfig) -> bool:
     """Whether coupling runs something again for its gradients, so that `couple.recompute` acts."""
     mode = find_mode(config.couple.mode)
-    return not mode.name.startswith("ladder") and not (mode.reads_alone and config.method.name == "prefix")
+    return not mode.name.startswith(("ladder", "mezo")) and not (mode.reads_alone and config.method.name == "prefix")
 
 
 def _runs_large(config: RunConfig, mode: Mode, stages: set[str]) -> bool:
@@ -120,7 +120,9 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
         yield "prune.rounding", "with prune.bits: 16 no weight is rounded"
     elif not mode.reads_tokens and config.score.importance != "fisher":
         yield "prune.rounding", "without importance: fisher no errors are known, and rounding is to nearest"
-    if mode.name == "identity":
+    if mode.name != "mezo":
+        yield "couple.perturbation", f"{here} the module is tuned by its gradient, not moved to see the loss change"
+    if not mode.has_bridge:
         yield "prune.bits", f"{here} there is no Bridge"
         yield "prune.shuffle", f"{here} there is no Bridge"
         yield "repair", f"{here} there is no Bridge to fit"

@@ -30,6 +30,7 @@ class Mode:
     `reads_tokens`: whether the Bridge's own embeddings and head are used; where they are not, they are dropped
     and not counted. `has_bridge`: whether there is one at all. `caches`: where the large model's activations may be
     kept from.
+    `passes`: forward passes of the large model in a step where it runs.
     `plug` and `layers` are the defaults: what did best on validation rows (docs/results/coupling_choices.md).
     `optimizer` is the default where the Bridge trains.
     """
@@ -43,6 +44,7 @@ class Mode:
     reads_tokens: bool = False
     has_bridge: bool = True
     caches: Callable[[Layout], "Rungs"] | None = None
+    passes: int = 1
     plug: StartKind = "fresh"
     layers: float = 1.0
     optimizer: OptimizerName = "adamw"
@@ -76,6 +78,12 @@ def _identity(coupling: "Coupling") -> "Loss":
     from plugbridge.transfer.feedback import identity
 
     return identity(coupling)
+
+
+def _mezo(coupling: "Coupling") -> "Loss":
+    from plugbridge.transfer.mezo import mezo
+
+    return mezo(coupling)
 
 
 def _rungs_of(layout: Layout) -> "Rungs":
@@ -142,6 +150,16 @@ MODES: dict[str, Mode] = {
             reads_alone=False,
             has_bridge=False,
             layers=0.75,
+        ),
+        Mode(
+            "mezo",
+            "no Bridge: the large model's forward passes alone tune the module",
+            _mezo,
+            runs_large=True,
+            trains_bridge=False,
+            reads_alone=False,
+            has_bridge=False,
+            passes=2,
         ),
     )
 }

@@ -31,7 +31,8 @@ class Coupling:
     `without_bridge`.
     `first` is the first layer of each stack whose module trains; 0 where it is not named. `recompute`
     says that feedback runs a module's own sublayer again instead of keeping what its first run left, with
-    what norms are at the Bridge's width, and standalone the Bridge's blocks.
+    what norms are at the Bridge's width, and standalone the Bridge's blocks. `perturbation` is how far mezo moves
+    the module.
     """
 
     method: Method
@@ -52,6 +53,7 @@ class Coupling:
     recompute: bool = True
     activations: Activations = "bridge"
     error_bound: float = 0.0
+    perturbation: float = 1e-3
 
     @property
     def pruned(self) -> PreTrainedModel:

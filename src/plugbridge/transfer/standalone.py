@@ -13,6 +13,7 @@ from plugbridge.evaluate import mean_loss
 from plugbridge.models import checkpoint_activations
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.transfer.deferred import Deferred
 from plugbridge.tuners.module import attach, pack, parameter_name, trainable
 
 MODEL = "model."
@@ -100,17 +101,4 @@ def _loss_inside(model: nn.Module, replaced: dict[str, Tensor], batch: Batch, ki
         inside((work,))
         return [leaf.grad for leaf in leaves.values()]
 
-    return cast(Tensor, _Deferred.apply(value.detach(), backward, *replaced.values()))
-
-
-class _Deferred(torch.autograd.Function):
-    """A value whose backward pass is given."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, backward: Callable[[Tensor], list[Tensor | None]], *_: Tensor) -> Tensor:
-        ctx.back = backward
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.back(factors[0])
+    return cast(Tensor, Deferred.apply(value.detach(), backward, *replaced.values()))

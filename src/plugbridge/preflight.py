@@ -228,6 +228,7 @@ def _check_models(config: RunConfig) -> None:
         "large_tuned": (config.ceiling is not None, "a `ceiling:` section"),
         "large_probe": probe,
         "small_probe": probe,
+        "large_proxy": (config.evaluate.proxy, "evaluate.proxy: true"),
     }
     for name in BaselinesConfig.model_fields:
         needs[name] = (getattr(config.baselines, name) is not None, f"a `baselines.{name}:` section")
@@ -242,6 +243,11 @@ def _check_models(config: RunConfig) -> None:
         raise ConfigError(
             "evaluate.probe is True, but evaluate.models names neither 'small_probe' nor 'large_probe'; add one, or "
             "leave evaluate.probe out"
+        )
+    if config.evaluate.proxy and asked is not None and "large_proxy" not in asked:
+        raise ConfigError(
+            "evaluate.proxy is True, but evaluate.models does not name 'large_proxy'; add it, or leave "
+            "evaluate.proxy out"
         )
 
 

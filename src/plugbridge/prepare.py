@@ -1,6 +1,7 @@
 """Everything a run depends on, read and checked before anything is written."""
 
 import logging
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class Prepared:
         """What was cut of the rows of each split, by model."""
         models = {"small": self.rows, "large": self.large_rows}
         return {name: {split: cut_of(found) for split, found in rows.items()} for name, rows in models.items()}
+
+    def shared(self) -> tuple[Encoder, dict[Split, list[Encoded]]]:
+        """An encoder and the rows that both models can read: those of the model with fewer positions."""
+        narrower = (self.encoder.positions or math.inf) <= (self.large_encoder.positions or math.inf)
+        return (self.encoder, self.rows) if narrower else (self.large_encoder, self.large_rows)
 
     def require_unchanged(self) -> None:
         """Raise ModelError if a model's files have changed: the memory of one on the CPU may be its files'."""

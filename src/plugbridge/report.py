@@ -25,6 +25,7 @@ TITLES = {
     "small_ladder": "small with a side network",
     "large_zero_shot": "large, zero-shot",
     "large_probe": "large, linear probe",
+    "large_proxy": "large, proxy-tuned",
     "bridge_coupled": "Bridge (thrown away)",
     "large_plugged": "large, plugged",
     "large_tuned": "large, tuned (ceiling)",
@@ -236,7 +237,7 @@ def _counts(markers: _Markers) -> dict[str, dict[str, int | None]]:
     found = {name: none for name, stages in MADE_BY.items() if not stages}
     if "tune" in markers.stages:
         small = markers.facts("tune")["trainable"]
-        found["small_tuned"] = counts(small, small, rank, size)
+        found["small_tuned"] = found["large_proxy"] = counts(small, small, rank, size)
     if "couple" in markers.stages:
         trained = markers.facts("couple")["trainable"]
         coupled = sum(trained.values())

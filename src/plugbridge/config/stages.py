@@ -240,8 +240,8 @@ class BaselinesConfig(StrictConfig):
 
 ScoredModel = Literal[
     "small_zero_shot", "small_probe", "small_tuned", "small_finetuned", "small_ladder",
-    "large_zero_shot", "large_probe", "bridge_coupled", "large_plugged", "large_tuned", "large_finetuned",
-    "large_ladder",
+    "large_zero_shot", "large_probe", "large_proxy", "bridge_coupled", "large_plugged", "large_tuned",
+    "large_finetuned", "large_ladder",
 ]  # fmt: skip
 
 TRANSFER = ("tune", "score", "prune", "repair", "couple", "polish", "plug")
@@ -254,6 +254,7 @@ MADE_BY: dict[str, tuple[str, ...]] = {
     "small_ladder": ("small_ladder",),
     "large_zero_shot": (),
     "large_probe": (),
+    "large_proxy": ("tune",),
     "bridge_coupled": TRANSFER[:-2],
     "large_plugged": TRANSFER,
     "large_tuned": ("ceiling",),
@@ -281,4 +282,10 @@ class EvaluateConfig(StrictConfig):
         description="also a linear probe of either model: logistic regression on its last hidden states, where the "
         "answer begins, or at the end of every option where rows have their own; fitted on 10,000 training "
         "rows at most; a reference",
+    )
+    proxy: bool = Field(
+        default=False,
+        description="also the large model with what tuning changed in the small one's logits added to its own at "
+        "every token (proxy-tuning, Liu et al. 2024): none of its weights changes, but the small model has to stay; a "
+        "reference",
     )

@@ -36,6 +36,7 @@ from plugbridge.transfer.down import start_down
 from plugbridge.transfer.fold import fold
 from plugbridge.transfer.ladder import LadderNetwork, start_ladder
 from plugbridge.transfer.plug import duplicate, plug_shapes, uniform_layer_map
+from plugbridge.transfer.proxy import ProxyTuned
 from plugbridge.transfer.repair import repair_loss, repaired_parameters
 from plugbridge.transfer.start import LayerLikeness, MapKind, PlugFit, Start, StartKind
 from plugbridge.transfer.states import States, watch
@@ -401,6 +402,15 @@ def evaluate_ladder(case: Case) -> Step:
     return _scoring(case, network, [(model, "model"), (bridge, "bridge")])
 
 
+def evaluate_proxy(case: Case) -> Step:
+    """As `evaluate`, by the model beside the tuned small one."""
+    model, _ = run_only(case)
+    assert case.small is not None
+    small, narrow = replace(case, config=case.small, streamed=False, bits=None).build()
+    wrapped, _ = attach(small, case.method, narrow, case.settings)
+    return _scoring(case, ProxyTuned(model, wrapped), [(model, "model")])
+
+
 def _coupled_bridge(
     case: Case, model: PreTrainedModel, layout: Layout
 ) -> tuple[PreTrainedModel, nn.Module, BridgePlan]:
@@ -445,5 +455,6 @@ STEPS: dict[str, MakeStep] = {
     "evaluate": evaluate,
     "evaluate, bridge": evaluate_bridge,
     "evaluate, ladder": evaluate_ladder,
+    "evaluate, proxy": evaluate_proxy,
 }
 """Every step by name. A step is a function of a case; one more is one more row."""

@@ -237,16 +237,20 @@ def _evaluations(s: Subjects, large: Case, bridged: Case) -> Iterator[Work]:
     A model that is not scored is left out, and so are the small ones where the small model is tuned, which takes more.
     """
     config, batch = s.config.evaluate, s.config.evaluate.batch_size
-    names = config.models if config.models is not None else [*LARGE_MODELS, "bridge_coupled"]
+    names = config.models if config.models is not None else [*LARGE_MODELS, "bridge_coupled", "large_proxy"]
     batches = 1 if config.limit is None else math.ceil(config.limit / batch)
     rows, much = (batch, " (a batch)") if config.limit is None else (config.limit, "")
     note = "" if config.limit is None else "as many rows as evaluate.limit says, if there are so many"
     row = Row(f"evaluate{much}", "", replace(large, batch=min(batch, rows)), STEPS["evaluate"])
-    if any(name.startswith("large_") for name in names):
+    if any(name.startswith("large_") and name != "large_proxy" for name in names):
         scored = 1 if config.limit is None else max(1, len(LARGE_MODELS & set(names)))
         yield Work(row, scored * batches, 0, scored * batches, scored * rows, note=note)
     elif "tune" not in stages_of(s.config):
         yield Work(replace(row, case=replace(s.small.alone(), batch=min(batch, rows))), batches, 0, 0, 0, note=note)
+    if config.proxy and "large_proxy" in names:
+        case = replace(large, small=s.small.config, batch=row.case.batch)
+        row = Row(f"evaluate: large_proxy{much}", "", case, STEPS["evaluate, proxy"])
+        yield Work(row, batches, 0, batches, rows, note=note)
     mode = find_mode(s.config.couple.mode)
     if mode.trains_bridge and "bridge_coupled" in names:
         step = STEPS["evaluate, ladder" if mode.runs_large else "evaluate, bridge"]

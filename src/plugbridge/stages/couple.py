@@ -149,9 +149,7 @@ def _start(work: Work, small: Layout, large: Layout) -> Start:
 def _rows_of_both(work: Work) -> BothRows:
     """The rows that a start is fitted on, for both models; of the states only the small model's of one row are kept."""
     p = work.prepared
-    # the same tokens for both: as the model with fewer positions reads them
-    narrower = (p.encoder.positions or math.inf) <= (p.large_encoder.positions or math.inf)
-    encoder, rows = (p.encoder, p.rows) if narrower else (p.large_encoder, p.large_rows)
+    encoder, rows = p.shared()
     chosen = drawn(rows["train"], p.config.couple.align_samples, p.config.seed)
     small, large = p.load(p.config.small), p.load_run_only()
 

@@ -24,6 +24,7 @@ LATER: dict[str, tuple[Any, ...]] = {
     "activations": ("bridge", None),
     "error_bound": (0.0,),
     "perturbation": (1e-3,),
+    "proxy": (False,),
 }
 """Keys that came later, and what they are where a run from before them has none: such a run need not be done anew."""
 RATES = {"finetuned": 1e-4, "ladder": 3e-3}
@@ -137,7 +138,8 @@ def model_names(config: RunConfig) -> list[str]:
     coupled = ["bridge_coupled"] if find_mode(config.couple.mode).trains_bridge else []
     tuned = ["large_tuned"] if config.ceiling is not None else []
     others = [name for name, *_ in baselines_of(config)]
-    return ["small_zero_shot", "small_tuned", "large_zero_shot", "large_plugged", *coupled, *tuned, *others]
+    proxy = ["large_proxy"] if config.evaluate.proxy else []
+    return ["small_zero_shot", "small_tuned", "large_zero_shot", *proxy, "large_plugged", *coupled, *tuned, *others]
 
 
 def baselines_of(config: RunConfig) -> Iterator[tuple[str, Size, str, PartsConfig]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from plugbridge.cost import Cost, measure, settle
@@ -27,6 +28,7 @@ from plugbridge.tasks.spec import Split, Task
 from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import LadderNetwork
+from plugbridge.transfer.proxy import ProxyTuned
 from plugbridge.tuners.module import attach, load_state, read
 
 T = TypeVar("T")
@@ -143,6 +145,7 @@ def candidates(work: Work) -> list[Candidate]:
         "small_zero_shot": (lambda: p.load(p.config.small)[0], *small),
         "small_tuned": (lambda: with_module(work, p.load(p.config.small), root / "tune" / "module"), *small),
         "large_zero_shot": (lambda: p.load_run_only()[0], *large),
+        "large_proxy": (lambda: _proxy_tuned(work), *p.shared()),
         "large_plugged": (lambda: with_module(work, p.load_run_only(), root / "plug" / "checkpoint"), *large),
         "bridge_coupled": (lambda: _coupled_bridge(work, climbs), *large),
         "large_tuned": (lambda: with_module(work, p.load_large(), tuned), *large),
@@ -154,7 +157,14 @@ def candidates(work: Work) -> list[Candidate]:
     return [Candidate(name, *known[name]) for name in model_names(p.config)]
 
 
-def with_module(work: Work, loaded: tuple[PreTrainedModel, Layout], module: Path) -> torch.nn.Module:
+def _proxy_tuned(work: Work) -> torch.nn.Module:
+    """The large model beside the tuned small one."""
+    p = work.prepared
+    small = with_module(work, p.load(p.config.small), work.root / "tune" / "module")
+    return ProxyTuned(p.load_run_only()[0], small).eval()
+
+
+def with_module(work: Work, loaded: tuple[PreTrainedModel, Layout], module: Path) -> PeftModel:
     """A model with a checkpoint's module on it."""
     p = work.prepared
     model, layout = loaded

@@ -34,9 +34,10 @@ MODES: dict[str, Raw] = {
     "ladder_delta": {},
     "feedback": {"repair": TRAIN},
     "identity": {},
+    "mezo": {},
 }
 ALONE, FROM_SMALL = ("standalone", "ladder"), {"couple.plug": "ridge"}
-NO_BRIDGE = ("ladder_delta", "feedback", "identity")
+NO_BRIDGE = ("ladder_delta", "feedback", "identity", "mezo")
 
 ACTS: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     # key, another value, the stage whose results change, the modes where they do, what else is set
@@ -59,6 +60,9 @@ ACTS: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("prune.rounding", "nearest", "prune", ("feedback", "standalone, frozen"), {"repair": None, "prune.bits": 3}),
     ("couple.activations", "large", "couple", ("feedback",), {}),
     ("couple.error_bound", 0.5, "couple", ("feedback",), {"couple.activations": "large"}),
+    ("couple.perturbation", 0.5, "couple", ("mezo",), {}),
+    ("couple.optimizer", "adafactor", "couple", ("mezo",), {}),
+    ("couple.layers", 0.3, "couple", ("mezo",), {}),
     ("repair.optimizer", "adafactor", "repair", ("standalone",), {}),
     ("repair.target", "logits", "repair", ("standalone",), {}),
     ("couple.optimizer", "adamw", "couple", ("standalone",), {}),
@@ -81,6 +85,7 @@ ACTS: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("evaluate.limit", 7, "evaluate", ("feedback",), {}),
     ("evaluate.models", ["large_plugged"], "evaluate", ("feedback",), {}),
     ("evaluate.probe", True, "evaluate", ("feedback",), {}),
+    ("evaluate.proxy", True, "evaluate", ("feedback",), {}),
     ("ceiling.steps", 3, "ceiling", ("feedback",), {"ceiling": TRAIN}),
     *((f"baselines.{size}_finetuned", {**TRAIN, "steps": 3}, f"{size}_finetuned", ("feedback",),
        {f"baselines.{size}_finetuned": TRAIN}) for size in ("small", "large")),
@@ -92,27 +97,30 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("method.alpha", 9.0, ("feedback",), {"method.name": "prefix"}, "method.alpha is 9.0, but only lora has an alpha"),
     ("method.dropout", 0.5, ("standalone",), {"method.name": "adapter"}, "only lora has dropout"),
     ("method.dropout", 0.5, NO_BRIDGE, {}, r"method.dropout is 0.5, but in mode '\w+' the module runs without it"),
-    ("prune.shuffle", True, ("identity",), {}, "prune.shuffle is True, but in mode 'identity' there is no Bridge"),
+    ("prune.shuffle", True, ("identity", "mezo"), {}, r"prune.shuffle is True, but in mode '\w+' there is no Bridge"),
     ("prune.bits", 3, ("standalone", "feedback"), {}, "a packed Bridge cannot train, and `repair:` trains it"),
     ("prune.bits", 3, ("ladder",), {}, "a packed Bridge cannot train, and mode 'ladder' trains it"),
     ("prune.rounding", "nearest", ("feedback",), {}, "no weight is rounded"),
     ("prune.rounding", "nearest", ("feedback",), {"prune.bits": 3, "repair": None, "score.importance": "magnitude"},
      "no errors are known"),
-    ("prune.bits", 3, ("identity",), {}, "prune.bits is 3, but in mode 'identity' there is no Bridge"),
-    ("couple.activations", "large", (*ALONE, "ladder_delta", "identity"), {}, "no error goes back through"),
+    ("prune.bits", 3, ("identity", "mezo"), {}, r"prune.bits is 3, but in mode '\w+' there is no Bridge"),
+    ("couple.activations", "large", (*ALONE, "ladder_delta", "identity", "mezo"), {}, "no error goes back through"),
     ("couple.error_bound", 0.5, ("feedback", "standalone"), {}, "only with activations: large"),
     ("prune.channels", "pca", ("standalone",), {}, "must be a model by itself"),
-    ("repair", TRAIN, ("identity",), {}, "there is a `repair:` section, but in mode 'identity' there is no Bridge"),
+    ("repair", TRAIN, ("identity", "mezo"), {}, r"a `repair:` section, but in mode '\w+' there is no Bridge to fit"),
+    ("couple.perturbation", 0.1, tuple(mode for mode in MODES if mode != "mezo"), {}, "not moved to see the loss"),
     ("couple.bridge", "freeze", NO_BRIDGE, {}, r"couple.bridge is 'freeze', but in mode '\w+' the Bridge never trains"),
     ("couple.bridge_learning_rate", 0.3, (*NO_BRIDGE, "standalone, frozen"), {}, "but the Bridge does not train"),
     ("couple.align_samples", 3, tuple(MODES), {}, r"but plug: \w+ and layer_map: uniform are fitted to no states"),
     ("couple.layer_map", "cka", ("standalone, frozen", "ladder", *NO_BRIDGE), {}, "a fresh start takes none"),
     ("couple.plug_learning_rate", 0.3, ("standalone, frozen", *NO_BRIDGE), {}, "a fresh start has no plug"),
-    ("couple.down", "learned", ("feedback", "identity"), {}, "no loss goes through down"),
-    ("couple.cache", "memory", ("standalone", "feedback", "identity"), {}, "keeps no activations"),
+    ("couple.down", "learned", ("feedback", "identity", "mezo"), {}, "no loss goes through down"),
+    ("couple.cache", "memory", ("standalone", "feedback", "identity", "mezo"), {}, "keeps no activations"),
     ("evaluate.models", ["bridge_coupled"], NO_BRIDGE, {}, "which needs a mode whose Bridge trains"),
     ("evaluate.probe", True, ("feedback",), {"evaluate.models": ["large_plugged"]}, "names neither 'small_probe' nor"),
-    ("couple.recompute", False, ("ladder", "ladder_delta"), {}, "nothing is run again"),
+    ("evaluate.proxy", True, ("feedback",), {"evaluate.models": ["large_plugged"]}, "does not name 'large_proxy'"),
+    ("evaluate.models", ["large_proxy"], ("feedback",), {}, "names 'large_proxy', which needs evaluate.proxy: true"),
+    ("couple.recompute", False, ("ladder", "ladder_delta", "mezo"), {}, "nothing is run again"),
     ("couple.recompute", False, ("standalone",), {"method.name": "prefix"}, "with prefixes nothing is run again"),
     *((f"couple.{key}", value, ("feedback",), {"couple": {"steps": 0}}, f"couple.{key} is {value!r}, but couple.steps")
       for key, value in (*LOOP.items(), ("micro_batch", 2), ("optimizer", "adafactor")) if key != "steps"),
@@ -128,7 +136,7 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
 
 UNCHANGED: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("couple.recompute", False, "couple", ("standalone", "feedback"), {}),
-    ("couple.micro_batch", 1, "couple", ("standalone", "ladder_delta", "feedback"), {}),
+    ("couple.micro_batch", 1, "couple", ("standalone", "ladder_delta", "feedback", "mezo"), {}),
     ("couple.checkpoint_every", 1, "couple", ("feedback",), {}),
     ("couple.cache", "memory", "couple", ("ladder", "ladder_delta"), {}),
     ("tune.micro_batch", 3, "tune", ("feedback",), {}),
@@ -357,7 +365,8 @@ def test_of_no_steps_all_settings_but_these_act(
     monkeypatch.setattr("plugbridge.preflight.check_acting", lambda _config: None)  # which refuses them
     raw = put(base("standalone", {}), "couple", {"mode": "standalone", "plug": "random", "steps": 0})
     other = {**LOOP, "micro_batch": 2, "optimizer": "adafactor", "plug_learning_rate": 0.3, "down": "learned",
-             "bridge": "freeze", "bridge_learning_rate": 0.3, "activations": "large", "error_bound": 0.5}  # fmt: skip
+             "bridge": "freeze", "bridge_learning_rate": 0.3, "activations": "large", "error_bound": 0.5,
+             "perturbation": 0.5}  # fmt: skip
     del other["steps"]
     assert {*OF_STEPS} == {*other}
     del other["bridge_learning_rate"]  # of a Bridge that trains

@@ -38,7 +38,7 @@ def case_of(family: str, layers: int = 6, **changes: Any) -> Case:
 
 
 def with_top(case: Case, step: str) -> Case:
-    if step.startswith("align"):
+    if step.startswith("align") or step == "evaluate, proxy":
         return replace(case, small=make_model(case.config.model_type, layers=2).config)
     if step not in TRAINED:
         return case
@@ -62,6 +62,8 @@ def really_alive(case: Case, make: Any) -> int:
         "align, ridge, cka",
         "evaluate, bridge",
         "evaluate, ladder",
+        "evaluate, proxy",
+        "couple, mezo",
     ],
 )
 def test_a_prediction_is_close_to_what_a_real_step_has_alive(family: str, step: str) -> None:

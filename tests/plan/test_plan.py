@@ -461,6 +461,25 @@ def test_a_limit_says_how_many_rows_are_scored(run_config: Callable[..., Raw]) -
     assert scored(limit=20) == {"evaluate": (6, 6, 40), "evaluate: bridge_coupled": (3, 3, 20)}
     assert scored(limit=20, models=["large_plugged", "small_tuned"]) == {"evaluate": (3, 3, 20)}
     assert scored(models=["small_tuned"]) == {}
+    assert scored(models=["large_proxy"], proxy=True) == {"evaluate: large_proxy (a batch)": (1, 1, 8)}
+    assert scored(limit=20, models=["large_proxy", "large_plugged"], proxy=True) == {
+        "evaluate": (3, 3, 20), "evaluate: large_proxy": (3, 3, 20),
+    }  # fmt: skip
+
+
+def test_a_step_of_mezo_is_two_forward_passes(run_config: Callable[..., Raw]) -> None:
+    def planned(mode: str) -> Any:
+        couple = {"steps": 5, "batch_size": 4, "mode": mode}
+        works = list(works_of(subjects_of(parse_config(run_config(couple=couple), "x"), 8, None)))
+        assert {"score", "prune"}.isdisjoint(work.row.method for work in works)
+        return next(work for work in works if work.row.method == f"couple ({mode})")
+
+    mezo, one = planned("mezo"), planned("identity")
+    assert (mezo.passes, mezo.large_rows) == (10, 40)
+    assert (one.passes, one.large_rows) == (5, 20)
+    counts, feedback = (predict(work.row.case, work.row.make) for work in (mezo, one))
+    assert counts.trained > 0
+    assert counts.peak < feedback.peak  # no graph
 
 
 def test_the_whole_run_is_all_of_our_stages(run_config: Callable[..., Raw]) -> None:

@@ -36,6 +36,7 @@ BRIDGE = ["tune", "score", "prune", "repair", "couple"]
         (["large_zero_shot"], []),
         (["small_probe"], []),
         (["small_tuned", "large_zero_shot"], ["tune"]),
+        (["large_proxy"], ["tune"]),
         (["large_tuned"], ["ceiling"]),
         (["small_finetuned"], ["small_finetuned"]),
         (["bridge_coupled"], BRIDGE),
@@ -47,7 +48,8 @@ BRIDGE = ["tune", "score", "prune", "repair", "couple"]
 def test_stages_are_those_of_the_models_asked_for(
     run_config: Callable[..., Raw], tmp_path: Path, models: list[str] | None, stages: list[str]
 ) -> None:
-    raw = run_config(**WHOLE, evaluate={"models": models, "probe": models in (None, ["small_probe"])})
+    raw = run_config(**WHOLE, evaluate={"models": models, "probe": models in (None, ["small_probe"]),
+                                       "proxy": models in (None, ["large_proxy"])})  # fmt: skip
     config = parse_config(raw, "test")
     assert stages_of(config) == {*stages, "evaluate"}
     prepared = prepare(config, None)
@@ -76,6 +78,7 @@ ALL = ["small_tuned", "large_plugged"]
         ({"mode": "identity"}, ["large_plugged"], ["couple", "plug"], []),
         ({"mode": "identity"}, None, ["tune", "couple", "plug"], []),
         ({"mode": "identity", "plug": "random"}, ["large_plugged"], ["tune", "couple", "plug"], ["tune"]),
+        ({"mode": "mezo"}, ["large_plugged"], ["couple", "plug"], []),
         ({"steps": 0}, ["large_plugged"], ["couple", "plug"], []),
         ({"steps": 0, "plug": "random"}, None, ["tune", "couple", "plug"], ["tune"]),
         ({"mode": "standalone", "steps": 0}, ["large_plugged"], ["tune", "couple", "plug"], ["tune"]),
@@ -86,7 +89,7 @@ ALL = ["small_tuned", "large_plugged"]
 def test_a_stage_is_done_only_for_what_needs_it(
     run_config: Callable[..., Raw], couple: Raw, models: list[str] | None, stages: list[str], needs: list[str]
 ) -> None:
-    repair = {} if couple.get("mode") == "identity" else {"repair": TRAIN}
+    repair = {} if couple.get("mode") in ("identity", "mezo") else {"repair": TRAIN}
     raw = run_config(ceiling=None, couple=couple, evaluate={"models": models}, **repair)
     config = parse_config(raw, "test")
     assert stages_of(config) == stages_of(resolve(config)) == {*stages, "evaluate"}

@@ -28,7 +28,7 @@ OF_STEPS = (
     "down", "bridge", "bridge_learning_rate", "activations", "error_bound", "perturbation",
 )  # fmt: skip
 """Keys of `couple` that only its steps read."""
-RUN_ONLY = ("large_zero_shot", "large_probe", "large_plugged")
+RUN_ONLY = ("large_zero_shot", "large_probe", "large_proxy", "large_plugged")
 """Models of which scoring has the large one run forward only."""
 
 

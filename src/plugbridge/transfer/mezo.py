@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from plugbridge.evaluate import mean_loss
+from plugbridge.models import fuse_gelu
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.deferred import Deferred
@@ -40,6 +41,7 @@ def mezo(coupling: Coupling) -> Loss:
     large, layout, kind = coupling.large_model, coupling.large, coupling.encoder.kind
     assert large is not None
     wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
+    fuse_gelu(large)
     wrapped.requires_grad_(False)
     wrapped.eval()
     spared = {} if coupling.method.stacked else {"use_cache": False}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ def _gradients(coupling: Coupling, loss: Loss, slots: list[Slot], rows: Sequence
     tensors = [coupling.module[slot] for slot in slots]
     total = [torch.zeros_like(tensor) for tensor in tensors]
     for row in rows:
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(loss([row]), tensors, allow_unused=True)
-        for whole, part in zip(total, found, strict=True):
+        found = torch.autograd.grad(loss([row]), tensors, allow_unused=True)
+        for whole, part in zip(total, cast("tuple[Tensor | None, ...]", found), strict=True):
             if part is not None:
                 whole += part
     return dict(zip(slots, total, strict=True))

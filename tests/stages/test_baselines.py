@@ -34,7 +34,7 @@ def _started(raw: dict[str, Any], root: Path) -> dict[str, Any]:
 def test_every_baseline_is_trained_scored_and_reported(
     run_config: Callable[..., dict[str, Any]], tmp_path: Path, family: str
 ) -> None:
-    raw = run_config(family, baselines=ALL, evaluate={"probe": True, "batch_size": 8})
+    raw = run_config(family, baselines=ALL, evaluate={"probe": True, "proxy": True, "batch_size": 8})
     report = _started(raw, tmp_path / "run")
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == [name for name in TITLES if name != "bridge_coupled"]

@@ -35,9 +35,10 @@ MODES: dict[str, Raw] = {
     "feedback": {"repair": TRAIN},
     "identity": {},
     "mezo": {},
+    "backprop": {},
 }
 ALONE, FROM_SMALL = ("standalone", "ladder"), {"couple.plug": "ridge"}
-NO_BRIDGE = ("ladder_delta", "feedback", "identity", "mezo")
+NO_BRIDGE = ("ladder_delta", "feedback", "identity", "mezo", "backprop")
 
 ACTS: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     # key, another value, the stage whose results change, the modes where they do, what else is set
@@ -75,11 +76,11 @@ ACTS: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("couple.plug_learning_rate", 0.3, "couple", ("ladder",), {}),
     ("couple.plug_learning_rate", 0.3, "couple", ("ladder_delta",), {"couple.down": "learned"}),
     ("couple.down", "learned", "couple", ("standalone", "ladder", "ladder_delta"), {}),
-    ("couple.layers", 0.3, "couple", ("standalone", "ladder_delta", "feedback"), {}),
+    ("couple.layers", 0.3, "couple", ("standalone", "ladder_delta", "feedback", "backprop"), {}),
     ("couple.bridge", "freeze", "couple", ALONE, {}),
     ("couple.bridge_learning_rate", 0.3, "couple", ALONE, {}),
     ("method.alpha", 9.0, "couple", ("standalone", "ladder", "ladder_delta", "feedback", "identity"), {}),
-    ("method.dropout", 0.5, "couple", ("standalone", "standalone, frozen", "ladder"), {}),
+    ("method.dropout", 0.5, "couple", ("standalone", "standalone, frozen", "ladder", "backprop"), {}),
     *((f"polish.{key}", value, "polish", ("standalone",), {}) for key, value in (("evaluations", 5), ("rows", 9))),
     ("evaluate.split", "validation", "evaluate", ("feedback",), {}),
     ("evaluate.limit", 7, "evaluate", ("feedback",), {}),
@@ -96,17 +97,15 @@ ACTS: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
 REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("method.alpha", 9.0, ("feedback",), {"method.name": "prefix"}, "method.alpha is 9.0, but only lora has an alpha"),
     ("method.dropout", 0.5, ("standalone",), {"method.name": "adapter"}, "only lora has dropout"),
-    ("method.dropout", 0.5, NO_BRIDGE, {}, r"method.dropout is 0.5, but in mode '\w+' the module runs without it"),
-    ("prune.shuffle", True, ("identity", "mezo"), {}, r"prune.shuffle is True, but in mode '\w+' there is no Bridge"),
+    ("method.dropout", 0.5, NO_BRIDGE[:-1], {}, r"method.dropout is 0.5, but in mode '\w+' the module runs without it"),
+    ("prune.shuffle", True, NO_BRIDGE[2:], {}, r"prune.shuffle is True, but in mode '\w+' there is no Bridge"),
     ("prune.bits", 3, ("standalone", "feedback"), {}, "a packed Bridge cannot train, and `repair:` trains it"),
     ("prune.bits", 3, ("ladder",), {}, "a packed Bridge cannot train, and mode 'ladder' trains it"),
     ("prune.rounding", "nearest", ("feedback",), {}, "no weight is rounded"),
     ("prune.rounding", "nearest", ("feedback",), {"prune.bits": 3, "repair": None, "score.importance": "magnitude"},
      "no errors are known"),
-    ("prune.bits", 3, ("identity", "mezo"), {}, r"prune.bits is 3, but in mode '\w+' there is no Bridge"),
-    ("couple.activations", "large", (*ALONE, "ladder_delta", "identity", "mezo"), {}, "no error goes back through"),
-    ("couple.fidelity_rows", 2, (*ALONE, "identity"), {}, "no error goes back through a Bridge to be compared"),
-    ("couple.fidelity_every", 2, ("standalone",), {}, "only an error is compared"),
+    ("prune.bits", 3, ("identity", "mezo", "backprop"), {}, r"prune.bits is 3, but in mode '\w+' there is no Bridge"),
+    ("couple.activations", "large", (*ALONE, "ladder_delta", *NO_BRIDGE[2:]), {}, "no error goes back through"),
     ("couple.error_bound", 0.5, ("feedback", "standalone"), {}, "only with activations: large"),
     ("prune.channels", "pca", ("standalone",), {}, "must be a model by itself"),
     ("repair", TRAIN, ("identity", "mezo"), {}, r"a `repair:` section, but in mode '\w+' there is no Bridge to fit"),
@@ -116,13 +115,14 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("couple.align_samples", 3, tuple(MODES), {}, r"but plug: \w+ and layer_map: uniform are fitted to no states"),
     ("couple.layer_map", "cka", ("standalone, frozen", "ladder", *NO_BRIDGE), {}, "a fresh start takes none"),
     ("couple.plug_learning_rate", 0.3, ("standalone, frozen", *NO_BRIDGE), {}, "a fresh start has no plug"),
-    ("couple.down", "learned", ("feedback", "identity", "mezo"), {}, "no loss goes through down"),
-    ("couple.cache", "memory", ("standalone", "feedback", "identity", "mezo"), {}, "keeps no activations"),
+    ("couple.down", "learned", ("feedback", "identity", "mezo", "backprop"), {}, "no loss goes through down"),
+    ("couple.cache", "memory", ("standalone", "feedback", "identity", "mezo", "backprop"), {}, "keeps no activations"),
     ("evaluate.models", ["bridge_coupled"], NO_BRIDGE, {}, "which needs a mode whose Bridge trains"),
     ("evaluate.probe", True, ("feedback",), {"evaluate.models": ["large_plugged"]}, "names neither 'small_probe' nor"),
     ("evaluate.proxy", True, ("feedback",), {"evaluate.models": ["large_plugged"]}, "does not name 'large_proxy'"),
     ("evaluate.models", ["large_proxy"], ("feedback",), {}, "names 'large_proxy', which needs evaluate.proxy: true"),
     ("couple.recompute", False, ("ladder", "ladder_delta", "mezo"), {}, "nothing is run again"),
+    ("couple.recompute", False, ("backprop",), {}, "in mode 'backprop' every block is run again"),
     ("couple.recompute", False, ("standalone",), {"method.name": "prefix"}, "with prefixes nothing is run again"),
     *((f"couple.{key}", value, ("feedback",), {"couple": {"steps": 0}}, f"couple.{key} is {value!r}, but couple.steps")
       for key, value in (*LOOP.items(), ("micro_batch", 2), ("optimizer", "adafactor")) if key != "steps"),
@@ -137,14 +137,13 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
 ]  # fmt: skip
 
 UNCHANGED: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
-    ("couple.fidelity_rows", 2, "couple", ("feedback",), {}),
-    ("couple.fidelity_every", 1, "couple", ("feedback",), {}),
     ("couple.recompute", False, "couple", ("standalone", "feedback"), {}),
-    ("couple.micro_batch", 1, "couple", ("standalone", "ladder_delta", "feedback", "mezo"), {}),
+    ("couple.micro_batch", 1, "couple", ("standalone", "ladder_delta", "feedback", "mezo", "backprop"), {}),
     ("couple.checkpoint_every", 1, "couple", ("feedback",), {}),
     ("couple.cache", "memory", "couple", ("ladder", "ladder_delta"), {}),
     ("tune.micro_batch", 3, "tune", ("feedback",), {}),
     ("resident", "none", "score", ("feedback",), {}),
+    ("resident", "none", "couple", ("backprop",), {}),
     ("score.keep", "memory", "score", ("feedback",), {"resident": "none"}),
     ("evaluate.batch_size", 3, "evaluate", ("feedback",), {}),
 ]

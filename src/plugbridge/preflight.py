@@ -210,7 +210,7 @@ def _check_bridge_use(config: RunConfig) -> None:
         )
     if config.couple.layer_map != "uniform" and config.couple.plug == "fresh":
         raise ConfigError("couple.layer_map maps small layers, but a fresh start takes none; use plug: random or ridge")
-    if config.couple.down == "learned" and mode.name in ("feedback", "identity", "mezo"):
+    if config.couple.down == "learned" and mode.name in ("feedback", "identity", "mezo", "backprop"):
         raise ConfigError(
             f"couple.down is 'learned', but in mode '{mode.name}' no loss goes through down; use down: select"
             f"{', and a `repair:` section to fit the Bridge' if mode.has_bridge else ''}"

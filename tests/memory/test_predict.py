@@ -25,7 +25,7 @@ from plugbridge.transfer.coupling import Coupling
 from plugbridge.tuners.table import METHODS, MethodSettings
 
 FAMILIES = ("gpt2", "t5", "llama")
-TRAINED = {"couple, feedback", "couple, ladder_delta"}
+TRAINED = {"couple, feedback", "couple, ladder_delta", "couple, backprop"}
 
 
 def case_of(family: str, layers: int = 6, **changes: Any) -> Case:
@@ -59,6 +59,7 @@ def really_alive(case: Case, make: Any) -> int:
         "full fine-tuning",
         "tuned",
         "couple, feedback",
+        "couple, backprop",
         "align, ridge, cka",
         "evaluate, bridge",
         "evaluate, ladder",
@@ -142,6 +143,20 @@ def test_a_later_part_of_a_batch_stands_for_all_parts(step: str) -> None:
     whole, counted = trace(case, STEPS[step]), predict(case, STEPS[step])
     assert counted.peak == whole.peak
     assert counted.flops == pytest.approx(whole.flops, rel=0.01)
+
+
+def test_parts_that_go_together_each_add_their_states() -> None:
+    """A streamed model's backpropagation in five parts: no more is read than of one, and no more weights are there."""
+    step = STEPS["couple, backprop"]
+    case = replace(case_of("gpt2", streamed=True), batch=10, micro_batch=2, together=True)
+    counted, whole, one = predict(case, step), trace(case, step), predict(replace(case, batch=2), step)
+    assert counted.peak == pytest.approx(whole.peak, rel=0.01)
+    assert counted.peak == pytest.approx(really_alive(case, step), rel=0.05)
+    assert counted.read == whole.read == one.read
+    block, state = one.read / (2 * 6), 2 * 16 * 32 * 4
+    assert counted.peak - one.peak < 4 * 10 * state
+    resident = predict(replace(case, batch=2, streamed=False), step)
+    assert resident.peak - one.peak == pytest.approx((6 - 2) * block, rel=0.1)  # two of six are there
 
 
 def test_two_stacks_of_different_depth_extend_each_by_its_own_layers() -> None:
@@ -256,7 +271,7 @@ def test_products_and_other_work_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])  # whose blocks are all alike
-@pytest.mark.parametrize("step", ["couple, feedback", "evaluate", "score"])
+@pytest.mark.parametrize("step", ["couple, feedback", "couple, backprop", "evaluate", "score"])
 def test_what_a_step_reads_from_disk_is_predicted(step: str, family: str, tmp_path: Path) -> None:
     """But for one block: a trace begins with none in place."""
     case = with_top(case_of(family, streamed=True, at_once=0), step)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_backprop import autograd, backprop, without_dropout
 from test_half_precision import READS_LARGE, cosine, gradient_of
 from test_transfer import ROWS, SETTINGS, coupling_of
 
@@ -77,5 +78,20 @@ def test_the_other_modes_that_run_it(folders: dict[str, Path], family: str, mode
     (exact, wanted), (loss, found) = gradient_of(whole, mode), gradient_of(coupling, mode)
     assert loss == pytest.approx(exact, rel=0.1)
     assert cosine(found, wanted) > NEAR[load_in]
+    assert coupling.large_model is not None
+    assert all(p.grad is None for p in coupling.large_model.parameters())
+
+
+@pytest.mark.parametrize(("family", "method", "load_in"), pairwise(("gpt2", "t5", "llama"), METHODS, BITS))
+def test_backpropagation_is_that_of_the_quantised_model(
+    folders: dict[str, Path], family: str, method: str, load_in: LoadIn
+) -> None:
+    """QLoRA, where it is LoRA in 4 bits."""
+    _, coupling = couplings(folders[family], family, method, load_in)
+    _, other = couplings(folders[family], family, method, load_in)
+    (value, wanted), (loss, found) = autograd(without_dropout(other), ROWS), backprop(without_dropout(coupling), ROWS)
+    assert loss == pytest.approx(value, rel=1e-5)
+    assert found.keys() == wanted.keys()
+    assert cosine(found, wanted) > 0.9999
     assert coupling.large_model is not None
     assert all(p.grad is None for p in coupling.large_model.parameters())

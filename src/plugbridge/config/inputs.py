@@ -24,7 +24,8 @@ class LargeConfig(StrictConfig):
     load_in: LoadIn | None = Field(
         default=None,
         description="quantise the weights wherever the large model only runs forward: `8bit` (LLM.int8) or `4bit` "
-        "(NF4), through bitsandbytes; score, prune and ceiling read the weights as `dtype` says",
+        "(NF4), through bitsandbytes, and in mode backprop, where LoRA is then QLoRA; score, prune and ceiling read "
+        "the weights as `dtype` says",
     )
 
 

@@ -61,8 +61,9 @@ class RunConfig(StrictConfig):
         default="auto",
         description="whether the large model is in memory as a whole where it is scored, pruned or only runs forward: "
         "`all`, or `none`: one block at a time from its safetensors, the next one read ahead; `auto` is all where the "
-        "weights fit in half of the device's free memory. Results are the same. ceiling and baselines.large_finetuned "
-        "train the large model and always load it",
+        "weights fit in half of the device's free memory. Results are the same, but for which numbers dropout drops. "
+        "ceiling and mode backprop then train the module block by block; baselines.large_finetuned always loads the "
+        "large model",
     )
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you say so"

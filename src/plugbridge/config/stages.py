@@ -149,7 +149,8 @@ class CoupleConfig(PartsConfig):
         description="what the Bridge is for: `feedback`, it carries back the error of the large model's own forward "
         "pass; `standalone`, it reads tokens by itself (the paper); `ladder` and `ladder_delta`, it reads the large "
         "model's activations; `identity`, a control without it; `mezo`, none either: two forward passes of the large "
-        "model tell how far a step goes along a random direction (Malladi et al. 2023)",
+        "model tell how far a step goes along a random direction (Malladi et al. 2023); `backprop`, none: exact "
+        "gradients through the large model itself, block by block",
     )
     plug: Literal["random", "ridge", "procrustes", "fresh"] | None = Field(
         default=None,
@@ -204,16 +205,6 @@ class CoupleConfig(PartsConfig):
         gt=0,
         description="how far mezo moves the module's entries either way to see the loss change: this times a standard "
         "normal number each",
-    )
-    fidelity_rows: int = Field(
-        default=8,
-        ge=0,
-        le=ROWS,
-        description="training rows, drawn by the seed, on which feedback's gradient is compared with the exact one "
-        "before the first step and after the last; 0 for none. A streamed large model is not compared",
-    )
-    fidelity_every: int = Field(
-        default=0, ge=0, le=STEPS, description="steps after which that is done again during training; 0 for never"
     )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")

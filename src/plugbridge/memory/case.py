@@ -72,7 +72,8 @@ class Case:
     block in memory and one read ahead, from the directory `weights`, or made up where there is none; where it is
     scored, the states of `at_once` rows are in memory, or none of them (0: they are on disk). Training steps go through
     the models `micro_batch` rows at a time, all rows where it is None; `later` are rows that go through after others
-    of their step, whose gradients are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
+    of their step, whose gradients are in memory; where they go `together`, all of them pass one block before the next,
+    and their states are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
     `small`'s shape behind a plug, or without one from a fresh module. `target` is what a repair fits, `down`
     whether coupling trains the way down. The Bridge's matrices are of `packed` bits, and its error passes the
     `activations` of the Bridge or of the large model.
@@ -98,6 +99,7 @@ class Case:
     at_once: int = 1
     micro_batch: int | None = None
     later: bool = False
+    together: bool = False
     optimizer: OptimizerName = "adamw"
     small: PreTrainedConfig | None = None
     target: RepairTarget = "response"
@@ -151,8 +153,8 @@ class Case:
     def alone(self) -> "Case":
         """The same without what concerns only a Bridge and what trains: equal wherever nothing else differs."""
         return replace(
-            self, trained={}, sizes=None, train_bridge=True, recompute=True, micro_batch=None, optimizer="adamw",
-            target="response", down="select", packed=16, activations="bridge",
+            self, trained={}, sizes=None, train_bridge=True, recompute=True, micro_batch=None, together=False,
+            optimizer="adamw", target="response", down="select", packed=16, activations="bridge",
         )  # fmt: skip
 
     def shorter(self, batch: int, length: int) -> "Case":

@@ -60,7 +60,7 @@ def predict(case: Case, make: MakeStep) -> Trace:
     """A step's counts at the case's own depth, without a tensor of it.
 
     What several rows have in memory at once grows linearly with them. Of a batch in parts a later one counts, which
-    finds the gradients of those before it; the others only add work.
+    finds the gradients of those before it; the others only add work. Of parts that go together each adds its states.
     """
     gc.freeze()  # what is there already need not be looked through for every trace
     try:
@@ -68,7 +68,10 @@ def predict(case: Case, make: MakeStep) -> Trace:
             one, two = (_predict(replace(case, at_once=rows), make) for rows in (1, 2))
             return extended(one, one, two, case.at_once - 1)
         part = case.micro_batch or case.batch
-        if case.batch > part:
+        if case.together and case.batch > 3 * part:
+            two, three = (_predict(replace(case, batch=parts * part), make) for parts in (2, 3))
+            return extended(two, two, three, math.ceil(case.batch / part) - 2)
+        if case.batch > part and not case.together:
             later, times = _predict(replace(case, batch=part, later=True), make), case.batch / part
             return _repeated(later, times)
         return _predict(case, make)

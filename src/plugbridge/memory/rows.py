@@ -90,6 +90,7 @@ def coupled(case: Case, small: PreTrainedConfig, mode_name: str, method: str = "
         train_bridge=variant != FROZEN,
         optimizer=mode.optimizer if variant == "" else "adamw",
         small=None if mode.plug == "fresh" else small,
+        together=mode.exact,
     )
     name = ", ".join(filter(None, (f"{OURS}: {METHODS[method].title}", mode_name, variant)))
     return Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])

@@ -30,6 +30,7 @@ from plugbridge.stages.shrink import units_of
 from plugbridge.streaming import fill_buffers
 from plugbridge.tasks.encode import Encoded, gold
 from plugbridge.train import make_optimizer, shares
+from plugbridge.transfer.backprop import exact_loss
 from plugbridge.transfer.couple import MODES, find_mode
 from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients, silence, without_bridge
 from plugbridge.transfer.down import start_down
@@ -112,6 +113,18 @@ def training(
     return Step(phases, marks, case.batch, sum(tensor.numel() for tensor in tensors), chosen, held, begin)
 
 
+def training_together(
+    case: Case,
+    parameters: Iterable[Tensor],
+    loss: Callable[[list[Encoded]], Tensor],
+    marks: Marks,
+    held: list[object],
+) -> Step:
+    """A step whose parts its loss takes through every block together, gradients included."""
+    step = training(replace(case, micro_batch=None), parameters, loss, marks, held)
+    return replace(step, chosen=(case.micro_batch or case.batch) * TARGETS[case.kind])
+
+
 def _loss(case: Case, forward: nn.Module) -> Callable[[list[Encoded]], Tensor]:
     return lambda rows: mean_loss(forward, gold(case.encoder, rows).to(case.device), case.kind)
 
@@ -138,6 +151,18 @@ def tune(case: Case, checkpointing: bool = False) -> Step:
 def tune_checkpointed(case: Case) -> Step:
     """A module trains by backpropagation, activations computed anew in the backward pass."""
     return tune(case, checkpointing=True)
+
+
+def tune_by_blocks(case: Case) -> Step:
+    """A module trains by exact gradients, the model's blocks one after another: in memory, or read for it from disk."""
+    model, layout = load(case)
+    wrapped, _ = attach(model, case.method, layout, case.settings)
+    own = {saved_key(name): tensor.detach().clone().requires_grad_(True) for name, tensor in trainable(wrapped).items()}
+    loss = exact_loss(
+        wrapped, case.method, layout, case.encoder, lambda: unpack(case.method, layout, own),
+        micro_batch=case.micro_batch,
+    )  # fmt: skip
+    return training_together(case, own.values(), loss, [(model, "model")], [wrapped])
 
 
 def ladder_side_tuning(case: Case) -> Step:
@@ -274,6 +299,7 @@ def couple(case: Case, mode_name: str) -> Step:
         large_model=model, activations=case.activations,
         recompute=case.recompute or (mode.runs_large and case.streamed),
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
+        micro_batch=case.micro_batch,
     )  # fmt: skip
     if bridge is not None and not mode.reads_tokens:
         drop_vocabulary(bridge, layout)
@@ -286,7 +312,7 @@ def couple(case: Case, mode_name: str) -> Step:
     marks: Marks = [] if bridge is None else [(bridge, "bridge")]
     if coupling.large_model is not None:
         marks.append((coupling.large_model, "model"))
-    return training(case, tensors, loss, marks, [coupling])
+    return (training_together if mode.exact else training)(case, tensors, loss, marks, [coupling])
 
 
 def _start(case: Case, spare: PreTrainedModel, layout: Layout) -> Start:
@@ -444,6 +470,7 @@ STEPS: dict[str, MakeStep] = {
     "full fine-tuning": finetune,
     "tuned": tune,
     "tuned, checkpointing": tune_checkpointed,
+    "tuned, by blocks": tune_by_blocks,
     "ladder side-tuning": ladder_side_tuning,
     "score": score,
     "prune": prune,

@@ -31,6 +31,7 @@ from plugbridge.transfer.needed import needs_bridge, stages_of
 from plugbridge.tuners.table import MethodSettings, find_method
 
 FULL = "full fine-tuning"
+BY_BLOCKS = "tuned, by blocks"
 REFERENCE = "reference"
 """The stage of rows that a run makes only to compare with."""
 AT_MOST = "cached activations, passes and large rows are at most these: a row that comes again is not read again"
@@ -200,7 +201,7 @@ def _works(s: Subjects) -> Iterator[Work]:
     steps = config.couple.steps
     mode = find_mode(config.couple.mode)
     runs = steps * mode.passes if mode.runs_large else 0
-    case = replace(coupled, small=None if config.couple.plug == "fresh" else s.small.config)
+    case = replace(coupled, small=None if config.couple.plug == "fresh" else s.small.config, together=mode.exact)
     aligned = config.couple.align_samples * alignment_passes(config)
     if aligned:
         assert config.couple.plug is not None  # resolved
@@ -289,11 +290,13 @@ def references_of(s: Subjects) -> Iterator[Work]:
 
 
 def _references(s: Subjects) -> Iterator[Work]:
-    """All references that have a section; only a ladder's large model is streamed."""
+    """All references that have a section; the large model of a ladder or the ceiling is streamed as the run's is."""
     cases = {"small": replace(s.small, micro_batch=None), "large": _resident(s)}
     if s.config.ceiling is not None:
-        yield _reference("ceiling", "tuned", cases["large"], s.config.ceiling, large=True)
-        yield _validation("ceiling", REFERENCE, s, cases["large"], large=True)
+        streams = s.large.streamed
+        case = replace(cases["large"], streamed=streams, together=streams)
+        yield _reference("ceiling", BY_BLOCKS if streams else "tuned", case, s.config.ceiling, large=True)
+        yield _validation("ceiling", REFERENCE, s, case, large=True)
     for size, case in cases.items():
         finetuned = getattr(s.config.baselines, f"{size}_finetuned")
         if finetuned is not None:

@@ -5,7 +5,7 @@ before b only play back what they gave before, and the call is broken off behind
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -22,6 +22,10 @@ Call = Callable[[], Any]
 """One row's run of the model."""
 Slots = dict[int | str, Any]
 """A block's arguments: positional ones by number, others by name."""
+Run = Callable[["Block", Slots], Any]
+"""A block's own output, given its arguments."""
+Opened = Callable[[nn.Module, "Block"], AbstractContextManager[Any]]
+"""Has a block's parameters in place while it lasts."""
 Done = Callable[["Block"], None]
 """Told of every block that all rows are through."""
 Outputs = tuple[Any, ...]
@@ -42,13 +46,18 @@ class Passage:
     """What a row leaves behind: the last output of each stack, and where they are kept every block's arguments and
     outputs, with the identities of the outputs that a gradient can reach.
 
-    An argument that an earlier block gave is the same object as that output.
+    An argument that an earlier block gave is the same object as that output. Of a block that no gradient reaches, since
+    nothing in it or before it trains, nothing is kept.
     """
 
     last: dict[str, Any] = field(default_factory=dict[str, Any])
     arguments: list[Slots] = field(default_factory=list[Slots])
     outputs: list[Outputs] = field(default_factory=list[Outputs])
     reached: set[int] = field(default_factory=set[int])
+
+    def reaches(self, block: Block) -> bool:
+        """Whether a gradient reaches what a block that the row is through gave."""
+        return bool(self.outputs[block.number])
 
 
 class _Reached(Exception):
@@ -123,25 +132,39 @@ def sweep(
 
 @torch.no_grad()
 def sweep_keeping(
-    model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call], shelf: Shelf | None
+    model: nn.Module,
+    blocks: Sequence[Block],
+    calls: Sequence[Call],
+    shelf: Shelf | None,
+    opened: Opened | None = None,
+    runs: Sequence[Run] | None = None,
 ) -> list[Passage]:
-    """Take all rows through all blocks; every block's arguments and outputs are kept, in memory or on the shelf."""
+    """Take all rows through all blocks; every block's arguments and outputs are kept, in memory or on the shelf.
+
+    `opened` has a block in place, with gradients of all its parameters unless told; a row's blocks are run as its entry
+    of `runs` says.
+    """
     passages = [Passage() for _ in calls]
     for live in blocks:
-        with opened(model, live):
-            for passage, call in zip(passages, calls, strict=True):
+        with (opened or all_train)(model, live):
+            for passage, call, run in zip(passages, calls, runs or [run_block] * len(calls), strict=True):
                 with taken_out(shelf, passage.last, passage.arguments[-1:]) as out:
-                    _advance(blocks, live, passage, call, partial(_keep, passage))
-                    out.extend(tensors_in([passage.arguments[-1], passage.outputs[-1]]))
+                    _advance(blocks, live, passage, call, partial(_keep, passage, run))
+                    out.extend(tensors_in([passage.last, passage.arguments[-1], passage.outputs[-1]]))
     return passages
 
 
-@contextmanager
-def opened(model: nn.Module, block: Block) -> Generator[dict[str, nn.Parameter]]:
-    """A block's parameters by name, in place and taking gradients while this lasts."""
+def put_in_place(model: nn.Module, block: Block) -> None:
+    """Read a block from disk where the model is streamed."""
     window = window_of(model)
     if window is not None:
         window.need(block.number)
+
+
+@contextmanager
+def all_train(model: nn.Module, block: Block) -> Generator[dict[str, nn.Parameter]]:
+    """A block's parameters by name, in place and taking gradients while this lasts."""
+    put_in_place(model, block)
     parameters = {f"{block.path}.{name}": p for name, p in block.module.named_parameters()}
     with training(parameters.values()):
         yield parameters
@@ -163,15 +186,28 @@ def training(parameters: Iterable[nn.Parameter]) -> Generator[None]:
 def _advance(
     blocks: Sequence[Block], live: Block, passage: Passage, call: Call, step: Callable[[Block, Slots], Any]
 ) -> None:
-    """Take one row through one more block."""
+    """Take one row through one more block.
+
+    What lies between the blocks has a graph where a gradient will reach it, so that arguments made of it can be told.
+    """
+    leaves: dict[int, Tensor] = {}
+    own: dict[int, Any] = {}
+
+    def leaf(output: Any) -> Any:
+        if id(output) not in passage.reached:
+            return output
+        found = leaves.setdefault(id(output), output.detach().requires_grad_(True))
+        own[id(found)] = output
+        return found
 
     def play(block: Block, slots: Slots) -> Any:
         if block is live:
-            passage.last[block.stack] = step(block, slots)
+            passage.last[block.stack] = step(block, {key: own.get(id(value), value) for key, value in slots.items()})
             raise _Reached
-        return passage.last[block.stack]
+        last = passage.last[block.stack]
+        return tuple(map(leaf, last)) if isinstance(last, tuple) else leaf(last)
 
-    with played(blocks, play):
+    with played(blocks, play), torch.set_grad_enabled(bool(passage.reached)):
         try:
             call()
         except _Reached:
@@ -179,22 +215,28 @@ def _advance(
     raise AssertionError(f"the model did not call its block '{live.path}'")
 
 
-def _keep(passage: Passage, block: Block, slots: Slots) -> Any:
+def _keep(passage: Passage, run: Run, block: Block, slots: Slots) -> Any:
     """A block's output, kept with its arguments.
 
     It runs with a graph, which is dropped: torch takes other attention kernels without one, which round otherwise.
     """
-    leaves = {key: value.detach().requires_grad_(True) for key, value in slots.items() if id(value) in passage.reached}
+    leaves = {
+        key: value.detach().requires_grad_(True)
+        for key, value in slots.items()
+        if isinstance(value, Tensor) and (id(value) in passage.reached or value.requires_grad)
+    }
     with torch.enable_grad():
-        output = run_block(block, {**slots, **leaves})
+        output = run(block, {**slots, **leaves})
     same = {id(leaf): slots[key] for key, leaf in leaves.items()}
     kept: list[Any] = []
+    reached = False
     for out in as_tuple(output):
         kept.append(same[id(out)] if id(out) in same else out.detach() if isinstance(out, Tensor) else out)
         if isinstance(out, Tensor) and out.requires_grad:
             passage.reached.add(id(kept[-1]))
-    passage.arguments.append(_kept(slots, passage))
-    passage.outputs.append(tuple(kept))
+            reached = True
+    passage.arguments.append(_kept(slots, passage) if reached else {})
+    passage.outputs.append(tuple(kept) if reached else ())
     return tuple(kept) if isinstance(output, tuple) else kept[0]
 
 

@@ -99,7 +99,8 @@ def same_result(one: RunConfig, other: RunConfig) -> bool:
 
 def _rows_at_a_time(config: RunConfig) -> dict[str, dict[str, Any]]:
     """`micro_batch` of every training that it may matter to, as far as it parts their steps."""
-    trains = find_mode(config.couple.mode).trains_bridge
+    mode = find_mode(config.couple.mode)
+    trains = mode.trains_bridge or mode.exact
     found = {"tune": config.tune, "couple": config.couple if trains else None, "ceiling": config.ceiling}
     sections: dict[str, PartsConfig | None] = {**found, **dict(config.baselines)}
     return {name: micro_batch_of(section) for name, section in sections.items() if section is not None}

@@ -15,7 +15,7 @@ from plugbridge.tuners.table import Method, MethodSettings
 
 DRAWN = "drawn by the seed"
 """How some training rows are chosen; earlier versions took the first, and their results are not these."""
-UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute", "fidelity_rows", "fidelity_every")
+UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute")
 """Keys that change no result, beyond rounding; `micro_batch` does with dropout, and is then named beside them."""
 LATER: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw",),
@@ -206,9 +206,12 @@ def _parts(asked: Asked, settings: PartsConfig, source: str, with_module: bool =
 
 
 def _parts_of_coupling(asked: Asked) -> dict[str, Any]:
-    """The same for coupling, where the Bridge has the large model's dropout as far as it trains."""
+    """The same for coupling, where the Bridge has the large model's dropout as far as it trains; or that model does."""
     config, settings = asked.config, asked.config.couple
-    if not find_mode(settings.mode).trains_bridge:
+    mode = find_mode(settings.mode)
+    if mode.exact:
+        return _parts(asked, settings, config.large_path)
+    if not mode.trains_bridge:
         return {}
     if settings.bridge == "freeze":
         return micro_batch_of(settings) if asked.settings.dropout > 0 else {}

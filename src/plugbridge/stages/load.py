@@ -17,11 +17,12 @@ def loads_of(prepared: Prepared) -> Mapping[str, float]:
     scored = len(prepared.rows[config.evaluate.split])
     scored = scored if config.evaluate.limit is None else min(scored, config.evaluate.limit)
     mode, score = find_mode(config.couple.mode), config.score
+    couple = 1 + step if mode.exact else 2 if mode.runs_large else 1  # blocks are run again
     rows = {
         "tune": sizes["small"] * (step * config.tune.steps * config.tune.batch_size + validation),
         "score": sizes["large"] * score.samples * (step if score.importance == "fisher" else 1),
         "prune": sizes["large"],
-        "couple": sizes["large"] * config.couple.steps * config.couple.batch_size * (2 if mode.runs_large else 1),
+        "couple": sizes["large"] * config.couple.steps * config.couple.batch_size * couple,
         "plug": sizes["large"],
         "evaluate": 2 * scored * sum(sizes.values()),
     }

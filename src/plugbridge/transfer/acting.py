@@ -65,9 +65,13 @@ def _is_given(owner: BaseModel, name: str) -> bool:
 
 
 def runs_again(config: RunConfig) -> bool:
-    """Whether coupling runs something again for its gradients, so that `couple.recompute` acts."""
+    """Whether coupling may run something again for its gradients, or keep it: whether `couple.recompute` acts."""
     mode = find_mode(config.couple.mode)
-    return not mode.name.startswith(("ladder", "mezo")) and not (mode.reads_alone and config.method.name == "prefix")
+    return (
+        not mode.exact
+        and not mode.name.startswith(("ladder", "mezo"))
+        and not (mode.reads_alone and config.method.name == "prefix")
+    )
 
 
 def _runs_large(config: RunConfig, mode: Mode, stages: set[str]) -> bool:
@@ -106,17 +110,16 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
             if name not in written or getattr(couple, name) != written[name]:
                 yield f"couple.{name}", "couple.steps is 0"
     if not runs_again(config):
-        yield "couple.recompute", f"{here}{' with prefixes' if mode.reads_alone else ''} nothing is run again"
-    if not mode.trains_bridge:
+        what = "every block" if mode.exact else "nothing"
+        yield "couple.recompute", f"{here}{' with prefixes' if mode.reads_alone else ''} {what} is run again"
+    if not mode.trains_bridge and not mode.exact:
         yield "method.dropout", f"{here} the module runs without it, or its error would be another network's"
+    if not mode.trains_bridge:
         yield "couple.bridge", f"{here} the Bridge never trains"
     if not mode.trains_bridge or couple.bridge == "freeze":
         yield "couple.bridge_learning_rate", "the Bridge does not train"
     if mode.name != "feedback":
         yield "couple.activations", f"{here} no error goes back through the Bridge alone"
-        yield "couple.fidelity_rows", f"{here} no error goes back through a Bridge to be compared"
-    if mode.name != "feedback" or couple.fidelity_rows == 0:
-        yield "couple.fidelity_every", "with mode 'feedback' and some fidelity_rows only an error is compared"
     if mode.name != "feedback" or couple.activations != "large":
         yield "couple.error_bound", "only with activations: large in mode 'feedback' positions are left out"
     if config.prune.bits == 16:

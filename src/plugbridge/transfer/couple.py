@@ -25,10 +25,11 @@ StartKind = Literal["random", "ridge", "procrustes", "fresh"]
 class Mode:
     """One coupling mode.
 
-    `runs_large`: whether it runs the large model (forward only). `trains_bridge`: whether the Bridge
-    can train. `reads_alone`: whether the Bridge reads tokens by itself, which a projected one cannot.
+    `runs_large`: whether it runs the large model (forward only but where it is `exact`). `trains_bridge`: whether the
+    Bridge can train. `reads_alone`: whether the Bridge reads tokens by itself, which a projected one cannot.
     `reads_tokens`: whether the Bridge's own embeddings and head are used; where they are not, they are dropped
-    and not counted. `has_bridge`: whether there is one at all. `caches`: where the large model's activations may be
+    and not counted. `has_bridge`: whether there is one at all. `exact`: whether the error goes back through the large
+    model itself, in training mode, all parts of a step together. `caches`: where the large model's activations may be
     kept from.
     `passes`: forward passes of the large model in a step where it runs.
     `plug` and `layers` are the defaults: what did best on validation rows (docs/results/coupling_choices.md).
@@ -43,6 +44,7 @@ class Mode:
     reads_alone: bool
     reads_tokens: bool = False
     has_bridge: bool = True
+    exact: bool = False
     caches: Callable[[Layout], "Rungs"] | None = None
     passes: int = 1
     plug: StartKind = "fresh"
@@ -84,6 +86,12 @@ def _mezo(coupling: "Coupling") -> "Loss":
     from plugbridge.transfer.mezo import mezo
 
     return mezo(coupling)
+
+
+def _backprop(coupling: "Coupling") -> "Loss":
+    from plugbridge.transfer.backprop import backprop
+
+    return backprop(coupling)
 
 
 def _rungs_of(layout: Layout) -> "Rungs":
@@ -160,6 +168,16 @@ MODES: dict[str, Mode] = {
             reads_alone=False,
             has_bridge=False,
             passes=2,
+        ),
+        Mode(
+            "backprop",
+            "no Bridge: exact gradients through the large model, block by block; with load_in: 4bit this is QLoRA",
+            _backprop,
+            runs_large=True,
+            trains_bridge=False,
+            reads_alone=False,
+            has_bridge=False,
+            exact=True,
         ),
     )
 }

@@ -32,7 +32,7 @@ class Coupling:
     `first` is the first layer of each stack whose module trains; 0 where it is not named. `recompute`
     says that feedback runs a module's own sublayer again instead of keeping what its first run left, with
     what norms are at the Bridge's width, and standalone the Bridge's blocks. `perturbation` is how far mezo moves
-    the module.
+    the module, `micro_batch` how many rows go through a block at a time in backprop.
     """
 
     method: Method
@@ -54,6 +54,7 @@ class Coupling:
     activations: Activations = "bridge"
     error_bound: float = 0.0
     perturbation: float = 1e-3
+    micro_batch: int | None = None
 
     @property
     def pruned(self) -> PreTrainedModel:

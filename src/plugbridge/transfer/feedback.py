@@ -30,10 +30,9 @@ from plugbridge.families.spec import Layout, Place, Sublayer
 from plugbridge.models import fuse_gelu, last_positions
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
-from plugbridge.transfer.fidelity import WaysBack
 from plugbridge.transfer.residual import Width, head_loss
 from plugbridge.transfer.residual_gradient import NarrowNorm, ResidualGradient
-from plugbridge.transfer.through import loss_at_end, through_loss
+from plugbridge.transfer.through import through_loss
 from plugbridge.transfer.unread import unread
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
@@ -194,15 +193,19 @@ def head_gradient(
 
 def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visit, x: Tensor) -> Any:
     """A cache that holds one layer's prefix, as the attention of that layer expects it beside x."""
-    stack = layout.family.prefix.stack
+    layer = cast(int, visit.place.layer)
+    (value,) = (t for s, t in module.items() if (s.stack, s.layer) == (layout.family.prefix.stack, layer))
+    return layer_prefix(layout, coupling.encoder.kind == "seq2seq", value, layer, x)
+
+
+def layer_prefix(layout: Layout, seq2seq: bool, value: Tensor, layer: int, x: Tensor) -> Any:
+    """A cache of one layer's prefix. value: (tokens, 2 x inner width), x: what the layer reads, (n, length, hidden)."""
     heads, head_dim = (layout.sizes[axis] for axis in layout.family.prefix.axes.split())
-    (value,) = (t for s, t in module.items() if (s.stack, s.layer) == (stack, visit.place.layer))
     kv = value.to(x.dtype).reshape(-1, 2, heads, head_dim).permute(1, 2, 0, 3)  # kv, heads, tokens, head_dim
     cache = DynamicCache()
-    layer = cast(int, visit.place.layer)
     keys, values = (part.expand(x.shape[0], -1, -1, -1) for part in kv)
     cache.update(keys, values, layer)
-    return EncoderDecoderCache(cache, DynamicCache()) if coupling.encoder.kind == "seq2seq" else cache
+    return EncoderDecoderCache(cache, DynamicCache()) if seq2seq else cache
 
 
 def call(
@@ -301,44 +304,39 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         if not coupling.recompute:  # made now: what is kept between steps is there from the first on
             norms = {path: norm_at(path) for path in map(norm_path, needed)}.__getitem__
 
-    def by(norms: Norms | None) -> Loss:
-        def loss(rows: list[Encoded]) -> Tensor:
-            wide = coupling.at_large_width()
-            small = coupling.at_bridge_width() if norms is not None else {}
-            local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
-            through = {slot: t.detach() for slot, t in small.items()}
-            batch = gold(coupling.encoder, rows).to(large.device)
-            replaced = {parameter_name(k): t for k, t in pack(coupling.method, layout, local).items()}
-            owns = partial(_owns, coupling, local)
-            given = None if coupling.recompute else partial(_given, coupling, local)
-            with torch.no_grad(), record(large, width, needed, owns, given, norms is not None) as last:
-                functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
-            reader = layout.family.prefix.stack
-            value, error = head_gradient(large, layout, last[reader], batch, kind)
-            error = error.to(dtype)
-            low = coupling.plan.sizes["hidden"]
-            context = {name: error.new_zeros(*h.shape[:-1], low) for name, h in last.items()}
-            send_back(coupling, width, narrow, stacks[reader], error, local, through, context, norms)
-            for name, visits in stacks.items():
-                if name != reader:
-                    h = last[name].requires_grad_(True)
-                    with torch.enable_grad():
-                        out = large.get_submodule(layout.family.stack[name].final_norm)(h)
-                        (error,) = torch.autograd.grad(out, h, width.lift(context[name]).to(out.dtype))
-                    error = error.to(dtype)
-                    send_back(coupling, width, narrow, visits, error, local, through, context, norms)
-            for visit in needed:
-                visit.clear()
-            gradients = {slot: tensor.grad for slot, tensor in local.items()}
-            parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
-            surrogate = torch.stack(parts).sum()
-            return value + (surrogate - surrogate.detach())  # zero first: the loss stays exact
+    def loss(rows: list[Encoded]) -> Tensor:
+        wide = coupling.at_large_width()
+        small = coupling.at_bridge_width() if through_bridge else {}
+        local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
+        through = {slot: t.detach() for slot, t in small.items()}
+        batch = gold(coupling.encoder, rows).to(large.device)
+        replaced = {parameter_name(k): t for k, t in pack(coupling.method, layout, local).items()}
+        owns = partial(_owns, coupling, local)
+        given = None if coupling.recompute else partial(_given, coupling, local)
+        with torch.no_grad(), record(large, width, needed, owns, given, through_bridge) as last:
+            functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
+        reader = layout.family.prefix.stack
+        value, error = head_gradient(large, layout, last[reader], batch, kind)
+        error = error.to(dtype)
+        low = coupling.plan.sizes["hidden"]
+        context = {name: error.new_zeros(*h.shape[:-1], low) for name, h in last.items()}
+        send_back(coupling, width, narrow, stacks[reader], error, local, through, context, norms)
+        for name, visits in stacks.items():
+            if name != reader:
+                h = last[name].requires_grad_(True)
+                with torch.enable_grad():
+                    out = large.get_submodule(layout.family.stack[name].final_norm)(h)
+                    (error,) = torch.autograd.grad(out, h, width.lift(context[name]).to(out.dtype))
+                error = error.to(dtype)
+                send_back(coupling, width, narrow, visits, error, local, through, context, norms)
+        for visit in needed:
+            visit.clear()
+        gradients = {slot: tensor.grad for slot, tensor in local.items()}
+        parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
+        surrogate = torch.stack(parts).sum()
+        return value + (surrogate - surrogate.detach())  # zero first: the loss stays exact
 
-        return loss
-
-    if norms is None:
-        return by(None)
-    return WaysBack(by(norms), by(None), loss_at_end(coupling, large, wrapped))
+    return loss
 
 
 def send_back(

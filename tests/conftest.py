@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,14 @@ def imports_are_no_garbage() -> None:
     """
     gc.collect()
     _freeze()
+
+
+@pytest.fixture(autouse=True)
+def log_as_at_first() -> None:
+    """Nothing prints or silences our log because of a command that an earlier test, or a fixture of its file, ran."""
+    ours = logging.getLogger("plugbridge")
+    ours.handlers.clear()
+    ours.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

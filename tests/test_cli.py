@@ -1,7 +1,6 @@
 """The command line: every command on a toy run, and one clear line for every mistake."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -45,7 +44,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PLUGBRIDGE_DATA", raising=False)
     monkeypatch.setattr("plugbridge.cli.terminal.log_here", lambda quiet: None)  # pytest has the log
-    monkeypatch.setattr(logging.getLogger("plugbridge"), "handlers", [])  # nor what commands before printed it with
     monkeypatch.setattr("plugbridge.plan.beside._cores", lambda: 1)  # test_plan.py has a plan of two processes
 
     def run(*words: Any) -> tuple[int, str, str]:

@@ -106,6 +106,8 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
      "no errors are known"),
     ("prune.bits", 3, ("identity", "mezo", "backprop"), {}, r"prune.bits is 3, but in mode '\w+' there is no Bridge"),
     ("couple.activations", "large", (*ALONE, "ladder_delta", *NO_BRIDGE[2:]), {}, "no error goes back through"),
+    ("couple.fidelity_rows", 2, (*ALONE, *NO_BRIDGE[2:]), {}, "no error goes back through a Bridge to be compared"),
+    ("couple.fidelity_every", 2, ("standalone",), {}, "only an error is compared"),
     ("couple.error_bound", 0.5, ("feedback", "standalone"), {}, "only with activations: large"),
     ("prune.channels", "pca", ("standalone",), {}, "must be a model by itself"),
     ("repair", TRAIN, ("identity", "mezo"), {}, r"a `repair:` section, but in mode '\w+' there is no Bridge to fit"),
@@ -137,6 +139,8 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
 ]  # fmt: skip
 
 UNCHANGED: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
+    ("couple.fidelity_rows", 2, "couple", ("feedback",), {}),
+    ("couple.fidelity_every", 1, "couple", ("feedback",), {}),
     ("couple.recompute", False, "couple", ("standalone", "feedback"), {}),
     ("couple.micro_batch", 1, "couple", ("standalone", "ladder_delta", "feedback", "mezo", "backprop"), {}),
     ("couple.checkpoint_every", 1, "couple", ("feedback",), {}),

@@ -27,6 +27,8 @@ from plugbridge.progress import Progress, trend
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+STRIDE = 1_000_003
+"""Seeds of steps that a training's seed sets aside."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def fit(
 
     with progress.bar(title, schedule.steps, len(losses)) as advance, _saved_when_stopped(losses, save) as signals:
         for step in range(len(losses), schedule.steps):
-            torch.manual_seed(schedule.seed * 1_000_003 + step)
+            torch.manual_seed(schedule.seed * STRIDE + step)
             chosen = batch_indices(len(rows), step, schedule.batch_size, schedule.seed)
             optimizer.zero_grad(set_to_none=True)
             value = 0.0
@@ -168,6 +170,11 @@ def _saved_when_stopped(losses: list[float], save: Callable[[], None]) -> Genera
                 save()
                 log.info("stopped behind step %d, which is kept", len(losses))
             raise
+
+
+def current_step(seed: int) -> int:
+    """The step that a loss is asked for, of a training of this seed: torch is seeded for it."""
+    return torch.initial_seed() - seed * STRIDE
 
 
 def shares(rows: list[T], micro_batch: int | None, weight_of: Callable[[T], int]) -> Iterator[tuple[list[T], float]]:

@@ -291,7 +291,7 @@ def test_a_probe_of_options_that_rows_list(run_config: Callable[..., Raw], data:
         found[resident] = [row["prediction"] for row in rows]
         assert len(rows) == values["large_probe"]["n"] == 6
     assert found["all"] == found["none"]
-    assert set(found["all"]) <= {" no", " yes", *(f" w{i}" for i in range(10))}
+    assert set(found["all"]) <= {"no", "yes", *(f"w{i}" for i in range(10))}
     assert len(set(found["all"])) > 1
 
 

@@ -284,3 +284,18 @@ def test_a_budget_counts_what_the_mode_uses_of_the_bridge(
     assert facts["bridge_parameters"] == counted <= 0.3 * facts["large_parameters"]
     assert facts["bridge_share"] == counted / facts["large_parameters"]
     assert facts["bridge_model_parameters"] == sum(t.numel() for t in stored.values())
+
+
+def test_fidelity_is_measured_at_the_start_now_and_then_and_at_the_end(couple: Couple) -> None:
+    raw, root = couple(mode="feedback", plug="fresh", layer_map="uniform", steps=5, fidelity_rows=2, fidelity_every=2)
+    start(raw, root, "couple")
+    found = facts_of(root, "couple")["fidelity"]
+    assert [each["step"] for each in found] == [0, 2, 4, 5]
+    assert found == json.loads((root / "couple" / "fidelity.json").read_text(encoding="utf-8"))
+    assert {len(each[way]["decoder"]) for each in found for way in ("bridge", "none")} == {3}
+    before = load_file(str(root / "couple" / "coupled.safetensors"))
+    raw, other = couple(mode="feedback", plug="fresh", layer_map="uniform", steps=5, fidelity_rows=0)
+    start(raw, other, "couple")
+    assert facts_of(other, "couple")["fidelity"] == []
+    after = load_file(str(other / "couple" / "coupled.safetensors"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -206,6 +206,16 @@ class CoupleConfig(PartsConfig):
         description="how far mezo moves the module's entries either way to see the loss change: this times a standard "
         "normal number each",
     )
+    fidelity_rows: int = Field(
+        default=8,
+        ge=0,
+        le=ROWS,
+        description="training rows, drawn by the seed, on which feedback's gradient is compared with the exact one "
+        "before the first step and after the last; 0 for none. A streamed large model is not compared",
+    )
+    fidelity_every: int = Field(
+        default=0, ge=0, le=STEPS, description="steps after which that is done again during training; 0 for never"
+    )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
 

@@ -1,8 +1,10 @@
 """Coupling module, plug and Bridge."""
 
+import json
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,14 @@ from plugbridge.stages.work import (
     schedule_of,
     train,
 )
+from plugbridge.streaming import window_of
 from plugbridge.tasks.encode import Encoded
-from plugbridge.train import batch_indices, drawn
+from plugbridge.train import batch_indices, current_step, drawn
 from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import Mode, find_mode
 from plugbridge.transfer.coupling import (
     Coupling,
+    Loss,
     bridge_state,
     drop_vocabulary,
     require_gradients,
@@ -38,10 +42,13 @@ from plugbridge.transfer.coupling import (
     without_bridge,
 )
 from plugbridge.transfer.down import start_down
+from plugbridge.transfer.fidelity import WaysBack, fidelity
 from plugbridge.transfer.needed import needs_bridge
 from plugbridge.transfer.start import Start, fresh_start, small_start
 from plugbridge.transfer.states import BothRows, Place, See, States, watch
 from plugbridge.tuners.module import Module, Slot, read, save, unpack
+
+log = logging.getLogger(__name__)
 
 
 def couple(work: Work) -> dict[str, Any]:
@@ -92,7 +99,11 @@ def couple(work: Work) -> dict[str, Any]:
     schedule = schedule_of(settings, p.config.seed, rates)
     if mode.exact:
         schedule = replace(schedule, micro_batch=None)  # its parts go through a block together
-    losses = train(work, models, parameters, p.large_rows["train"], loss, schedule, f"couple ({settings.mode})")
+    compared = _Compared(work, coupling, loss) if _comparable(coupling, loss, settings.fidelity_rows) else None
+    rows, title = p.large_rows["train"], f"couple ({settings.mode})"
+    losses = train(work, models, parameters, rows, loss if compared is None else compared, schedule, title)
+    if compared is not None:
+        compared.measure(settings.steps)
     _save_coupled(work, coupling, weights)
     write_json(work.folder / "losses.json", losses)
     return {
@@ -106,7 +117,45 @@ def couple(work: Work) -> dict[str, Any]:
         "layer_map": start.layer_map,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
+        "fidelity": [] if compared is None else compared.found,
     }
+
+
+def _comparable(coupling: Coupling, loss: Loss, rows: int) -> bool:
+    """Whether a loss is compared with backpropagation: of a streamed model that would have all blocks in memory."""
+    large = coupling.large_model
+    return rows > 0 and isinstance(loss, WaysBack) and large is not None and window_of(large) is None
+
+
+class _Compared:
+    """A loss that is compared with backpropagation before some steps; what was found is kept for a resumed stage."""
+
+    def __init__(self, work: Work, coupling: Coupling, loss: Loss) -> None:
+        assert isinstance(loss, WaysBack)
+        p = work.prepared
+        self.coupling, self.loss, self.seed = coupling, loss, p.config.seed
+        self.every = p.config.couple.fidelity_every
+        self.rows = drawn(p.large_rows["train"], p.config.couple.fidelity_rows, p.config.seed)
+        self.path = work.folder / "fidelity.json"
+        kept: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+        self.found = kept
+
+    def __call__(self, rows: list[Encoded]) -> Tensor:
+        step = current_step(self.seed)
+        if step == 0 or (self.every and step % self.every == 0):
+            self.measure(step)
+        return self.loss(rows)
+
+    def measure(self, step: int) -> None:
+        """Compare before a step, unless that was done."""
+        if any(each["step"] == step for each in self.found):
+            return
+        found = fidelity(self.coupling, self.loss, self.rows, step)
+        log.info("step %d: %s", step, found.said())
+        if step == 0 and (advice := found.advice()) is not None:
+            log.warning("%s", advice)
+        self.found.append(asdict(found))
+        write_json(self.path, self.found)
 
 
 def _no_loss(_rows: list[Encoded]) -> Tensor:

@@ -30,9 +30,10 @@ from plugbridge.families.spec import Layout, Place, Sublayer
 from plugbridge.models import fuse_gelu, last_positions
 from plugbridge.tasks.encode import Batch, Encoded, gold
 from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.transfer.fidelity import WaysBack
 from plugbridge.transfer.residual import Width, head_loss
 from plugbridge.transfer.residual_gradient import NarrowNorm, ResidualGradient
-from plugbridge.transfer.through import through_loss
+from plugbridge.transfer.through import loss_at_end, through_loss
 from plugbridge.transfer.unread import unread
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
@@ -304,39 +305,44 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
         if not coupling.recompute:  # made now: what is kept between steps is there from the first on
             norms = {path: norm_at(path) for path in map(norm_path, needed)}.__getitem__
 
-    def loss(rows: list[Encoded]) -> Tensor:
-        wide = coupling.at_large_width()
-        small = coupling.at_bridge_width() if through_bridge else {}
-        local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
-        through = {slot: t.detach() for slot, t in small.items()}
-        batch = gold(coupling.encoder, rows).to(large.device)
-        replaced = {parameter_name(k): t for k, t in pack(coupling.method, layout, local).items()}
-        owns = partial(_owns, coupling, local)
-        given = None if coupling.recompute else partial(_given, coupling, local)
-        with torch.no_grad(), record(large, width, needed, owns, given, through_bridge) as last:
-            functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
-        reader = layout.family.prefix.stack
-        value, error = head_gradient(large, layout, last[reader], batch, kind)
-        error = error.to(dtype)
-        low = coupling.plan.sizes["hidden"]
-        context = {name: error.new_zeros(*h.shape[:-1], low) for name, h in last.items()}
-        send_back(coupling, width, narrow, stacks[reader], error, local, through, context, norms)
-        for name, visits in stacks.items():
-            if name != reader:
-                h = last[name].requires_grad_(True)
-                with torch.enable_grad():
-                    out = large.get_submodule(layout.family.stack[name].final_norm)(h)
-                    (error,) = torch.autograd.grad(out, h, width.lift(context[name]).to(out.dtype))
-                error = error.to(dtype)
-                send_back(coupling, width, narrow, visits, error, local, through, context, norms)
-        for visit in needed:
-            visit.clear()
-        gradients = {slot: tensor.grad for slot, tensor in local.items()}
-        parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
-        surrogate = torch.stack(parts).sum()
-        return value + (surrogate - surrogate.detach())  # zero first: the loss stays exact
+    def by(norms: Norms | None) -> Loss:
+        def loss(rows: list[Encoded]) -> Tensor:
+            wide = coupling.at_large_width()
+            small = coupling.at_bridge_width() if norms is not None else {}
+            local = {slot: t.detach().requires_grad_(True) for slot, t in wide.items()}
+            through = {slot: t.detach() for slot, t in small.items()}
+            batch = gold(coupling.encoder, rows).to(large.device)
+            replaced = {parameter_name(k): t for k, t in pack(coupling.method, layout, local).items()}
+            owns = partial(_owns, coupling, local)
+            given = None if coupling.recompute else partial(_given, coupling, local)
+            with torch.no_grad(), record(large, width, needed, owns, given, norms is not None) as last:
+                functional_call(wrapped, replaced, (), {**batch.inputs(kind), **spared})
+            reader = layout.family.prefix.stack
+            value, error = head_gradient(large, layout, last[reader], batch, kind)
+            error = error.to(dtype)
+            low = coupling.plan.sizes["hidden"]
+            context = {name: error.new_zeros(*h.shape[:-1], low) for name, h in last.items()}
+            send_back(coupling, width, narrow, stacks[reader], error, local, through, context, norms)
+            for name, visits in stacks.items():
+                if name != reader:
+                    h = last[name].requires_grad_(True)
+                    with torch.enable_grad():
+                        out = large.get_submodule(layout.family.stack[name].final_norm)(h)
+                        (error,) = torch.autograd.grad(out, h, width.lift(context[name]).to(out.dtype))
+                    error = error.to(dtype)
+                    send_back(coupling, width, narrow, visits, error, local, through, context, norms)
+            for visit in needed:
+                visit.clear()
+            gradients = {slot: tensor.grad for slot, tensor in local.items()}
+            parts = [(g.to(wide[slot].dtype) * wide[slot]).sum() for slot, g in gradients.items() if g is not None]
+            surrogate = torch.stack(parts).sum()
+            return value + (surrogate - surrogate.detach())  # zero first: the loss stays exact
 
-    return loss
+        return loss
+
+    if norms is None:
+        return by(None)
+    return WaysBack(by(norms), by(None), loss_at_end(coupling, large, wrapped))
 
 
 def send_back(

@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from plugbridge.families.spec import Layout, Place
@@ -30,6 +31,7 @@ from plugbridge.tasks.encode import Encoded, gold
 from plugbridge.tensors.axes import Project, transform
 from plugbridge.tensors.patterns import axis_names
 from plugbridge.transfer.coupling import Coupling, Loss
+from plugbridge.transfer.fidelity import WaysBack
 from plugbridge.transfer.residual import head_loss
 from plugbridge.tuners.module import attach, pack, parameter_name
 
@@ -94,20 +96,33 @@ def _lift(x: Tensor, op: Op, size: int) -> Tensor:
 
 
 class _Through(torch.autograd.Function):
-    """A layer's output, whose gradient at the input is `back`'s."""
+    """A layer's output, whose gradient at the input is `back`'s, or zero where there is none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Callable[[Tensor], Tensor], back: Back) -> Tensor:
-        ctx.back = back
+    def forward(ctx: Any, x: Tensor, layer: Callable[[Tensor], Tensor], back: Back | None) -> Tensor:
+        ctx.back, ctx.shape = back, x.shape
         return layer(x)
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back.send(errors[0]), None, None
+        (error,) = errors
+        found = error.new_zeros(()).expand(ctx.shape) if ctx.back is None else ctx.back.send(error)
+        return found, None, None
 
 
-def send_through(coupling: Coupling) -> None:
-    """Have the linear layers of the large model's blocks send errors back through the Bridge's weights, from now on.
+Way = Literal["bridge", "none", "exact"]
+"""How errors come back: through the Bridge's weights, not through any, or through the large model's own."""
+
+
+@dataclass
+class Switch:
+    """The way that is taken; forward passes set it for their own way back."""
+
+    way: Way = "bridge"
+
+
+def send_through(coupling: Coupling, switch: Switch) -> None:
+    """Have the linear layers of the large model's blocks send errors back the switch's way, from now on.
 
     To be called before a module is attached to either model.
     """
@@ -116,12 +131,14 @@ def send_through(coupling: Coupling) -> None:
     for path in matrices_of(large, coupling.large):
         layer = large.get_submodule(path)
         back = back_of(coupling, path, bridge.get_submodule(path))
-        layer.forward = _forward(layer.forward, back)
+        layer.forward = _forward(layer.forward, back, switch)
 
 
-def _forward(own: Callable[[Tensor], Tensor], back: Back) -> Callable[[Tensor], Tensor]:
+def _forward(own: Callable[[Tensor], Tensor], back: Back, switch: Switch) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        return cast(Tensor, cast(Any, _Through).apply(x, own, back)) if x.requires_grad else own(x)
+        if switch.way == "exact" or not x.requires_grad:
+            return own(x)
+        return cast(Tensor, cast(Any, _Through).apply(x, own, None if switch.way == "none" else back))
 
     return forward
 
@@ -158,16 +175,31 @@ def weight_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(layer, Conv1D) else weight.mT
 
 
-def through_loss(coupling: Coupling) -> Loss:
+def through_loss(coupling: Coupling) -> WaysBack:
     """The exact loss of the plugged large model, whose gradient comes back through the Bridge's weights."""
     large = coupling.large_model
     assert large is not None
-    layout, kind = coupling.large, coupling.encoder.kind
     fuse_gelu(large)
-    send_through(coupling)
-    wrapped, _ = attach(large, coupling.method, layout, coupling.settings)
+    switch = Switch()
+    send_through(coupling, switch)
+    wrapped, _ = attach(large, coupling.method, coupling.large, coupling.settings)
     large.requires_grad_(False)
     wrapped.eval()
+    plain = loss_at_end(coupling, large, wrapped)
+
+    def by(way: Way) -> Loss:
+        def loss(rows: list[Encoded]) -> Tensor:
+            switch.way = way
+            return plain(rows)
+
+        return loss
+
+    return WaysBack(by("bridge"), by("none"), by("exact"))
+
+
+def loss_at_end(coupling: Coupling, large: PreTrainedModel, wrapped: nn.Module) -> Loss:
+    """The plugged large model's loss, to be differentiated by autograd; its head runs at label positions only."""
+    layout, kind = coupling.large, coupling.encoder.kind
     spared = {} if coupling.method.stacked else {"use_cache": False}
     end = large.get_submodule(layout.family.stack[layout.family.prefix.stack].final_norm)
 

@@ -144,15 +144,21 @@ def resolve(config: RunConfig) -> RunConfig:
     mode = find_mode(config.couple.mode)
     trains = mode.trains_bridge and config.couple.bridge == "train" and config.couple.steps > 0
     optimizer = mode.optimizer if trains else "adamw"
-    activations = "bridge" if config.prune.bits == 16 else "large"
+    prune = config.prune
+    if prune.reduction is None and prune.budget is None:
+        packs = mode.name == "feedback" and config.repair is None  # which would train it
+        bits = prune.bits or (3 if packs else None)
+        prune = prune.model_copy(update={"reduction": 4.0 if bits is None else 1.0, "bits": bits})
+    activations = config.couple.activations or ("bridge" if prune.weight_bits == 16 else "large")
+    layers = 1.0 if mode.name == "feedback" and activations == "large" else mode.layers
     chosen: dict[str, Any] = {
         "optimizer": config.couple.optimizer if config.couple.optimizer is not None else optimizer,
         "plug": config.couple.plug if config.couple.plug is not None else mode.plug,
-        "layers": config.couple.layers if config.couple.layers is not None else mode.layers,
-        "activations": config.couple.activations or (activations if mode.name == "feedback" else None),
+        "layers": config.couple.layers if config.couple.layers is not None else layers,
+        "activations": activations if mode.name == "feedback" else config.couple.activations,
     }
-    channels = config.prune.channels
-    if channels == "auto" and config.prune.reduction == 1:
+    channels = prune.channels
+    if channels == "auto" and prune.reduction == 1:
         channels = "select"  # all of them
     elif channels == "auto":
         projected = "gradient_pca" if config.score.importance == "fisher" else "pca"
@@ -160,7 +166,7 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "couple": config.couple.model_copy(update=chosen),
-            "prune": config.prune.model_copy(update={"channels": channels}),
+            "prune": prune.model_copy(update={"channels": channels}),
         }
     )
 
@@ -201,7 +207,7 @@ def _check_bridge_use(config: RunConfig) -> None:
             "use channels: select"
         )
     trains = mode.trains_bridge and config.couple.bridge == "train" and config.couple.steps > 0
-    if config.prune.bits != 16 and (trains or config.repair is not None):
+    if config.prune.weight_bits != 16 and (trains or config.repair is not None):
         why = f"mode '{mode.name}' trains it; use bridge: freeze" if config.repair is None else "`repair:` trains it"
         raise ConfigError(f"prune.bits is {config.prune.bits}, but a packed Bridge cannot train, and {why}")
     if config.couple.cache != "off" and not mode.caches:

@@ -150,7 +150,7 @@ def test_a_grid_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         (put("variants", "none", "set", to={"couple.step": 0}), "variant 'none': unknown key 'couple.step'; did you"),
         (put("base", "tune.steps", to=0), "variant 'whole': tune.steps: Input should be greater than or equal to 1"),
         (put("methods", "lora", "lora.rank", to=0), "variant 'whole': unknown key 'lora'; known keys: small, large"),
-        (put("default", 0, "set", to={"prune.budget": 0.5}), "give exactly one of `reduction` and `budget`"),
+        (put("default", 0, "set", to={"prune.budget": 0.5}), "give one of `reduction` and `budget`, not both"),
         (put("seeds", to=[-1]), "variant 'whole': seed: Input should be greater than or equal to 0 (found -1)"),
     ],
 )

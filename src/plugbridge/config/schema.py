@@ -43,7 +43,7 @@ class RunConfig(StrictConfig):
     method: MethodConfig = Field(default_factory=MethodConfig)
     tune: PartsConfig = Field(default_factory=PartsConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
-    prune: PruneConfig = Field(default_factory=lambda: PruneConfig(reduction=4))
+    prune: PruneConfig = Field(default_factory=PruneConfig)
     repair: RepairConfig | None = Field(default=None, description="fit the Bridge to the large model before coupling")
     couple: CoupleConfig = Field(default_factory=CoupleConfig)
     polish: PolishConfig | None = Field(

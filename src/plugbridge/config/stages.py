@@ -76,10 +76,17 @@ Passing = Literal["inputs", "errors"]
 
 
 class PruneConfig(StrictConfig):
-    """How small the Bridge is: a reduction of every axis, or a budget of parameters."""
+    """How small the Bridge is: a reduction of every axis, or a budget of parameters, and bits of a weight.
+
+    Where neither size is given it is decided by the mode (`preflight.resolve`).
+    """
 
     reduction: float | None = Field(
-        default=None, ge=1, le=WIDTH, description="divide hidden size, heads and MLP width by this (the paper's r)"
+        default=None,
+        ge=1,
+        le=WIDTH,
+        description="divide hidden size, heads and MLP width by this (the paper's r). Where neither this nor a budget "
+        "is given it is 1 for feedback without a `repair`, and wherever `bits` are given, else 4",
     )
     budget: float | None = Field(
         default=None,
@@ -96,10 +103,11 @@ class PruneConfig(StrictConfig):
         "importance: fisher); `auto` is select where the Bridge reads alone, else gradient_pca, else pca",
     )
 
-    bits: PackBits = Field(
-        default=16,
+    bits: PackBits | None = Field(
+        default=None,
         description="bits of a weight in the matrices of the Bridge's blocks: 16 leaves them in the large model's "
-        "precision; fewer are packed, with a scale for 64 weights",
+        "precision; fewer are packed, with a scale for 64 weights. By default 3 for feedback where no size is given, "
+        "else 16",
     )
 
     rounding: Literal["calibrated", "nearest"] = Field(
@@ -113,10 +121,15 @@ class PruneConfig(StrictConfig):
         default=False, description="a control: permute the entries of every weight in the Bridge's blocks"
     )
 
+    @property
+    def weight_bits(self) -> PackBits:
+        """Bits of a weight in the blocks' matrices; 16 where nothing was said."""
+        return 16 if self.bits is None else self.bits
+
     @model_validator(mode="after")
     def _one_size(self) -> "PruneConfig":
-        if (self.reduction is None) == (self.budget is None):
-            raise ValueError("give exactly one of `reduction` and `budget`")
+        if self.reduction is not None and self.budget is not None:
+            raise ValueError("give one of `reduction` and `budget`, not both")
         return self
 
 
@@ -175,7 +188,7 @@ class CoupleConfig(PartsConfig):
         gt=0,
         le=1,
         description="share of each stack's layers, from the top, whose modules train and are used; by default 0.75 for "
-        "feedback, 0.5 for ladder_delta, else 1",
+        "feedback with activations: bridge, 0.5 for ladder_delta, else 1",
     )
     cache: Literal["off", "memory", "disk"] = Field(
         default="off", description="where ladder keeps the large model's activations, so that it reads each row once"

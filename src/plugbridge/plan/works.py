@@ -107,7 +107,7 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         large, config.couple.batch_size, length, dtype=pick_dtype(config.dtype), method=method, settings=settings,
         channels=config.prune.channels, importance=config.score.importance, bits=config.load_in,
         train_bridge=config.couple.bridge == "train", recompute=config.couple.recompute,
-        optimizer=config.couple.optimizer, down=config.couple.down, packed=config.prune.bits,
+        optimizer=config.couple.optimizer, down=config.couple.down, packed=config.prune.weight_bits,
         activations=config.couple.activations or "bridge",
     )  # fmt: skip
     empty, layout = base.on_meta()
@@ -136,8 +136,8 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         0 if config.score.keep == "disk" else min(at_once, config.score.samples),
         parameter_count(empty),
         count_parameters(layout, names, sizes),
-        count_bytes(layout, names, sizes, config.prune.bits, base.dtype.itemsize),
-        count_bytes(layout, names, sizes, config.prune.bits, WIDE),
+        count_bytes(layout, names, sizes, config.prune.weight_bits, base.dtype.itemsize),
+        count_bytes(layout, names, sizes, config.prune.weight_bits, WIDE),
         layout.sizes["hidden"],
     )
 
@@ -191,7 +191,7 @@ def _works(s: Subjects) -> Iterator[Work]:
     yield Work(
         Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes, sweeps=_sweeps(s, samples)
     )
-    pruned = replace(full, sizes=s.large.sizes, packed=config.prune.bits)
+    pruned = replace(full, sizes=s.large.sizes, packed=config.prune.weight_bits)
     yield Work(Row("prune", "", pruned, STEPS["prune"]), 1, s.bridge_bytes, 0, 0)
     if config.repair is not None:
         steps, asked = config.repair.steps, config.repair

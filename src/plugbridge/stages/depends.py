@@ -19,7 +19,7 @@ UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute", "fidelity_rows
 """Keys that change no result, beyond rounding; `micro_batch` does with dropout, and is then named beside them."""
 LATER: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw",),
-    "bits": (16,),
+    "bits": (16, None),
     "rounding": ("calibrated",),
     "activations": ("bridge", None),
     "error_bound": (0.0,),

@@ -40,7 +40,7 @@ def kept_numbers(layout: Layout, row: Encoded, kind: str) -> int:
 
 def bridge_room(p: Prepared) -> int:
     """Bytes of the Bridge that pruning will write."""
-    return count_bytes(*_bridge(p), p.config.prune.bits, p.dtype.itemsize)
+    return count_bytes(*_bridge(p), p.config.prune.weight_bits, p.dtype.itemsize)
 
 
 def repair_room(p: Prepared) -> int:
@@ -55,7 +55,7 @@ def couple_room(p: Prepared) -> int:
     if not find_mode(couple.mode).trains_bridge:
         return cache_room(p)
     if couple.bridge == "freeze":
-        return cache_room(p) + count_bytes(*_bridge(p), p.config.prune.bits, WIDE)
+        return cache_room(p) + count_bytes(*_bridge(p), p.config.prune.weight_bits, WIDE)
     return cache_room(p) + _bridge_parameters(p) * trained_bytes(couple, WIDE)
 
 

@@ -206,12 +206,13 @@ def prune(work: Work) -> dict[str, Any]:
     alone = find_mode(p.config.couple.mode).reads_tokens
     count = parameter_count(bridge)
     ends = sum(t.numel() for n, t in bridge.named_parameters() if n in layout.vocabulary())
-    if p.config.prune.bits != 16:
+    bits = p.config.prune.weight_bits
+    if bits != 16:
         paths = matrices_of(bridge, layout)
         order: Order = "in out" if alone else "out in"  # what is summed over comes first: inputs forward, outputs back
-        make_packed(bridge, paths, p.config.prune.bits, order)
+        make_packed(bridge, paths, bits, order)
         turned, rounding = order != layout.family.linear, rounding_of(work, layout, plan)
-        weights = packed_weights(weights, paths, p.config.prune.bits, turned, rounding)
+        weights = packed_weights(weights, paths, bits, turned, rounding)
     with folder_atomically(work.folder / "bridge") as folder:
         write_bridge(bridge, weights, folder)
         p.large_encoder.tokenizer.save_pretrained(str(folder))
@@ -225,7 +226,7 @@ def prune(work: Work) -> dict[str, Any]:
         "bridge_parameters": used,
         "bridge_model_parameters": count,
         "bridge_share": used / whole,
-        "bits": p.config.prune.bits,
+        "bits": bits,
         "rounding": passing(p.config) or "nearest",
         "bridge_bytes": held,
         "bridge_bytes_share": held / (2 * whole),

@@ -104,7 +104,7 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
     if couple.steps == 0:
         written = {
             "optimizer": "adamw",
-            "activations": "bridge" if config.prune.bits == 16 else "large",
+            "activations": "bridge" if config.prune.weight_bits == 16 else "large",
         }  # by `resolve`
         for name in OF_STEPS:
             if name not in written or getattr(couple, name) != written[name]:
@@ -125,7 +125,7 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
         yield "couple.fidelity_every", "with mode 'feedback' and some fidelity_rows only an error is compared"
     if mode.name != "feedback" or couple.activations != "large":
         yield "couple.error_bound", "only with activations: large in mode 'feedback' positions are left out"
-    if config.prune.bits == 16:
+    if config.prune.weight_bits == 16:
         yield "prune.rounding", "with prune.bits: 16 no weight is rounded"
     elif not mode.reads_tokens and config.score.importance != "fisher":
         yield "prune.rounding", "without importance: fisher no errors are known, and rounding is to nearest"

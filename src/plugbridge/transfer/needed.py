@@ -39,7 +39,7 @@ def passing(config: RunConfig) -> Passing | None:
     A Bridge that reads tokens keeps products with its inputs, another one those with the errors that come back, which
     only fisher knows.
     """
-    if config.prune.bits == 16 or config.prune.rounding == "nearest":
+    if config.prune.weight_bits == 16 or config.prune.rounding == "nearest":
         return None
     if find_mode(config.couple.mode).reads_tokens:
         return "inputs"

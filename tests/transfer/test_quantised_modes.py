@@ -72,6 +72,18 @@ def test_feedback_through_quantised_weights(
         assert torch.equal(parameter, before), name
 
 
+@pytest.mark.parametrize(("family", "load_in"), [("gpt2", "4bit"), ("t5", "8bit"), ("llama", "4bit")])
+def test_errors_through_packed_matrices_beside_quantised_ones(
+    folders: dict[str, Path], family: str, load_in: LoadIn
+) -> None:
+    whole, coupling = couplings(folders[family], family, "lora", load_in)
+    (exact, wanted), (loss, found) = (
+        gradient_of(replace(each, activations="large"), "feedback") for each in (whole, coupling)
+    )
+    assert loss == pytest.approx(exact, rel=0.1)
+    assert cosine(found, wanted) > NEAR[load_in]
+
+
 @pytest.mark.parametrize(("family", "mode", "load_in"), pairwise(FAMILIES, READS_LARGE[1:], BITS))
 def test_the_other_modes_that_run_it(folders: dict[str, Path], family: str, mode: str, load_in: LoadIn) -> None:
     whole, coupling = couplings(folders[family], family, "lora", load_in)

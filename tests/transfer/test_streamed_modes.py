@@ -11,6 +11,7 @@ from test_transfer import ROWS, coupling_of
 from torch import Tensor
 
 from conftest import FAMILIES, METHODS, pairwise
+from plugbridge.shrink.packing import pack_model
 from plugbridge.streaming import window_of
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling
@@ -49,6 +50,22 @@ def test_what_comes_next_is_learned_from_the_first_step(sharded: Callable[[str],
         loss(ROWS)
         reads.append(window.reads - before)
     assert reads == [2 * (2 * LAYERS) - 2] * 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_through_packed_matrices_read_no_block_again(sharded: Callable[[str], Path], family: str) -> None:
+    """The large model's own blocks are gone when the error comes back through the Bridge's matrices."""
+    found: list[tuple[float, dict[str, Tensor]]] = []
+    for coupling in _pair(sharded(family), family, "lora"):
+        pack_model(coupling.bridge, coupling.large, 4)
+        found.append(gradient_of(replace(coupling, activations="large"), "feedback"))
+        window = window_of(coupling.large_model)
+    (exact, wanted), (loss, gradients) = found
+    assert loss == exact
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in wanted.items())
+    assert window is not None
+    stacks = len(coupling.large.layers)
+    assert window.reads == stacks * LAYERS + 1  # each once, and one read ahead
 
 
 @pytest.mark.parametrize("target", ["response", "logits"])

@@ -87,7 +87,7 @@ def _kind(cell: Cell) -> str:
 def _line(cell: Cell, seeds: list[int], others: Sequence[str]) -> str:
     pgr = "" if cell.pgr is None else _signed(cell.pgr, cell.pgr_low or 0.0, cell.pgr_high or 0.0)
     above = "".join(f"{_signed(*cell.differences[o]) if o in cell.differences else ''} | " for o in others)
-    share = "" if cell.bridge_share is None else f"{100 * cell.bridge_share:.1f} %"
+    share = _bridge(cell)
     rows = "" if cell.large_rows is None else f"{cell.large_rows:,}"
     seconds = "" if cell.seconds is None else f"{cell.seconds:.0f}"
     peak = "" if cell.peak_bytes is None else f"{cell.peak_bytes / 2**20:.0f}"
@@ -97,6 +97,15 @@ def _line(cell: Cell, seeds: list[int], others: Sequence[str]) -> str:
         f"| {_kind(cell)}{fewer} | {mode} | {cell.value:.3f} <sub>{cell.low:.3f} to {cell.high:.3f}</sub> "
         f"| {pgr} | {above}{share} | {rows} | {seconds} | {peak} |"
     )
+
+
+def _bridge(cell: Cell) -> str:
+    """The Bridge's share of the large model's parameters, or its bits and its share of the bytes in bfloat16."""
+    if cell.bridge_share is None:
+        return ""
+    if cell.bits in (None, 16) or cell.bridge_bytes_share is None:
+        return f"{100 * cell.bridge_share:.1f} %"
+    return f"{cell.bits} bits, {100 * cell.bridge_bytes_share:.1f} % of the bytes"
 
 
 def _signed(value: float, low: float, high: float) -> str:

@@ -79,6 +79,10 @@ class Cell:
     """Which rows `value` is of."""
     commits: dict[str, str] = field(default_factory=dict[str, str])
     """Of models from the hub, by size; runs of other commits are other cells."""
+    bits: int | None = None
+    """Bits of a weight in the Bridge's blocks."""
+    bridge_bytes_share: float | None = None
+    """The Bridge's bytes over those of the large model in bfloat16."""
 
 
 def run_group(group: Group, data: Path | None, out: Path, grid: Path | None = None) -> str:
@@ -233,6 +237,7 @@ def _cell(
     value, low, high, pgr, pgr_low, pgr_high = intervals(*table)
     config = None if model in REFERENCES else resolve(dict(groups[0].variants)[variant])
     bridge = config is not None and "prune" in stages_of(config)
+    pruned = facts_of(roots[0], "prune") if bridge else {}
     majority = facts_of(first[0], "evaluate")["majority"]["metrics"]
     coupled = [read_marker(root / "couple") for root in roots]
     costs = [marker for marker in coupled if marker is not None] if config is not None else []
@@ -240,7 +245,9 @@ def _cell(
         family=groups[0].pair,
         method=groups[0].method,
         mode=config.couple.mode if config is not None else "none",
-        bridge_share=float(facts_of(roots[0], "prune")["bridge_share"]) if bridge else None,
+        bridge_share=float(pruned["bridge_share"]) if bridge else None,
+        bits=int(pruned["bits"]) if bridge else None,
+        bridge_bytes_share=float(pruned["bridge_bytes_share"]) if bridge else None,
         down=config.prune.channels if config is not None and bridge else None,
         start=config.couple.plug if config is not None else None,
         task=groups[0].task,

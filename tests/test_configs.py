@@ -13,7 +13,14 @@ from plugbridge.tasks.describe import tasks_markdown
 from plugbridge.tasks.spec import load_task, task_names
 
 ROOT = Path(__file__).parent.parent
-GRIDS = {"quality", "quality_bits", "quality_r4", "quality_gpu", "standalone_study", "optimizers"}  # not a run: tests/bench has it
+GRIDS = {
+    "quality",
+    "quality_bits",
+    "quality_r4",
+    "quality_gpu",
+    "standalone_study",
+    "optimizers",
+}  # not a run: tests/bench has it
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in GRIDS)
 SHORT = (
     "tune.steps=2", "couple.steps=2", "ceiling.steps=2", "score.samples=2", "evaluate.limit=8",

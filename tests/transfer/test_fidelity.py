@@ -33,6 +33,10 @@ def test_an_unpruned_bridge_is_exact_and_a_narrow_one_is_not(family: str, activa
     assert narrow.none.keys() == narrow.bridge.keys()
     assert narrow.none["decoder"] == pytest.approx(whole.none["decoder"], abs=1e-4)  # which no Bridge is in
     assert whole.means()[1] < 0.999
+    if activations == "large":  # no Bridge is mode identity, whichever way is measured
+        other = _measured(replace(_coupling(family, 1), activations="bridge"))
+        for stack, layers in other.none.items():
+            assert whole.none[stack] == pytest.approx(layers, abs=1e-4)
 
 
 def test_more_bits_are_more_faithful() -> None:

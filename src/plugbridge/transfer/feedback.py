@@ -33,7 +33,7 @@ from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.fidelity import WaysBack
 from plugbridge.transfer.residual import Width, head_loss
 from plugbridge.transfer.residual_gradient import NarrowNorm, ResidualGradient
-from plugbridge.transfer.through import loss_at_end, through_loss
+from plugbridge.transfer.through import detached, loss_at_end, through_loss
 from plugbridge.transfer.unread import unread
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
@@ -174,11 +174,6 @@ def record(
 def first_of(output: Any) -> Tensor:
     """What a function gives: its output, of a tuple the first."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-def detached(value: Any) -> Any:
-    """A tensor without its graph; anything else as it is."""
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def head_gradient(

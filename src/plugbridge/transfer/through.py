@@ -96,22 +96,20 @@ def _lift(x: Tensor, op: Op, size: int) -> Tensor:
 
 
 class _Through(torch.autograd.Function):
-    """A layer's output, whose gradient at the input is `back`'s, or zero where there is none."""
+    """A layer's output, whose gradient at the input is `back`'s."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Callable[[Tensor], Tensor], back: Back | None) -> Tensor:
-        ctx.back, ctx.shape = back, x.shape
+    def forward(ctx: Any, x: Tensor, layer: Callable[[Tensor], Tensor], back: Back) -> Tensor:
+        ctx.back = back
         return layer(x)
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, None, None]:
-        (error,) = errors
-        found = error.new_zeros(()).expand(ctx.shape) if ctx.back is None else ctx.back.send(error)
-        return found, None, None
+        return ctx.back.send(errors[0]), None, None
 
 
 Way = Literal["bridge", "none", "exact"]
-"""How errors come back: through the Bridge's weights, not through any, or through the large model's own."""
+"""How errors come back: through the Bridge's weights, past the sublayers, or through the large model's own weights."""
 
 
 @dataclass
@@ -132,15 +130,36 @@ def send_through(coupling: Coupling, switch: Switch) -> None:
         layer = large.get_submodule(path)
         back = back_of(coupling, path, bridge.get_submodule(path))
         layer.forward = _forward(layer.forward, back, switch)
+    for path, context in coupling.large.functions():
+        large.get_submodule(path).register_forward_pre_hook(_cut(switch, context), with_kwargs=True)
 
 
 def _forward(own: Callable[[Tensor], Tensor], back: Back, switch: Switch) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        if switch.way == "exact" or not x.requires_grad:
+        if switch.way != "bridge" or not x.requires_grad:
             return own(x)
-        return cast(Tensor, cast(Any, _Through).apply(x, own, None if switch.way == "none" else back))
+        return cast(Tensor, cast(Any, _Through).apply(x, own, back))
 
     return forward
+
+
+def _cut(switch: Switch, context: str | None) -> Callable[..., Any]:
+    """A hook before a sublayer's function that lets no error out of it, where there is to be no way through."""
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if switch.way != "none":
+            return None
+        names = {"hidden_states", context} & keywords.keys()
+        return tuple(detached(value) for value in inputs), {
+            name: detached(value) if name in names else value for name, value in keywords.items()
+        }
+
+    return hook
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its graph; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def back_of(coupling: Coupling, path: str, layer: nn.Module) -> Back:

@@ -502,8 +502,12 @@ def test_what_a_streamed_model_has_read_is_counted(run_config: Callable[..., Raw
     some = read(couple=couple, score={"samples": 64, "keep": "disk"})
     assert {name for name, count in some.items() if count} == {
         "score", "prune", "couple (ladder)", "evaluate (a batch)", "evaluate: bridge_coupled (a batch)",
+        "reference: ceiling", "reference: ceiling: validation (a batch)",
     }  # fmt: skip
     blocks = some["prune"]
+    assert some["reference: ceiling"] == pytest.approx(2 * 4 * blocks, rel=0.35)  # there and back, four steps
+    backprop = read(couple={**couple, "mode": "backprop", "micro_batch": 1})
+    assert backprop["couple (backprop)"] == some["reference: ceiling"]  # parts go together
     assert some["score"] == pytest.approx(3 * blocks, rel=0.35)  # there, back, and once more for the residual stream
     assert some["couple (ladder)"] == pytest.approx(4 * blocks, rel=0.35)  # with one block read ahead
     parts = read(couple={**couple, "micro_batch": 1}, score={"samples": 128, "keep": "disk"})
@@ -554,7 +558,7 @@ def test_validation_in_training_is_of_as_many_rows_as_evaluation(
     works = {work.row.method: work for work in (*works_of(subjects), *references_of(subjects))}
     for name, validation in (("tune (small)", "tune: validation"), ("ceiling", "ceiling: validation")):
         training, scoring = works[name].row, works[f"{validation} (a batch)"].row
-        assert (scoring.case.batch, scoring.case.micro_batch, scoring.case.streamed) == (50, None, False)
+        assert (scoring.case.batch, scoring.case.micro_batch, scoring.case.streamed) == (50, None, name == "ceiling")
         assert scoring.case.config is training.case.config
         assert predict(scoring.case, scoring.make).peak > predict(training.case, training.make).peak
     small, large = works["tune: validation (a batch)"], works["ceiling: validation (a batch)"]
@@ -571,7 +575,7 @@ def test_a_ladder_beside_a_streamed_model_is_streamed(run_config: Callable[..., 
         config = parse_config(run_config(baselines=asked, resident=resident), "x")
         rows = [work.row for work in references_of(subjects_of(config, 8, None))]
         for row in rows:
-            assert row.case.streamed is (streams and row.method.startswith("large_ladder")), row.method
+            assert row.case.streamed is (streams and row.method.startswith(("large_ladder", "ceiling"))), row.method
         (ladder,) = (row for row in rows if row.method == "large_ladder")
         assert predict(ladder.case, ladder.make).peak > 0
 

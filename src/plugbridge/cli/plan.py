@@ -94,7 +94,7 @@ def _print_plan(found: "Plan", config: Path, sets: list[str]) -> None:
         out.print(
             f"reading {whole.read_bytes / 2**30:,.1f} GiB of the streamed model from disk is not in it: "
             f"{_lasting(whole.read_bytes / 1e9)} at 1 GB/s; every batch reads it anew, and every part of one "
-            "(couple.micro_batch)"
+            "(couple.micro_batch), but in mode backprop and a ceiling"
         )
     if found.baseline:
         taken = f"{found.baseline / 2**30:.1f} GiB here"
@@ -115,6 +115,7 @@ def _print_plan(found: "Plan", config: Path, sets: list[str]) -> None:
         out.print(f"the run may write {whole.disk_bytes / 2**20:,.0f} MiB; here are {free / 2**20:,.0f} MiB free")
     if found.memory is not None:
         _print_what_fits(found, found.memory, f"plugbridge run {shlex.quote(str(config))}", sets)
+        _print_faithful(found)
 
 
 def _print_what_fits(found: "Plan", memory: int, command: str, sets: list[str]) -> None:
@@ -142,6 +143,17 @@ def _print_what_fits(found: "Plan", memory: int, command: str, sets: list[str]) 
             f"there is room to couple in {found.faster.share:.2f} of the time: add {quick} "
             f"({found.faster.peak_bytes / 2**20:,.0f} MiB)"
         )
+
+
+def _print_faithful(found: "Plan") -> None:
+    way = found.faithful
+    if way is None:
+        return
+    reads = f", {way.read_bytes / 2**30:,.1f} GiB read" if way.read_bytes else ""
+    out.print(
+        f"the most faithful way that fits: {way.way} ({' '.join(f'--set {each}' for each in way.settings)}), "
+        f"{way.peak_bytes / 2**20:,.0f} MiB and {way.seconds:,.2g} s a step{reads}; {way.said}"
+    )
 
 
 def _table(found: "Plan") -> Table:

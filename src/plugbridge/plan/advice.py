@@ -338,7 +338,7 @@ def _may_help(config: RunConfig, name: str, change: Change) -> bool:
     reduction = change.settings.get("prune.reduction")
     if reduction is not None and config.prune.reduction is not None and reduction <= config.prune.reduction:
         return False  # it would be larger, or the same
-    if "large.load_in" in change.settings and not _installed("bitsandbytes"):
+    if "large.load_in" in change.settings and not installed("bitsandbytes"):
         return False
     if change.settings == STREAMED and not streamable(config):
         return False
@@ -351,7 +351,7 @@ def _may_help(config: RunConfig, name: str, change: Change) -> bool:
     return tried != now and (tried.resident != "none" or tried.load_in is None)
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     """Whether there is a package, of which nothing is imported."""
     try:
         return bool(version(package))

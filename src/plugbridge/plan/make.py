@@ -14,6 +14,7 @@ from plugbridge.memory.rates import Rates, primitive_bytes, rates_for, seconds_o
 from plugbridge.memory.warm import warm_up
 from plugbridge.models import pick_dtype
 from plugbridge.plan.advice import Advice, Faster, advise, faster, left_out, streams_here
+from plugbridge.plan.faithful import Faithful, most_faithful
 from plugbridge.plan.predictions import Predictions
 from plugbridge.plan.works import REFERENCE, Work, on_card, peak_of, references_of, rivals_of, subjects_of, works_of
 from plugbridge.preflight import with_commits
@@ -52,7 +53,7 @@ class Plan:
     `rates` by precision are those of `device`, where the run would go on here, with so many `threads` on a processor.
     `baseline` is what a process with all libraries takes before any model (0 on a card): stages have what it leaves of
     `memory`. `left_out` are settings that leave out references which do not fit, even with what is advised; `faster`
-    what saves time with the memory that is left.
+    what saves time with the memory that is left; `faithful` the most faithful way to train the module in it.
     """
 
     stages: list[PlannedStage]
@@ -68,6 +69,7 @@ class Plan:
     faster: Faster | None = None
     commits: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of models from the hub, by size: `config.json` was read of these."""
+    faithful: Faithful | None = None
 
     @property
     def peak(self) -> PlannedStage:
@@ -128,9 +130,12 @@ def make_plan(
     by_name = {str(number).removeprefix("torch."): rate for number, rate in rates.items()}
     out = left_out(config, advice, length, room, predictions) if room else ()
     quick = faster(config, advice, length, room, rates, predictions) if room else None
+    ours = list(zip(works, traces, strict=True))[: sum(stage.ours for stage in stages)]
+    way = most_faithful(subjects, ours, room, rates, predictions) if room else None
     commits = commits_of(config.small, config.large_path)
     return Plan(
-        stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out, quick, commits
+        stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out, quick, commits,
+        way,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from plugbridge.cost import measure, return_blocks, settle  # noqa: E402
+from plugbridge.interrupts import ENDING  # noqa: E402
 from plugbridge.memory.case import Case  # noqa: E402
 from plugbridge.memory.predict import Trace, predict  # noqa: E402
 from plugbridge.memory.rates import measure_rates  # noqa: E402
@@ -81,6 +82,15 @@ def log_as_at_first() -> None:
     ours = logging.getLogger("plugbridge")
     ours.handlers.clear()
     ours.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A command that is interrupted ignores what signals come after it; the next test, and its processes, do not."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

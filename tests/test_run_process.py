@@ -77,7 +77,7 @@ def test_a_stage_that_is_killed_is_told_and_resumed(
 ) -> None:
     run = begin(steps=4000)
     os.kill(_stage_of(run, tmp_path / "run" / "couple" / "checkpoint.pt"), signal.SIGKILL)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 2
     assert "error: stage 'couple' was killed, by the system if memory ran out" in err
     assert "Traceback" not in err + out
@@ -89,7 +89,7 @@ def test_an_interrupt_keeps_the_step_it_is_at(begin: Callable[..., subprocess.Po
     run = begin(steps=4000, every=3)
     couple = _stage_of(run, checkpoint)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal's Ctrl-C
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 130, err
     assert err.endswith("interrupted; run the same command again to resume\n")
     assert "Traceback" not in err + out
@@ -101,7 +101,7 @@ def test_an_interrupt_keeps_the_step_it_is_at(begin: Callable[..., subprocess.Po
         if "resuming at step" in line:
             break
     os.kill(again.pid, signal.SIGTERM)  # the command alone, as a scheduler does
-    _, err = again.communicate(timeout=120)
+    _, err = again.communicate(timeout=600)
     assert again.returncode == 143, err
     assert f"resuming at step {kept} from" in line
     assert len(torch.load(checkpoint, weights_only=True)["losses"]) >= kept
@@ -120,7 +120,7 @@ def test_an_early_interrupt_leaves_no_traceback(
     else:
         _child_of(run)
     os.killpg(run.pid, signal.SIGINT)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 130, err
     assert "Traceback" not in err + out
     assert err.endswith("interrupted; run the same command again to resume\n")

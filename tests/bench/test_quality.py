@@ -4,11 +4,9 @@ import contextlib
 import io
 import json
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +25,6 @@ from plugbridge.bench.quality import answers, cells_of, difference, intervals, l
 from plugbridge.cli import main
 from plugbridge.config import load_config
 from plugbridge.errors import RunError
-from plugbridge.interrupts import ENDING
 from plugbridge.markers import read_marker, write_marker
 from plugbridge.progress import Silent
 
@@ -448,16 +445,7 @@ def test_shared_stages_are_done_once(done: Done) -> None:
             assert load_config(done.root(seed, variant) / "config.yaml") == configs[seed][variant]
 
 
-@pytest.fixture
-def signals() -> Iterator[None]:
-    """An interrupted command ignores what comes after; the next test does not."""
-    before = {number: signal.getsignal(number) for number in ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("threads", "signals")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("moment", ["import", "first group", "second group", "page"])
 def test_an_interrupt_is_a_line_and_leaves_nothing_half(
     done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

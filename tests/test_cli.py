@@ -157,14 +157,14 @@ def test_stages_one_by_one_and_then_the_report(call: Call, config: Callable[...,
     code, out, err = call("run", path)
     assert code == 0
     assert err.splitlines()[2:] == [f"  {i + 1}/6 {stage}: done before, skipped" for i, stage in enumerate(STAGES)]
-    written = {str(root / name) for name in ("config.yaml", "environment.json", "report.png", "losses.png")}
+    pictures = ("report.png", "losses.png", "fidelity.png")
+    written = {str(root / name) for name in ("config.yaml", "environment.json", *pictures)}
     assert {k: v for k, v in stamps(root).items() if k not in written} == {
         k: v for k, v in before.items() if k not in written
     }
     assert "large, plugged" in out
     assert "PeftModel.from_pretrained(model, 'runs/toy/plug/checkpoint')" in out
-    assert (root / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert (root / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert all((root / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
     code, out, err = call("report", "runs/toy", "--json")
     found = json.loads(out)

@@ -9,7 +9,18 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from plugbridge.report import commonest, draw, draw_losses, loss_curves, recovered, smooth, telling, why_not_recovered
+from plugbridge.report import (
+    commonest,
+    draw,
+    draw_fidelity,
+    draw_losses,
+    fidelity_said,
+    loss_curves,
+    recovered,
+    smooth,
+    telling,
+    why_not_recovered,
+)
 
 VALUES = {"small_tuned": 0.3, "large_plugged": 0.5, "large_tuned": 0.6}
 
@@ -88,3 +99,26 @@ def test_a_smooth_curve_keeps_its_length_and_its_level() -> None:
     assert smooth([1.0, 2.0, 3.0]) == [1.5, 2.0, 2.5]
     assert smooth([4.0] * 50) == [4.0] * 50
     assert len(smooth(list(map(float, range(100))))) == 100
+
+
+def test_fidelity_is_said_and_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    found = [
+        {
+            "step": 0,
+            "bridge": {"encoder": [0.9, 0.8], "decoder": [1.0]},
+            "none": {"encoder": [0.1, 0.2], "decoder": [0.3]},
+        },
+        {
+            "step": 40,
+            "bridge": {"encoder": [0.7, 0.6], "decoder": [0.8]},
+            "none": {"encoder": [0.0, -0.2], "decoder": [0.5]},
+        },
+    ]
+    assert fidelity_said(found) == (
+        "error through the Bridge: cosine with the exact gradient 0.90 at step 0, 0.70 at step 40 "
+        "(without a Bridge 0.20, 0.10)"
+    )
+    assert draw_fidelity({"coupling": {"fidelity": found}}, tmp_path / "fidelity.png")
+    assert matplotlib.image.imread(tmp_path / "fidelity.png").std() > 0.05
+    for coupling in (None, {"fidelity": []}):
+        assert not draw_fidelity({"coupling": coupling}, tmp_path / "none.png")

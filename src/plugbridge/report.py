@@ -63,7 +63,8 @@ def read_report(root: Path) -> dict[str, Any]:
     evaluate_seconds, parameters {trainable, changed, rank, size}: `rank` is what a weight's change has at most (0 of a
     model that is as it was, null where nothing bounds it), `size` the method's own setting (LoRA's rank, an adapter's
     bottleneck, a prefix's tokens; 0 where no module was added). `peak` {stage, bytes, memory, reserved_bytes} is the
-    whole job's, `coupling` {large_rows, cache, cache_bytes} what the large model read and what of it was kept.
+    whole job's, `coupling` {large_rows, cache, cache_bytes, fidelity} what the large model read, what of it
+    was kept, and how well errors pointed (`transfer.fidelity`), empty where that was not measured.
     `cut` {small, large: {split: {rows, cut, emptied}}} counts the rows whose passage lost its end, or all of it.
     `remarks` is what else was said of the rows: how many ask the same in two splits, and the like, a line each.
     `majority` has the metrics of the `commonest` answer given to every row: of a class, or of a text that models write.
@@ -139,6 +140,7 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
             "large_rows": markers.facts("couple")["large_rows"],
             "cache": markers.depends("couple")["couple"]["cache"],
             "cache_bytes": markers.facts("couple")["cache_bytes"],
+            "fidelity": markers.facts("couple").get("fidelity", []),  # absent from older runs
         }
         if coupled
         else None,
@@ -421,6 +423,54 @@ def draw_losses(root: Path, path: Path) -> bool:
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))  # there is no step 1.5
         axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path)
+    return True
+
+
+def fidelity_said(found: Sequence[Mapping[str, Any]]) -> str:
+    """How well the error through the Bridge pointed, at the start and the end, in a line."""
+    first, last = found[0], found[-1]
+    (start, none), (end, still) = ((_mean(each["bridge"]), _mean(each["none"])) for each in (first, last))
+    return (
+        f"error through the Bridge: cosine with the exact gradient {start:.2f} at step {first['step']}, "
+        f"{end:.2f} at step {last['step']} (without a Bridge {none:.2f}, {still:.2f})"
+    )
+
+
+def _mean(cosines: Mapping[str, Sequence[float]]) -> float:
+    values = [value for layers in cosines.values() for value in layers]
+    return sum(values) / len(values)
+
+
+def draw_fidelity(report: dict[str, Any], path: Path) -> bool:
+    """Cosines of the module's gradient with the exact one by layer, as a PNG; whether they were measured.
+
+    A panel for every stack: through the Bridge and without it, before the first step and after the last.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    found: list[dict[str, Any]] = (report["coupling"] or {}).get("fidelity", [])
+    if not found:
+        return False
+    stacks = list(found[0]["bridge"])
+    figure = Figure(figsize=(3.8 * len(stacks) + 0.4, 3.0), layout="constrained")
+    for number, stack in enumerate(stacks):
+        axes = figure.add_subplot(1, len(stacks), number + 1)
+        for way, colour, name in (("bridge", "#c1440e", "through the Bridge"), ("none", "#7a7a7a", "no Bridge")):
+            for each, style in ((found[0], "--"), (found[-1], "-")):
+                values = each[way][stack]
+                label = f"{name}, step {each['step']}"
+                axes.plot(range(1, len(values) + 1), values, style, color=colour, marker="o", ms=3, lw=1.4, label=label)
+        axes.set_title(stack, fontsize=10, loc="left")
+        axes.set_xlabel("layer with a module, from the lowest", fontsize=9)
+        axes.set_ylabel("cosine with the exact gradient" if number == 0 else "", fontsize=9)
+        axes.set_ylim(min(0.0, *axes.get_ylim()), 1.05)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if number == 0:
+            axes.legend(fontsize=8, frameon=False)
     save_picture(figure, path)
     return True
 

@@ -18,7 +18,7 @@ from plugbridge.parsing import one_line
 
 
 def report(root: RunArg, as_json: JsonOption = False) -> None:
-    """Print a finished run as a table (and write report.png and losses.png) or as one JSON object."""
+    """Print a finished run as a table (and write report.png, losses.png and fidelity.png) or as one JSON object."""
     from plugbridge.report import read_report
 
     found = read_report(root)
@@ -31,11 +31,12 @@ def report(root: RunArg, as_json: JsonOption = False) -> None:
 
 def draw_all(found: dict[str, Any], root: Path) -> str:
     """A run's pictures, and the line that says where they are."""
-    from plugbridge.report import draw, draw_losses
+    from plugbridge.report import draw, draw_fidelity, draw_losses
 
     works: dict[str, Callable[[Path], bool | None]] = {
         "report.png": lambda path: draw(found, path),
         "losses.png": lambda path: draw_losses(root, path),
+        "fidelity.png": lambda path: draw_fidelity(found, path),
     }
     made = [name for name, work in works.items() if _drawn(work, root / name)]
     if not made:
@@ -111,7 +112,7 @@ def submit(
 
 def print_table(found: dict[str, Any]) -> None:
     """A report's rows, and what was recovered."""
-    from plugbridge.report import TITLES, commonest, how_made
+    from plugbridge.report import TITLES, commonest, fidelity_said, how_made
 
     first = found["rows"][0]
     title = "; ".join(filter(None, (f"{found['task']}, {first['n']} {found['split']} rows", how_made(found))))
@@ -148,6 +149,8 @@ def print_table(found: dict[str, Any]) -> None:
         out.print(
             f"the large model read {coupling['large_rows']:,} rows in coupling{kept if coupling['cache_bytes'] else ''}"
         )
+        if coupling["fidelity"]:
+            out.print(fidelity_said(coupling["fidelity"]))
     for line in found["remarks"] or filter(None, [cut_line(found["cut"])]):
         out.print(line)
     out.print(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")

@@ -151,6 +151,8 @@ class _Compared:
         if any(each["step"] == step for each in self.found):
             return
         found = fidelity(self.coupling, self.loss, self.rows, step)
+        if not all(map(math.isfinite, found.means())):
+            return  # nor is the loss finite, which ends the training and is told
         log.info("step %d: %s", step, found.said())
         if step == 0 and (advice := found.advice()) is not None:
             log.warning("%s", advice)

@@ -21,7 +21,7 @@ from plugbridge.run import Stage, execute
 from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.depends import rate_of_training
 from plugbridge.stages.work import schedule_of
-from plugbridge.transfer.acting import FREE, OF_STEPS, without_idle_steps
+from plugbridge.transfer.acting import FREE, OF_STEPS, idle_sections, without_idle_steps
 from plugbridge.tuners.table import METHODS
 
 Raw = dict[str, Any]
@@ -364,6 +364,18 @@ def test_what_only_tokenizers_models_and_rows_tell_is_said(
         caplog.clear()
         prepare(parse_config(put(raw, key, value), "test"), None)
         assert [line.startswith(said) for line in caplog.messages if "changes nothing" in line] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sections_for_a_bridge_that_is_not_there_are_said(base: Callable[[str, Raw], Raw], mode: str) -> None:
+    raw = base(mode, {})
+    raw["score"], raw["prune"] = {"samples": 3}, {"reduction": 2}
+    none = mode in ("identity", "mezo", "backprop")
+    for changed, said in ((raw, "`score:` and `prune:` change"), ({**raw, "score": {}}, "`prune:` changes")):
+        found = idle_sections(parse_config(changed, "test"))
+        assert found == (f"{said} nothing: in mode '{mode}' there is no Bridge" if none else None)
+    assert idle_sections(parse_config({**raw, "score": {}, "prune": {}}, "test")) is None
+    assert idle_sections(parse_config(put(raw, "evaluate.models", ["small_tuned"]), "test")) is None
 
 
 def test_of_no_steps_all_settings_but_these_act(

@@ -23,7 +23,7 @@ from plugbridge.tasks.metrics import check_metrics
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.rows import Row, input_files, load_rows
 from plugbridge.tasks.spec import Split, Task, load_task
-from plugbridge.transfer.acting import check_acting
+from plugbridge.transfer.acting import check_acting, idle_sections
 from plugbridge.transfer.couple import find_mode
 from plugbridge.tuners.table import Method, MethodSettings, find_method
 
@@ -33,7 +33,7 @@ class Checked:
     """A run's configuration with its defaults written out, its method, its task and the rows, and what they came from.
 
     `kind` is that of both models; `digests` are those of the task's files, by name; `said` is what a reader of the
-    results should know of the rows, a line each.
+    results should know of the rows, a line each; `idle` is what is to be said of sections that change nothing.
     """
 
     config: RunConfig
@@ -44,10 +44,12 @@ class Checked:
     rows: Mapping[Split, list[Row]]
     digests: Mapping[str, str]
     said: tuple[str, ...] = ()
+    idle: str | None = None
 
 
 def preflight(config: RunConfig, data: Path | None) -> Checked:
     """Refuse what needs no model, tokenizer or device to be refused. Raises ConfigError, ModelError, DataError."""
+    idle = idle_sections(config)
     config = with_commits(check_config(config))
     check_device(config.device)
     kind = check_models(config)
@@ -56,7 +58,7 @@ def preflight(config: RunConfig, data: Path | None) -> Checked:
     check_probe(config, task, kind)
     said = tuple(check_rows(task, kind, rows))
     method = find_method(config.method.name)
-    return Checked(config, method, settings_of(config), kind, task, rows, digests, said)
+    return Checked(config, method, settings_of(config), kind, task, rows, digests, said, idle)
 
 
 def check_config(config: RunConfig) -> RunConfig:

@@ -177,6 +177,8 @@ def prepare_checked(checked: Checked) -> Prepared:
     said += [f"large: {line}" for line in remarks(task, encoders[1], large_rows) if line not in said]
     for line in said:
         log.warning("%s", line)
+    if checked.idle is not None:
+        log.info("%s", checked.idle)
     return Prepared(
         config=config,
         task=task,

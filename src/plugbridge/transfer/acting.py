@@ -48,6 +48,18 @@ def check_acting(config: RunConfig) -> None:
             raise ConfigError(f"{said}, but {why}; leave it out")
 
 
+def idle_sections(config: RunConfig) -> str | None:
+    """What is to be said of sections for a Bridge that the mode does not have, which runs to be compared may inherit.
+
+    Defaults must not be written out yet. Raises ConfigError for an unknown mode.
+    """
+    given = [f"`{name}:`" for name in ("score", "prune") if _is_given(config, name)]
+    mode = find_mode(config.couple.mode)
+    if not given or mode.has_bridge or "couple" not in stages_of(config):
+        return None
+    return f"{' and '.join(given)} change{'s' * (len(given) == 1)} nothing: in mode '{mode.name}' there is no Bridge"
+
+
 def without_idle_steps(config: RunConfig) -> RunConfig:
     """A configuration that inherits what only steps read, without it where there are none: of runs to be compared."""
     couple = config.couple

@@ -11,6 +11,7 @@ from plugbridge.config import fields_markdown, load_config
 from plugbridge.report import read_report
 from plugbridge.tasks.describe import tasks_markdown
 from plugbridge.tasks.spec import load_task, task_names
+from plugbridge.tuners.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 GRIDS = {
@@ -61,3 +62,12 @@ def test_an_override_changes_one_place_of_what_the_file_says_twice(tmp_path: Pat
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     config = load_config(tmp_path / "run.yaml", ("couple.steps=4", "couple.mode=ladder"))
     assert (config.tune.steps, config.couple.steps, config.couple.mode) == (3, 4, "ladder")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*-prefix.yaml")), ids=lambda path: path.stem)
+def test_prefix_is_tuned_at_its_own_rate(path: Path) -> None:
+    """A lower one left the small GPT-2 at the majority."""
+    config = load_config(path)
+    assert config.ceiling is not None
+    for settings in (config.tune, config.couple, config.ceiling):
+        assert settings.learning_rate == METHODS["prefix"].learning_rate == 0.1

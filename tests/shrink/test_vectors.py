@@ -14,7 +14,7 @@ from plugbridge.shrink.packing import matrices_of
 from plugbridge.shrink.prune import plan_bridge
 from plugbridge.shrink.shelf import Shelf
 from plugbridge.shrink.sizes import reduced_sizes
-from plugbridge.shrink.vectors import KEPT, Vectors, read_vectors, record_vectors
+from plugbridge.shrink.vectors import KEPT, Vectors, read_vectors, record_vectors, vector_bytes
 from plugbridge.stages.shrink import units_of
 from plugbridge.streaming import load_streamed
 from plugbridge.tasks.encode import Encoded, Encoder, gold
@@ -71,6 +71,20 @@ def test_streamed_models_leave_the_same(family: str, shelved: bool, tmp_path: Pa
                 assert torch.allclose(one.mT @ one, two.mT @ two, rtol=0.05, atol=1e-3 * float(one.square().sum())), (
                     axes
                 )
+
+
+def test_bytes_on_disk_are_counted(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    layout = layout_for(model)
+    vectors = Vectors(tmp_path, "errors", layout, 1)
+    for path in matrices_of(model, layout):
+        _, outputs = model.get_submodule(path).get_parameter("weight").shape
+        vectors.add(path, torch.ones(KEPT, outputs))
+    vectors.close()
+    headers = 2 * 1024
+    assert 0 <= sum(file.stat().st_size for file in tmp_path.iterdir()) - vector_bytes(layout, "errors") < headers
+    assert vector_bytes(layout, "inputs") == 2 * 2 * KEPT * (16 + 16 + 16 + 64)
+    assert vector_bytes(layout, None) == 0
 
 
 def test_of_each_row_the_largest_are_kept(tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from plugbridge.models import check_pair, load_config, parameter_count, pick_dev
 from plugbridge.preflight import check_settings, check_task, resolve, room_in, too_many
 from plugbridge.prepare import bridge_sizes, wants_streaming
 from plugbridge.shrink.sizes import count_bytes, count_parameters
+from plugbridge.shrink.vectors import vector_bytes
 from plugbridge.stages.depends import alignment_passes
 from plugbridge.stages.room import WIDE, kept_numbers
 from plugbridge.stages.shrink import rows_at_once, rows_scored
 from plugbridge.streaming import block_bytes
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
-from plugbridge.transfer.needed import needs_bridge, stages_of
+from plugbridge.transfer.needed import needs_bridge, passing, stages_of
 from plugbridge.tuners.table import MethodSettings, find_method
 
 FULL = "full fine-tuning"
@@ -186,7 +187,7 @@ def _works(s: Subjects) -> Iterator[Work]:
     if full.streamed and s.at_once == 0:  # a row leaves one at every block
         (row,) = full.rows(1)
         states = samples * width * kept_numbers(s.layout, row, full.kind)
-    disk = moments + states
+    disk = moments + states + vector_bytes(s.layout, passing(config))
     passes = rows_scored(config.score.importance, samples)
     yield Work(
         Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes, sweeps=_sweeps(s, samples)

@@ -19,9 +19,19 @@ from plugbridge.families.spec import Layout
 from plugbridge.shrink.packing import matrices_of
 from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tensors.axes import transform
+from plugbridge.tensors.patterns import shape_of
 
 KEPT = 256
 """Vectors of a matrix that are kept, of all rows together."""
+
+
+def vector_bytes(layout: Layout, kind: Passing | None) -> int:
+    """Bytes on disk of a model's vectors of a kind, at most; none of no kind."""
+    if kind is None:
+        return 0
+    side = layout.family.linear.split().index("out" if kind == "errors" else "in")
+    shapes = [shape_of(weight.pattern, layout.sizes) for weight in layout.weights() if weight.place.stack is not None]
+    return 2 * KEPT * sum(shape[side] for shape in shapes if len(shape) == 2)
 
 
 class Vectors:

@@ -5,24 +5,27 @@ from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.models import layout_for, load_config, load_model, parameter_count
 from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.shrink.sizes import count_bytes, count_parameters
+from plugbridge.shrink.vectors import vector_bytes
 from plugbridge.stages.couple import rows_drawn
 from plugbridge.tasks.encode import Encoded
 from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
 from plugbridge.transfer.ladder import length_in
+from plugbridge.transfer.needed import passing
 
 WIDE = 4
 """Bytes of a float32 number: of modules and Bridges that train."""
 
 
 def score_room(p: Prepared) -> int:
-    """The most bytes of states that scoring will have on disk at a time."""
-    if p.config.score.keep != "disk" or p.streamed is None:
-        return 0
+    """The most bytes of states that scoring will have on disk at a time, and of the vectors that it leaves."""
     large = load_config(p.config.large_path, trust_remote_code=p.config.trust_remote_code)
     layout, kind = layout_of_config(large.to_dict()), p.large_encoder.kind
+    left = vector_bytes(layout, passing(p.config))
+    if p.config.score.keep != "disk" or p.streamed is None:
+        return left
     rows = drawn(p.large_rows["train"], p.config.score.samples, p.config.seed)
-    return p.dtype.itemsize * sum(kept_numbers(layout, row, kind) for row in rows)
+    return left + p.dtype.itemsize * sum(kept_numbers(layout, row, kind) for row in rows)
 
 
 def kept_numbers(layout: Layout, row: Encoded, kind: str) -> int:

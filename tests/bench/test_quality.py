@@ -222,7 +222,7 @@ KEYS = {
     "family", "method", "mode", "bridge_share", "down", "start", "task", "seeds", "metric", "value", "low", "high",
     "pgr", "pgr_low", "pgr_high", "control", "command",
     "variant", "n", "majority", "large_rows", "seconds", "peak_bytes", "differences", "split",
-    "commits",
+    "commits", "bits", "bridge_bytes_share",
 }  # fmt: skip
 STEPS = {
     f"{stage}.{key}": value

@@ -277,15 +277,15 @@ def test_the_network_of_inference_is_the_one_that_trained(family: str, method: s
 def test_its_scores_equal_a_plain_loop_whatever_the_batch(family: str, options: tuple[tuple[int, ...], ...]) -> None:
     coupling = _ladder(family, "lora")
     kind, network = coupling.encoder.kind, _network(coupling, family)
-    rows = [replace(row, options=options, answer=0) for row in (A, B, C, D)]
-    end = (1,) if kind == "seq2seq" else ()
-    counted = () if options == ((3,), (4,)) else end  # among single tokens the end mark does not count
+    single = options == ((3,), (4,))  # single tokens have no end mark, as they are encoded
+    end = (1,) if kind == "seq2seq" and not single else ()
+    ended = tuple((*option, *end) for option in options)
+    rows = [replace(row, options=ended, answer=0) for row in (A, B, C, D)]
     expected = []
     for row in rows:
-        pairs = [(row.prompt, (*option, *counted)) for option in options]
+        pairs = [(row.prompt, option) for option in ended]
         alone = [log_likelihood(network, collate(coupling.encoder, [pair]), kind) for pair in pairs]
         expected.append([float(value) for value in alone])
-    rows = [replace(row, options=tuple((*option, *end) for option in options)) for row in rows]
     for batch_size in (1, 3, 100):
         found = option_scores(network, coupling.encoder, rows, batch_size, Silent(), "")
         for ours, theirs in zip(found, expected, strict=True):

@@ -126,8 +126,12 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("couple.recompute", False, ("ladder", "ladder_delta", "mezo"), {}, "nothing is run again"),
     ("couple.recompute", False, ("backprop",), {}, "in mode 'backprop' every block is run again"),
     ("couple.recompute", False, ("standalone",), {"method.name": "prefix"}, "with prefixes nothing is run again"),
+    ("couple.recompute", False, ("feedback",), {"couple.activations": "large"}, "activations: large nothing is run"),
+    ("couple.recompute", False, ("feedback",), {"prune": {"reduction": 1, "bits": 3}, "repair": None},
+     "couple.recompute is False, but in mode 'feedback' with activations: large nothing is run again"),
     *((f"couple.{key}", value, ("feedback",), {"couple": {"steps": 0}}, f"couple.{key} is {value!r}, but couple.steps")
-      for key, value in (*LOOP.items(), ("micro_batch", 2), ("optimizer", "adafactor")) if key != "steps"),
+      for key, value in (*LOOP.items(), ("micro_batch", 2), ("optimizer", "adafactor"),
+                         ("recompute", False), ("fidelity_rows", 2), ("fidelity_every", 2)) if key != "steps"),
     *((f"couple.{key}", value, ("standalone",), {"couple": {"mode": "standalone", "steps": 0}}, "couple.steps is 0")
       for key, value in (("down", "learned"), ("bridge", "freeze"), ("plug_learning_rate", 0.3))),
     ("large", {"path": "large", "load_in": "8bit"}, ("feedback",), {"evaluate.models": ["small_tuned"]},
@@ -385,7 +389,7 @@ def test_of_no_steps_all_settings_but_these_act(
     raw = put(base("standalone", {}), "couple", {"mode": "standalone", "plug": "random", "steps": 0})
     other = {**LOOP, "micro_batch": 2, "optimizer": "adafactor", "plug_learning_rate": 0.3, "down": "learned",
              "bridge": "freeze", "bridge_learning_rate": 0.3, "activations": "large", "error_bound": 0.5,
-             "perturbation": 0.5}  # fmt: skip
+             "perturbation": 0.5, "recompute": False, "fidelity_rows": 2, "fidelity_every": 2}  # fmt: skip
     del other["steps"]
     assert {*OF_STEPS} == {*other}
     del other["bridge_learning_rate"]  # of a Bridge that trains

@@ -203,7 +203,7 @@ def test_advice_is_what_the_command_line_takes(
         {**few, "prune": {"reduction": 2, "channels": "gradient_pca"}, "polish": {}},
         {**few, "couple": {"mode": "ladder", "cache": "memory"}},
         {**few, "couple": {"mode": "ladder"}, "score": {"keep": "memory"}},
-        {**few, "couple": {"recompute": False}},
+        {**few, "couple": {"recompute": False, "activations": "bridge"}},
     ]
     said: set[str] = set()
     for raw in starts:
@@ -236,6 +236,9 @@ def test_time_is_saved_where_memory_is_left(run_config: Callable[..., Raw]) -> N
     assert found(round(1.2 * quick.peak_bytes)) == quick
     assert found(2**40, recompute=False) is None
     assert found(2**40, mode="ladder") is None
+    assert found(2**40, activations="large") is None
+    assert found(2**40, Advice(("couple.activations=large",))) is None
+    assert found(2**40, steps=0, batch_size=32) is None
     assert found(2**40, resident="none") is None
     assert found(2**40, Advice(("resident=none",))) is None
     assert found(2**40, Advice((), "score")) is None

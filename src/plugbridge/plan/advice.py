@@ -281,11 +281,12 @@ def faster(
     if (
         "couple" not in stages_of(config)
         or not config.couple.recompute
-        or not runs_again(config)
         or (advice is not None and advice.stuck is not None)
     ):
         return None
     now = _advised(config, advice)
+    if not runs_again(resolve(now)):
+        return None
     both = [_coupling(one, length, memory) for one in (now, changed(now, KEPT))]
     if both[0].row.case.streamed and find_mode(now.couple.mode).runs_large:
         return None  # its blocks are gone when their gradients come

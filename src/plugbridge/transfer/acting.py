@@ -25,7 +25,8 @@ together.
 
 OF_STEPS = (
     "learning_rate", "batch_size", "micro_batch", "warmup", "optimizer", "weight_decay", "clip", "plug_learning_rate",
-    "down", "bridge", "bridge_learning_rate", "activations", "error_bound", "perturbation",
+    "down", "bridge", "bridge_learning_rate", "activations", "error_bound", "perturbation", "recompute",
+    "fidelity_rows", "fidelity_every",
 )  # fmt: skip
 """Keys of `couple` that only its steps read."""
 RUN_ONLY = ("large_zero_shot", "large_probe", "large_proxy", "large_plugged")
@@ -77,10 +78,15 @@ def _is_given(owner: BaseModel, name: str) -> bool:
 
 
 def runs_again(config: RunConfig) -> bool:
-    """Whether coupling may run something again for its gradients, or keep it: whether `couple.recompute` acts."""
+    """Whether coupling may run something again for its gradients, or keep it: whether `couple.recompute` acts.
+
+    Defaults are written out.
+    """
     mode = find_mode(config.couple.mode)
     return (
-        not mode.exact
+        config.couple.steps > 0
+        and not mode.exact
+        and not (mode.name == "feedback" and config.couple.activations == "large")
         and not mode.name.startswith(("ladder", "mezo"))
         and not (mode.reads_alone and config.method.name == "prefix")
     )
@@ -123,7 +129,9 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
                 yield f"couple.{name}", "couple.steps is 0"
     if not runs_again(config):
         what = "every block" if mode.exact else "nothing"
-        yield "couple.recompute", f"{here}{' with prefixes' if mode.reads_alone else ''} {what} is run again"
+        kept = " with activations: large" if mode.name == "feedback" else ""
+        with_these = " with prefixes" if mode.reads_alone else kept
+        yield "couple.recompute", f"{here}{with_these} {what} is run again"
     if not mode.trains_bridge and not mode.exact:
         yield "method.dropout", f"{here} the module runs without it, or its error would be another network's"
     if not mode.trains_bridge:

@@ -324,7 +324,8 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def written(key: str, value: object) -> str:
     """A setting as `--set` reads it."""
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    plain = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return f"{key}={plain}"
 
 
 def _may_help(config: RunConfig, name: str, change: Change) -> bool:

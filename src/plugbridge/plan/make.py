@@ -131,7 +131,7 @@ def make_plan(
     out = left_out(config, advice, length, room, predictions) if room else ()
     quick = faster(config, advice, length, room, rates, predictions) if room else None
     ours = list(zip(works, traces, strict=True))[: sum(stage.ours for stage in stages)]
-    way = most_faithful(subjects, ours, room, rates, predictions) if room else None
+    way = most_faithful(config, length, ours, room, rates, predictions) if room else None
     commits = commits_of(config.small, config.large_path)
     return Plan(
         stages, by_name, device, threads, subjects.parameters, length, memory, baseline, advice, out, quick, commits,

@@ -38,15 +38,25 @@ def check_acting(config: RunConfig) -> None:
 
     Sections of stages that the run does not do may stay (`stages_of`). Raises ConfigError.
     """
+    for key, value, why, _ in _given_idle(config):
+        said = f"{key} is {value!r}" if not isinstance(value, BaseModel) else f"there is a `{key}:` section"
+        raise ConfigError(f"{said}, but {why}; leave it out")
+
+
+def idle_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that `check_acting` refuses, by dotted key, with the defaults that they may have."""
+    return {key: default for key, _, _, default in _given_idle(config)}
+
+
+def _given_idle(config: RunConfig) -> Iterator[tuple[str, Any, str, Any]]:
+    """Keys that are not at their default and can do nothing: their value, why, and the default."""
     for key, why in _idle(config, find_mode(config.couple.mode)):
         owner: BaseModel = config
         *path, last = key.split(".")
         for part in path:
             owner = getattr(owner, part)
-        value: Any = getattr(owner, last)
         if _is_given(owner, last):
-            said = f"{key} is {value!r}" if not isinstance(value, BaseModel) else f"there is a `{key}:` section"
-            raise ConfigError(f"{said}, but {why}; leave it out")
+            yield key, getattr(owner, last), why, _default(owner, last)
 
 
 def idle_sections(config: RunConfig) -> str | None:
@@ -73,8 +83,11 @@ def without_idle_steps(config: RunConfig) -> RunConfig:
 
 def _is_given(owner: BaseModel, name: str) -> bool:
     """Whether a setting is not at its default."""
-    field = type(owner).model_fields[name]
-    return getattr(owner, name) != field.get_default(call_default_factory=True)
+    return getattr(owner, name) != _default(owner, name)
+
+
+def _default(owner: BaseModel, name: str) -> Any:
+    return type(owner).model_fields[name].get_default(call_default_factory=True)
 
 
 def runs_again(config: RunConfig) -> bool:

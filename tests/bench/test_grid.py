@@ -289,6 +289,14 @@ def shipped() -> dict[bool, list[Group]]:
     return {full: groups_of(load_grid(QUALITY), QUALITY.parent, full) for full in (False, True)}
 
 
+@pytest.mark.parametrize("name", ["quality", "quality_bits", "quality_r4", "quality_gpu"])
+def test_no_bridge_has_modules_where_the_variants_have_them_that_it_is_compared_with(name: str) -> None:
+    path = QUALITY.with_name(f"{name}.yaml")
+    for group in groups_of(load_grid(path), path.parent, True):
+        found = [resolve(config).couple for _, config in group.variants]
+        assert len({couple.layers for couple in found if couple.mode in ("feedback", "identity")}) <= 1
+
+
 def test_every_run_of_the_shipped_grid_is_valid(shipped: dict[bool, list[Group]]) -> None:
     for group in shipped[True]:
         assert len({slug(name) for name, _ in group.variants}) == len(group.variants)  # a folder each

@@ -150,8 +150,9 @@ def _print_faithful(found: "Plan") -> None:
     if way is None:
         return
     reads = f", {way.read_bytes / 2**30:,.1f} GiB read" if way.read_bytes else ""
+    settings = " ".join(f"--set {shlex.quote(each)}" for each in way.settings)
     out.print(
-        f"the most faithful way that fits: {way.way} ({' '.join(f'--set {shlex.quote(each)}' for each in way.settings)}), "
+        f"the most faithful way that fits: {way.way} ({settings}), "
         f"{way.peak_bytes / 2**20:,.0f} MiB and {way.seconds:,.2g} s a step{reads}; {way.said}"
     )
 

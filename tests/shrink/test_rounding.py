@@ -44,10 +44,12 @@ def test_one_direction_is_kept_almost_exactly() -> None:
 
 def test_without_vectors_it_is_the_nearest() -> None:
     matrix = torch.randn(16, 64)
-    for vectors in (None, torch.zeros(3, 16)):
+    for vectors in (None, torch.zeros(3, 16), torch.full((3, 16), torch.nan), torch.full((3, 16), torch.inf)):
         assert torch.equal(calibrated(matrix, 3, vectors).unpack(), pack(matrix, 3).unpack())
 
 
-def test_float64_of_dependent_vectors_has_a_factor() -> None:
-    same = torch.ones(4, 16) * 1e-20
-    assert bool(calibrated(torch.randn(16, 64), 3, same).unpack().isfinite().all())
+def test_the_size_of_dependent_vectors_does_not_matter() -> None:
+    matrix = torch.randn(16, 64)
+    for size in (1e-30, 1e-20, 1.0, 1e30):
+        found = calibrated(matrix, 3, size * torch.ones(4, 16))
+        assert torch.equal(found.unpack(), calibrated(matrix, 3, torch.ones(4, 16)).unpack())

@@ -82,9 +82,10 @@ def test_bytes_on_disk_are_counted(tmp_path: Path) -> None:
         vectors.add(path, torch.ones(KEPT, outputs))
     vectors.close()
     headers = 2 * 1024
-    assert 0 <= sum(file.stat().st_size for file in tmp_path.iterdir()) - vector_bytes(layout, "errors") < headers
-    assert vector_bytes(layout, "inputs") == 2 * 2 * KEPT * (16 + 16 + 16 + 64)
-    assert vector_bytes(layout, None) == 0
+    assert 0 <= sum(file.stat().st_size for file in tmp_path.iterdir()) - vector_bytes(layout, "errors", 1) < headers
+    assert vector_bytes(layout, "inputs", 100) == 2 * 2 * KEPT * (16 + 16 + 16 + 64)
+    assert vector_bytes(layout, "errors", 2 * KEPT) == 2 * vector_bytes(layout, "errors", 1)
+    assert vector_bytes(layout, None, 1) == 0
 
 
 def test_of_each_row_the_largest_are_kept(tmp_path: Path) -> None:

@@ -91,3 +91,13 @@ def test_zeros_and_halves_are_packed() -> None:
     half = pack(torch.randn(4, 64).bfloat16(), 4)
     assert half.unpack(torch.bfloat16).dtype == torch.bfloat16
     assert float(half.unpack(torch.float64).float().sub(half.unpack()).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("columns", [8, 72, 96])
+def test_what_fills_a_row_up_does_not_count(bits: Bits, columns: int) -> None:
+    """The last group is rounded as well as if it were whole: as its weights alone, repeated, would be."""
+    matrix = torch.randn(40, columns, generator=torch.Generator().manual_seed(0))
+    last = columns % GROUP
+    alone = matrix[:, -last:].repeat(1, GROUP // last)
+    assert torch.allclose(pack(matrix, bits).unpack()[:, -last:], pack(alone, bits).unpack()[:, :last], rtol=0.07)

@@ -187,7 +187,7 @@ def _works(s: Subjects) -> Iterator[Work]:
     if full.streamed and s.at_once == 0:  # a row leaves one at every block
         (row,) = full.rows(1)
         states = samples * width * kept_numbers(s.layout, row, full.kind)
-    disk = moments + states + vector_bytes(s.layout, passing(config))
+    disk = moments + states + vector_bytes(s.layout, passing(config), samples)
     passes = rows_scored(config.score.importance, samples)
     yield Work(
         Row("score", "", scored, STEPS["score"]), samples / reads, disk, passes, passes, sweeps=_sweeps(s, samples)

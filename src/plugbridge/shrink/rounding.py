@@ -6,6 +6,8 @@ and corrects the rows that are still to come for what each has lost, as the vect
 may be a layer's outputs as well as its inputs, and levels and scales are those of `tensors.packed`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from plugbridge.tensors.packed import (
     pack,
     power_of_two,
     read_scales,
+    real_places,
     to_scales,
 )
 
@@ -34,12 +37,13 @@ _ROWS = 128
 def calibrated(matrix: Tensor, bits: Bits, vectors: Tensor | None, damping: float = DAMPING) -> Packed:
     """A matrix (rows, columns) packed for the products with vectors (n, rows): never worse for them than the nearest.
 
-    Without vectors, or where they are all zero, every weight takes its nearest level.
+    Without vectors, or where they are all zero or not finite, every weight takes its nearest level.
     """
     plain = pack(matrix, bits)
-    if vectors is None or not bool(vectors.count_nonzero()):
+    largest = 0.0 if vectors is None else float(vectors.abs().amax())
+    if vectors is None or not 0 < largest < math.inf:
         return plain
-    seen = vectors.to(matrix.device, torch.float32)
+    seen = vectors.to(matrix.device, torch.float32) / largest  # only directions and ratios matter
     found = _corrected(matrix, bits, seen, damping)
     return found if loss(matrix, found, seen) < loss(matrix, plain, seen) else plain
 
@@ -53,19 +57,20 @@ def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float) -> P
     rows, columns = matrix.shape
     order, upper = _factor(vectors, damping)
     left = grouped(matrix).view(rows, -1)[order].float()  # a copy
-    grid = levels(bits).to(left.device)
-    top = power_of_two(2 * best_scales(left.view(-1, GROUP), bits).amax())  # corrections may make scales larger
+    grid, real = levels(bits).to(left.device), real_places(columns, left.device)
+    first = best_scales(left.view(-1, GROUP), bits, real.repeat(rows, 1))
+    top = power_of_two(2 * first.amax())  # corrections may make scales larger
     codes, scales = [], []
     for start in range(0, rows, _ROWS):
         end = min(rows, start + _ROWS)
         lost = torch.empty_like(left[start:end])
         for row in range(start, end):
             groups = left[row].view(-1, GROUP)
-            kept = to_scales(best_scales(groups, bits), top)
+            kept = to_scales(best_scales(groups, bits, real), top)
             scale = read_scales(kept, top)
             code = nearest(groups, scale, bits)
             rounded = (grid[code.int()] * scale.unsqueeze(-1)).view(-1)
-            lost[row - start] = (left[row] - rounded) / upper[row, row]
+            lost[row - start] = (left[row] - rounded) * real.view(-1) / upper[row, row]
             left[row + 1 : end] -= upper[row, row + 1 : end, None] * lost[row - start]
             codes.append(join(code, bits))
             scales.append(kept)

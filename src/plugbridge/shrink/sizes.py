@@ -41,15 +41,17 @@ def count_parameters(layout: Layout, names: set[str], sizes: Mapping[str, int]) 
 def count_bytes(layout: Layout, names: set[str], sizes: Mapping[str, int], bits: int, width: int) -> int:
     """Bytes of a Bridge that has the weights `names`: its blocks' matrices in so many bits, `width` bytes for the rest.
 
-    A scale's byte comes with 64 weights (`tensors.packed`); 16 bits mean `width` as well.
+    64 neighbours of a row share a scale's byte (`tensors.packed`), its last ones are filled up; 16 bits mean `width` as
+    well.
     """
-    total = 0.0
+    total = 0
     for weight in layout.weights():
         if weight.name in names:
             shape = shape_of(weight.pattern, sizes)
             packed = bits != 16 and weight.place.stack is not None and len(shape) > 1
-            total += math.prod(shape) * (bits / 8 + 1 / 64 if packed else width)
-    return math.ceil(total)
+            groups = math.ceil(shape[-1] / 64) * shape[0] if packed else 0
+            total += groups * (8 * bits + 1) if packed else math.prod(shape) * width
+    return total
 
 
 def budgeted_sizes(layout: Layout, names: set[str], budget: int) -> dict[str, int]:

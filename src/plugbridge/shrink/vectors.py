@@ -22,16 +22,16 @@ from plugbridge.tensors.axes import transform
 from plugbridge.tensors.patterns import shape_of
 
 KEPT = 256
-"""Vectors of a matrix that are kept, of all rows together."""
+"""Vectors of a matrix that are kept of all rows together, where there are not more rows: one of each at least."""
 
 
-def vector_bytes(layout: Layout, kind: Passing | None) -> int:
-    """Bytes on disk of a model's vectors of a kind, at most; none of no kind."""
+def vector_bytes(layout: Layout, kind: Passing | None, rows: int) -> int:
+    """Bytes on disk of a model's vectors of a kind, at most, recorded on so many rows; none of no kind."""
     if kind is None:
         return 0
     side = layout.family.linear.split().index("out" if kind == "errors" else "in")
     shapes = [shape_of(weight.pattern, layout.sizes) for weight in layout.weights() if weight.place.stack is not None]
-    return 2 * KEPT * sum(shape[side] for shape in shapes if len(shape) == 2)
+    return 2 * max(KEPT, rows) * sum(shape[side] for shape in shapes if len(shape) == 2)
 
 
 class Vectors:

@@ -227,7 +227,7 @@ def prune(work: Work) -> dict[str, Any]:
         "bridge_model_parameters": count,
         "bridge_share": used / whole,
         "bits": bits,
-        "rounding": passing(p.config) or "nearest",
+        "rounding": "nearest" if p.config.prune.shuffle else passing(p.config) or "nearest",
         "bridge_bytes": held,
         "bridge_bytes_share": held / (2 * whole),
         "sizes": plan.sizes,

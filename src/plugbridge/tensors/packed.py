@@ -75,15 +75,20 @@ def packed_shapes(shape: torch.Size, bits: Bits) -> dict[str, tuple[tuple[int, .
 @torch.no_grad()
 def pack(matrix: Tensor, bits: Bits) -> Packed:
     """A matrix rounded to the nearest levels, with scales of least squared error."""
-    groups = grouped(matrix.detach())
-    size = max(1, _PIECE // GROUP)
-    found = torch.cat([best_scales(piece.float(), bits) for piece in groups.split(size)])
+    groups, real = grouped(matrix.detach()), real_places(matrix.shape[-1], matrix.device)
+    rows = max(1, _PIECE // real.numel())
+    pieces = groups.split(rows * len(real))
+    found = torch.cat([best_scales(piece.float(), bits, real.repeat(len(piece) // len(real), 1)) for piece in pieces])
     top = power_of_two(found.amax())
     scales = to_scales(found, top)
-    real = read_scales(scales, top)
-    pieces = zip(groups.split(size), real.split(size), strict=True)
-    codes = torch.cat([join(nearest(piece.float(), scale, bits), bits) for piece, scale in pieces])
+    each = zip(pieces, read_scales(scales, top).split(rows * len(real)), strict=True)
+    codes = torch.cat([join(nearest(piece.float(), scale, bits), bits) for piece, scale in each])
     return Packed(codes, scales, top, matrix.shape)
+
+
+def real_places(columns: int, device: torch.device) -> Tensor:
+    """Which places of a row's groups hold weights, as ones, and which only fill it up, as zeros: (groups, 64)."""
+    return grouped(torch.ones(1, columns, device=device))
 
 
 def grouped(matrix: Tensor) -> Tensor:
@@ -116,14 +121,17 @@ def nearest(groups: Tensor, scales: Tensor, bits: Bits) -> Tensor:
     return torch.bucketize(groups / safe.unsqueeze(-1), between, out_int32=True).to(torch.uint8)
 
 
-def best_scales(groups: Tensor, bits: Bits) -> Tensor:
-    """Scales of least squared error with the nearest levels, found by turns. groups: (n, 64). Returns (n,)."""
+def best_scales(groups: Tensor, bits: Bits, real: Tensor) -> Tensor:
+    """Scales of least squared error with the nearest levels, found by turns. groups, real: (n, 64). Returns (n,).
+
+    Of a group only its `real` places count.
+    """
     if bits == 8:
         return groups.abs().amax(-1) * (17 / 16)  # no weight is beyond the ends, however the scale is rounded
     grid = levels(bits).to(groups.device)
-    scales = groups.square().mean(-1).sqrt()
+    scales = (groups.square().sum(-1) / real.sum(-1)).sqrt()
     for _ in range(4):
-        chosen = grid[nearest(groups, scales, bits).int()]
+        chosen = grid[nearest(groups, scales, bits).int()] * real
         scales = (groups * chosen).sum(-1) / chosen.square().sum(-1)
     return scales.clamp_min_(0)
 

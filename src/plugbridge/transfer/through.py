@@ -71,7 +71,7 @@ def carrying(rows: Tensor, bound: float) -> Tensor | None:
 
     At a bound of 0 those that are zero are left out, which changes nothing.
     """
-    squares = rows.square().sum(-1, dtype=torch.float32)
+    squares = rows.float().square().sum(-1)
     wanted = squares > 0
     if bound > 0:
         ordered, order = squares.sort(descending=True)

@@ -195,9 +195,10 @@ class CoupleConfig(PartsConfig):
     )
     recompute: bool = Field(
         default=True,
-        description="run again for their gradients what holds a module: in feedback the large model's sublayers, in "
-        "standalone the Bridge's blocks (not with prefixes); false keeps what the first run left, and in feedback what "
-        "norms are at the Bridge's width: less time, more memory (a streamed large model always runs them again)",
+        description="run again for their gradients what holds a module: in feedback with activations: bridge the large "
+        "model's sublayers, in standalone the Bridge's blocks (not with prefixes); false keeps what the first run left "
+        "and in feedback what norms are at the Bridge's width: less time, more memory (a streamed large model always "
+        "runs them again)",
     )
     activations: Activations | None = Field(
         default=None,
@@ -224,7 +225,8 @@ class CoupleConfig(PartsConfig):
         ge=0,
         le=ROWS,
         description="training rows, drawn by the seed, on which feedback's gradient is compared with the exact one "
-        "before the first step and after the last; 0 for none. A streamed large model is not compared",
+        "before the first step and after the last; 0 for none. With importance: fisher only, which takes the large "
+        "model's gradients anyway; a streamed large model is not compared",
     )
     fidelity_every: int = Field(
         default=0, ge=0, le=STEPS, description="steps after which that is done again during training; 0 for never"

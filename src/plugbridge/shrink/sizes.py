@@ -48,9 +48,11 @@ def count_bytes(layout: Layout, names: set[str], sizes: Mapping[str, int], bits:
     for weight in layout.weights():
         if weight.name in names:
             shape = shape_of(weight.pattern, sizes)
-            packed = bits != 16 and weight.place.stack is not None and len(shape) > 1
-            groups = math.ceil(shape[-1] / 64) * shape[0] if packed else 0
-            total += groups * (8 * bits + 1) if packed else math.prod(shape) * width
+            if bits != 16 and weight.place.stack is not None and len(shape) == 2:
+                rows, columns = shape
+                total += rows * math.ceil(columns / 64) * (8 * bits + 1)
+            else:
+                total += math.prod(shape) * width
     return total
 
 

@@ -99,7 +99,8 @@ def couple(work: Work) -> dict[str, Any]:
     schedule = schedule_of(settings, p.config.seed, rates)
     if mode.exact:
         schedule = replace(schedule, micro_batch=None)  # its parts go through a block together
-    compared = _Compared(work, coupling, loss) if _comparable(coupling, loss, settings.fidelity_rows) else None
+    gradients = settings.fidelity_rows > 0 and p.config.score.importance == "fisher"  # else none is ever taken
+    compared = _Compared(work, coupling, loss) if gradients and _comparable(coupling, loss) else None
     rows, title = p.large_rows["train"], f"couple ({settings.mode})"
     losses = train(work, models, parameters, rows, loss if compared is None else compared, schedule, title)
     if compared is not None:
@@ -121,10 +122,10 @@ def couple(work: Work) -> dict[str, Any]:
     }
 
 
-def _comparable(coupling: Coupling, loss: Loss, rows: int) -> bool:
+def _comparable(coupling: Coupling, loss: Loss) -> bool:
     """Whether a loss is compared with backpropagation: of a streamed model that would have all blocks in memory."""
     large = coupling.large_model
-    return rows > 0 and isinstance(loss, WaysBack) and large is not None and window_of(large) is None
+    return isinstance(loss, WaysBack) and large is not None and window_of(large) is None
 
 
 class _Compared:

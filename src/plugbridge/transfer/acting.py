@@ -154,7 +154,9 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
     if mode.name != "feedback":
         yield "couple.activations", f"{here} no error goes back through the Bridge alone"
         yield "couple.fidelity_rows", f"{here} no error goes back through a Bridge to be compared"
-    if mode.name != "feedback" or couple.fidelity_rows == 0:
+    elif config.score.importance != "fisher":
+        yield "couple.fidelity_rows", "without importance: fisher no gradient of the large model is ever taken"
+    if mode.name != "feedback" or couple.fidelity_rows == 0 or config.score.importance != "fisher":
         yield "couple.fidelity_every", "with mode 'feedback' and some fidelity_rows only an error is compared"
     if mode.name != "feedback" or couple.activations != "large":
         yield "couple.error_bound", "only with activations: large in mode 'feedback' positions are left out"

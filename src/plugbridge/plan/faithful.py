@@ -56,7 +56,7 @@ def most_faithful(
     if coupled is None or config.couple.steps == 0:
         return None
     for way, asked in _ways(config):
-        met = _met(config, asked, length)
+        met = _met(config, asked, length, memory)
         if met is None:
             continue
         settings, work = met
@@ -83,11 +83,11 @@ def _ways(config: RunConfig) -> Iterator[tuple[str, Settings]]:
         yield QLORA, {**mode, "large.load_in": "4bit", **SINGLE, **resident}
 
 
-def _met(config: RunConfig, asked: Settings, length: int) -> tuple[tuple[str, ...], Work] | None:
+def _met(config: RunConfig, asked: Settings, length: int, memory: int) -> tuple[tuple[str, ...], Work] | None:
     """All that a way needs to be set for a run to accept it, and its coupling; None where there is no such run."""
     try:
         settings = _accepted(config, asked)
-        subjects = subjects_of(changed(config, settings), length, None)
+        subjects = subjects_of(changed(config, settings), length, memory)
         if subjects.config.load_in is not None:
             check_blocks("", *subjects.large.on_meta(), "4bit", pick_device(config.device))
     except (ConfigError, ModelError):

@@ -21,7 +21,8 @@ def score_room(p: Prepared) -> int:
     """The most bytes of states that scoring will have on disk at a time, and of the vectors that it leaves."""
     large = load_config(p.config.large_path, trust_remote_code=p.config.trust_remote_code)
     layout, kind = layout_of_config(large.to_dict()), p.large_encoder.kind
-    left = vector_bytes(layout, passing(p.config), p.config.score.samples)
+    vectors = passing(p.config)  # of axes that config.json may not give
+    left = 0 if vectors is None else vector_bytes(_bridge(p)[0], vectors, p.config.score.samples)
     if p.config.score.keep != "disk" or p.streamed is None:
         return left
     rows = drawn(p.large_rows["train"], p.config.score.samples, p.config.seed)

@@ -36,12 +36,15 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from plugbridge.cost import measure, return_blocks, settle  # noqa: E402
+from plugbridge.families.spec import Layout  # noqa: E402
 from plugbridge.interrupts import ENDING  # noqa: E402
 from plugbridge.memory.case import Case  # noqa: E402
 from plugbridge.memory.predict import Trace, predict  # noqa: E402
 from plugbridge.memory.rates import measure_rates  # noqa: E402
 from plugbridge.memory.steps import MakeStep  # noqa: E402
 from plugbridge.memory.warm import warm_up  # noqa: E402
+from plugbridge.shrink.packing import make_packed, matrices_of, packed_weights  # noqa: E402
+from plugbridge.tensors.packed import Bits  # noqa: E402
 from plugbridge.workers import apart, workers  # noqa: E402
 
 transformers_logging.set_verbosity_error()
@@ -215,6 +218,16 @@ def second_peak(load: Callable[[], Any]) -> int:
         loaded = load()
     del loaded
     return cost.peak_bytes
+
+
+@torch.no_grad()
+def pack_model(model: PreTrainedModel, layout: Layout, bits: Bits) -> None:
+    """Pack the matrices of a model's blocks in place, rounded to nearest, as `prune` does on the way to disk."""
+    weights = [(name, tensor.detach()) for name, tensor in model.named_parameters()]
+    paths = matrices_of(model, layout)
+    make_packed(model, paths, bits, "out in")
+    for name, tensor in packed_weights(weights, paths, bits, layout.family.linear == "in out"):
+        model.get_parameter(name).data = tensor
 
 
 @torch.no_grad()

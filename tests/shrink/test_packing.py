@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from conftest import FAMILIES, logits_of, make_model, make_tokenizer
+from conftest import FAMILIES, logits_of, make_model, make_tokenizer, pack_model
 from plugbridge.errors import ModelError
 from plugbridge.models import layout_for, load_model
 from plugbridge.shrink.bridge import empty_bridge, write_bridge
@@ -19,7 +19,6 @@ from plugbridge.shrink.packing import (
     load_bridge,
     make_packed,
     matrices_of,
-    pack_model,
     packed_weights,
 )
 from plugbridge.shrink.prune import plan_bridge

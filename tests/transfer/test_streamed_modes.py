@@ -10,8 +10,7 @@ from test_half_precision import READS_LARGE, gradient_of
 from test_transfer import ROWS, coupling_of
 from torch import Tensor
 
-from conftest import FAMILIES, METHODS, pairwise
-from plugbridge.shrink.packing import pack_model
+from conftest import FAMILIES, METHODS, pack_model, pairwise
 from plugbridge.streaming import window_of
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import Coupling

@@ -9,8 +9,8 @@ from test_transfer import ROWS, coupling_of
 from torch import nn
 from transformers import PreTrainedModel
 
-from conftest import FAMILIES, make_model
-from plugbridge.shrink.packing import PackedLinear, matrices_of, pack_model
+from conftest import FAMILIES, make_model, pack_model
+from plugbridge.shrink.packing import PackedLinear, matrices_of
 from plugbridge.tensors.axes import matrix_of
 from plugbridge.tensors.patterns import axis_names
 from plugbridge.transfer.couple import MODES

@@ -139,18 +139,6 @@ def packed_weights(
             yield f"{path}.{leaf}", getattr(found, part)
 
 
-@torch.no_grad()
-def pack_model(
-    model: PreTrainedModel, layout: Layout, bits: Bits, order: Order = "out in", rounding: Rounding = to_nearest
-) -> None:
-    """Pack the matrices of a model's blocks in place, one after another."""
-    for path in matrices_of(model, layout):
-        matrix = model.get_submodule(path).get_parameter("weight").detach()
-        make_packed(model, [path], bits, order)
-        stored = matrix if order == layout.family.linear else matrix.mT.contiguous()
-        cast(PackedLinear, model.get_submodule(path)).fill(rounding(path, stored, bits))
-
-
 def load_bridge(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """A Bridge, packed or not, in evaluation mode; what is not packed is in `dtype`. Raises ModelError."""
     return load_model(str(folder), dtype=dtype, device=device, packed=True)

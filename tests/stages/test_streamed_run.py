@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import plugbridge.stages.couple as couple_stage
 from plugbridge import prepare as preparing
 from plugbridge.config import parse_config
 from plugbridge.errors import ConfigError, ModelError, RunError
@@ -21,6 +22,7 @@ from plugbridge.progress import Silent
 from plugbridge.run import execute, facts_of
 from plugbridge.stages.build import build_stages
 from plugbridge.stages.room import cache_room, couple_room, score_room
+from plugbridge.transfer.cache import ActivationCache, make_cache
 from test_durability import start
 
 Raw = dict[str, Any]
@@ -189,7 +191,10 @@ def test_too_little_disk_for_the_cache_is_said_before_the_run(
         start(raw, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "run.json"}
     monkeypatch.undo()
+    kept: list[ActivationCache | None] = []
+    monkeypatch.setattr(couple_stage, "make_cache", lambda *of: kept.append(make_cache(*of)) or kept[-1])
     start(raw, tmp_path / "run")
+    assert [cache.bytes for cache in kept if cache is not None] == [cached]
     assert facts_of(tmp_path / "run", "couple")["cache_bytes"] == cached
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
     assert set(start(raw, tmp_path / "run").values()) == {"skipped"}

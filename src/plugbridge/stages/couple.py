@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plugbridge.families.spec import Layout
+from plugbridge.families.spec import Layout, layout_of_config
 from plugbridge.files import folder_atomically, write_atomically, write_json
 from plugbridge.markers import reading
+from plugbridge.models import load_config
 from plugbridge.prepare import Prepared
 from plugbridge.shrink.packing import load_bridge
 from plugbridge.stages.depends import alignment_passes, rate_of_training
@@ -43,6 +44,7 @@ from plugbridge.transfer.coupling import (
 )
 from plugbridge.transfer.down import start_down
 from plugbridge.transfer.fidelity import WaysBack, fidelity
+from plugbridge.transfer.ladder import length_in
 from plugbridge.transfer.needed import needs_bridge
 from plugbridge.transfer.start import Start, fresh_start, small_start
 from plugbridge.transfer.states import BothRows, Place, See, States, watch
@@ -114,7 +116,7 @@ def couple(work: Work) -> dict[str, Any]:
             for part in ("module", "plug", "down", "ladder", "bridge")
         },
         "large_rows": _rows_aligned(p) + _large_rows(p, mode, coupling.cache is not None),
-        "cache_bytes": coupling.cache.bytes if coupling.cache is not None else 0,
+        "cache_bytes": cached_bytes(p),
         "layer_map": start.layer_map,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
@@ -173,6 +175,19 @@ def rows_drawn(prepared: Prepared) -> list[Encoded]:
         for step in range(settings.steps)
         for i in batch_indices(len(rows), step, settings.batch_size, prepared.config.seed)
     ]
+
+
+def cached_bytes(prepared: Prepared) -> int:
+    """Bytes of the large model's activations that a coupling keeps, however often it was resumed."""
+    config, kind = prepared.config, prepared.large_encoder.kind
+    places = find_mode(config.couple.mode).caches
+    if config.couple.cache == "off" or places is None:
+        return 0
+    large = load_config(config.large_path, trust_remote_code=config.trust_remote_code)
+    layout = layout_of_config(large.to_dict())
+    stacks = [rung.partition(":")[0] for rung in places(layout)]
+    positions = sum(length_in(row, stack, kind) for row in set(rows_drawn(prepared)) for stack in stacks)
+    return positions * layout.sizes["hidden"] * prepared.dtype.itemsize
 
 
 def _rows_aligned(prepared: Prepared) -> int:

@@ -6,7 +6,7 @@ from plugbridge.models import layout_for, load_config, load_model, parameter_cou
 from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.shrink.sizes import count_bytes, count_parameters
 from plugbridge.shrink.vectors import vector_bytes
-from plugbridge.stages.couple import rows_drawn
+from plugbridge.stages.couple import cached_bytes
 from plugbridge.tasks.encode import Encoded
 from plugbridge.train import drawn
 from plugbridge.transfer.couple import find_mode
@@ -97,12 +97,4 @@ def _bridge(p: Prepared) -> tuple[Layout, set[str], dict[str, int]]:
 
 def cache_room(prepared: Prepared) -> int:
     """Bytes of the activations that coupling will write to disk."""
-    config, kind = prepared.config, prepared.large_encoder.kind
-    places = find_mode(config.couple.mode).caches
-    if config.couple.cache != "disk" or places is None:
-        return 0
-    large = load_config(config.large_path, trust_remote_code=config.trust_remote_code)
-    layout = layout_of_config(large.to_dict())
-    stacks = [rung.partition(":")[0] for rung in places(layout)]
-    positions = sum(length_in(row, stack, kind) for row in set(rows_drawn(prepared)) for stack in stacks)
-    return positions * layout.sizes["hidden"] * prepared.dtype.itemsize
+    return cached_bytes(prepared) if prepared.config.couple.cache == "disk" else 0

@@ -61,6 +61,7 @@ ACTS: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("prune.rounding", "nearest", "prune", ("feedback", "standalone, frozen"), {"repair": None, "prune.bits": 3}),
     ("couple.activations", "large", "couple", ("feedback",), {}),
     ("couple.error_bound", 0.5, "couple", ("feedback",), {"couple.activations": "large"}),
+    ("couple.kept_bits", 4, "couple", ("feedback",), {"couple.activations": "large"}),
     ("couple.perturbation", 0.5, "couple", ("mezo",), {}),
     ("couple.optimizer", "adafactor", "couple", ("mezo",), {}),
     ("couple.layers", 0.3, "couple", ("mezo",), {}),
@@ -109,6 +110,7 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("couple.fidelity_rows", 2, (*ALONE, *NO_BRIDGE[2:]), {}, "no error goes back through a Bridge to be compared"),
     ("couple.fidelity_every", 2, ("standalone",), {}, "only an error is compared"),
     ("couple.error_bound", 0.5, ("feedback", "standalone"), {}, "only with activations: large"),
+    ("couple.kept_bits", 8, ("feedback", "standalone"), {}, "only with activations: large"),
     ("prune.channels", "pca", ("standalone",), {}, "must be a model by itself"),
     ("repair", TRAIN, ("identity", "mezo"), {}, r"a `repair:` section, but in mode '\w+' there is no Bridge to fit"),
     ("couple.perturbation", 0.1, tuple(mode for mode in MODES if mode != "mezo"), {}, "not moved to see the loss"),
@@ -389,7 +391,8 @@ def test_of_no_steps_all_settings_but_these_act(
     raw = put(base("standalone", {}), "couple", {"mode": "standalone", "plug": "random", "steps": 0})
     other = {**LOOP, "micro_batch": 2, "optimizer": "adafactor", "plug_learning_rate": 0.3, "down": "learned",
              "bridge": "freeze", "bridge_learning_rate": 0.3, "activations": "large", "error_bound": 0.5,
-             "perturbation": 0.5, "recompute": False, "fidelity_rows": 2, "fidelity_every": 2}  # fmt: skip
+             "kept_bits": 8, "perturbation": 0.5, "recompute": False, "fidelity_rows": 2,
+             "fidelity_every": 2}  # fmt: skip
     del other["steps"]
     assert {*OF_STEPS} == {*other}
     del other["bridge_learning_rate"]  # of a Bridge that trains

@@ -18,7 +18,7 @@ from plugbridge.memory.case import Case
 from plugbridge.memory.measure import lasting, measured
 from plugbridge.memory.predict import predict
 from plugbridge.memory.rates import Rates, primitive_bytes, rates_for, seconds_of
-from plugbridge.memory.rows import LORA, QLORA, Row, baselines, common_stages, coupled, jobs, small_steps
+from plugbridge.memory.rows import LORA, QLORA, Row, baselines, common_stages, coupled, jobs, peers, small_steps
 from plugbridge.memory.shapes import Shape
 from plugbridge.memory.weights import keep_only, write_weights
 from plugbridge.models import parameter_count
@@ -44,6 +44,8 @@ class Count:
     `peak_bytes` holds the model and all else that the step keeps; `seconds` are of one repetition. `predicted_bytes`
     stands beside a measured peak, too. `ratio_to_large_bf16` is the peak over the large model's weights in bfloat16,
     what it takes to merely hold the model. `failed` says why a step that was tried stands here as predicted.
+    `weight_bytes` are those of the models' weights that a repetition reads, from memory or disk, as often as it does:
+    counted from shapes; None in a file of before they were.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Count:
     ratio_to_large_bf16: float
     command: str
     failed: str = ""
+    weight_bytes: int | None = None
 
 
 Key = tuple[str, int, int, str, str]
@@ -101,6 +104,7 @@ def rows_of(shape: Shape, device: str) -> list[Row]:
     rows = baselines(large, METHODS) + common_stages(large, replace(large, config=shape.small))
     rows += [coupled(large, shape.small, mode) for mode in MODES]
     rows += [coupled(large, shape.small, mode, method) for method in METHODS[:2] for mode in ("feedback", "standalone")]
+    rows += peers(large, shape.small)
     small = replace(large, config=shape.small)
     return rows + [row for half in (False, True) for row in small_steps(large, small, MODES, half)]
 
@@ -132,7 +136,7 @@ def count_shape(
             count = _predicted(shape, row, rates, each, weights, command)
             before = counts.measured(row)
             if before is not None:
-                count = replace(before, predicted_bytes=count.predicted_bytes)
+                count = replace(before, predicted_bytes=count.predicted_bytes, weight_bytes=count.weight_bytes)
             elif machine.chooses(row) and ROOM * count.predicted_bytes <= machine.room:
                 if begun and not machine.ends(lasting(count.seconds)):
                     left.append(row)
@@ -232,7 +236,7 @@ def _predicted(
     counts = predict(replace(row.case, device="cpu"), row.make).keeping(each)
     return Count(
         shape.name, shape.batch, shape.length, row.method, row.stage, counts.peak, counts.peak,
-        seconds_of(counts, rates), False, counts.peak / weights, command,
+        seconds_of(counts, rates), False, counts.peak / weights, command, weight_bytes=round(counts.used + counts.read),
     )  # fmt: skip
 
 

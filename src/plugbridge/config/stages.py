@@ -207,6 +207,12 @@ class CoupleConfig(PartsConfig):
         "large model's own forward pass, kept until the error comes back, so that only the Bridge's matrices differ "
         "from backpropagation's. By default large for a packed Bridge, else bridge",
     )
+    kept_bits: Literal[8, 4] | None = Field(
+        default=None,
+        description="with activations: large, bits in which what the large model's forward pass computed is kept until "
+        "the error comes back, rounded in groups of 64 (GACT, Liu et al. 2022): `8`, a quarter of float32's bytes, "
+        "or `4`, which points worse; by default as it is",
+    )
     error_bound: float = Field(
         default=0.0,
         ge=0,

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from plugbridge.memory.remembered import Answer, Effect, answer_of, key_of
 
 aten = torch.ops.aten
+_TABLES = (aten.embedding, aten.embedding_dense_backward, aten.index_select, aten.index)
 HALVES = (torch.bfloat16, torch.float16)
 _CURRENT: ContextVar["Alive | None"] = ContextVar("_CURRENT", default=None)
 _WORLD: ContextVar[FakeTensorMode | None] = ContextVar("_WORLD", default=None)
@@ -36,8 +37,9 @@ class Alive(TorchDispatchMode):
     goes on, with what decompositions take while they last. `flops` counts multiplications and additions of matrix
     products, `moved` the bytes that all other operations read and write, both by the precision of what comes out.
     `read` is what was noted as read from disk, in bytes, `primitives` the half-precision products of other shapes or
-    layouts. A storage shared by several tensors counts once. `chosen` is the number of positions that a mask of fake
-    values chooses, `columns` that of a mask of one dimension; None for all.
+    layouts, `used` the bytes of the tensors in `weights` (storages that stay) that operations read, as often as they
+    do; of a table only rows are read, which do not count. A storage shared by several tensors counts once. `chosen` is
+    the number of positions that a mask of fake values chooses, `columns` that of a mask of one dimension; None for all.
     """
 
     def __init__(self, chosen: int | None = None) -> None:
@@ -48,6 +50,8 @@ class Alive(TorchDispatchMode):
         self.flops: Counter[torch.dtype] = Counter()
         self.moved: Counter[torch.dtype] = Counter()
         self.read = 0
+        self.used = 0
+        self.weights: frozenset[int] = frozenset()
         self.primitives: set[Any] = set()
         self.peaks: dict[str, int] = {}
         self.place = ""
@@ -94,6 +98,12 @@ class Alive(TorchDispatchMode):
         for tensor in _tensors(found):
             self._add(tensor)
         self._work(effect)
+        if self.weights and not func.is_view and func._overloadpacket not in _TABLES:
+            self.used += sum(
+                tensor.numel() * tensor.itemsize
+                for tensor in _tensors(args)
+                if id(tensor.untyped_storage()) in self.weights
+            )
         return found
 
     def _add(self, tensor: Tensor) -> None:
@@ -160,6 +170,13 @@ def note_read(tensor: Tensor) -> Tensor:
     if count is not None:
         count.read += tensor.numel() * tensor.itemsize
     return tensor
+
+
+def note_used(*weights: Tensor) -> None:
+    """Weights that an operation stands for reads; the count that is on takes them in."""
+    count = _CURRENT.get()
+    if count is not None:
+        count.used += sum(tensor.numel() * tensor.itemsize for tensor in weights)
 
 
 def _number(made: list[Tensor]) -> torch.dtype:

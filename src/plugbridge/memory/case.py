@@ -23,6 +23,7 @@ from plugbridge.streaming import load_streamed, stream_blocks
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tensors.patterns import axis_names
 from plugbridge.transfer.down import DownKind
+from plugbridge.transfer.kept import KeptBits
 from plugbridge.transfer.repair import RepairTarget
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
@@ -76,7 +77,7 @@ class Case:
     and their states are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
     `small`'s shape behind a plug, or without one from a fresh module. `target` is what a repair fits, `down`
     whether coupling trains the way down. The Bridge's matrices are of `packed` bits, and its error passes the
-    `activations` of the Bridge or of the large model.
+    `activations` of the Bridge or of the large model, the latter kept in `kept_bits`.
     """
 
     config: PreTrainedConfig
@@ -106,6 +107,7 @@ class Case:
     down: DownKind = "select"
     packed: PackBits = 16
     activations: Activations = "bridge"
+    kept_bits: KeptBits | None = None
 
     @property
     def reads_files(self) -> bool:
@@ -154,7 +156,7 @@ class Case:
         """The same without what concerns only a Bridge and what trains: equal wherever nothing else differs."""
         return replace(
             self, trained={}, sizes=None, train_bridge=True, recompute=True, micro_batch=None, together=False,
-            optimizer="adamw", target="response", down="select", packed=16, activations="bridge",
+            optimizer="adamw", target="response", down="select", packed=16, activations="bridge", kept_bits=None,
         )  # fmt: skip
 
     def shorter(self, batch: int, length: int) -> "Case":

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from plugbridge.config import LoadIn
 from plugbridge.families.spec import Layout
+from plugbridge.memory.alive import note_used
 from plugbridge.quantised import BLOCK, block_linears
 
 BITS: dict[LoadIn, int] = {"8bit": 8, "4bit": 4}
@@ -27,11 +28,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.shape = shape
+        note_used(packed)
         return x @ x.new_zeros(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
+        note_used(*ctx.saved_tensors)
         return gradient @ gradient.new_zeros(ctx.shape).mT, None, None
 
 

@@ -34,7 +34,8 @@ between a middle one and an end.
 class Trace:
     """Counts of one step: bytes alive at most by place, work done, tensors that train.
 
-    `flops`, `moved`, `read` and `primitives` are as `Alive` counts them, of one repetition.
+    `flops`, `moved`, `read`, `used` and `primitives` are as `Alive` counts them, of one repetition; `used` is of what
+    was there before it.
     """
 
     peaks: dict[str, float]
@@ -44,6 +45,7 @@ class Trace:
     trained: float
     read: float = 0
     primitives: int = 0
+    used: float = 0
 
     def keeping(self, primitive_bytes: int) -> "Trace":
         """The same on a processor whose matrix library keeps so much of every primitive."""
@@ -82,7 +84,8 @@ def predict(case: Case, make: MakeStep) -> Trace:
 def _repeated(found: Trace, times: float) -> Trace:
     """The same peaks, and the work so often; a part of a part is read from disk as a whole."""
     flops, moved = ({number: times * count for number, count in each.items()} for each in (found.flops, found.moved))
-    return replace(found, flops=flops, moved=moved, read=math.ceil(times) * found.read)
+    return replace(found, flops=flops, moved=moved, read=math.ceil(times) * found.read,
+                   used=math.ceil(times) * found.used)  # fmt: skip
 
 
 def _predict(case: Case, make: MakeStep) -> Trace:
@@ -125,6 +128,7 @@ def extended(found: Trace, base: Trace, deeper: Trace, times: int) -> Trace:
         found.trained + times * (deeper.trained - base.trained),
         found.read + times * (deeper.read - base.read),
         max(found.primitives, deeper.primitives),
+        found.used + times * (deeper.used - base.used),
     )
 
 
@@ -147,7 +151,8 @@ def count(alive: Alive, case: Case, step: Step) -> Trace:
     alive.peaks.clear()
     alive.flops.clear()
     alive.moved.clear()
-    alive.read = 0
+    alive.read = alive.used = 0
+    alive.weights = frozenset(alive.known)
     alive.primitives.clear()
     alive.chosen, alive.columns = step.chosen, TARGETS[case.kind]
     with ExitStack() as hooks:
@@ -158,7 +163,7 @@ def count(alive: Alive, case: Case, step: Step) -> Trace:
             phase()
     return Trace(
         dict(alive.peaks), dict(alive.flops), dict(alive.moved), step.rows, step.trained, alive.read,
-        len(alive.primitives),
+        len(alive.primitives), alive.used,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig
 
+from plugbridge.config.stages import PackBits
 from plugbridge.errors import ConfigError
 from plugbridge.memory.case import Case
 from plugbridge.memory.steps import STEPS, MakeStep
@@ -23,6 +24,8 @@ FROZEN = "frozen Bridge"
 ADAMW = "AdamW"
 SHARE = 1 / 16
 """The Bridge's parameters over the large model's (Jin et al. 2023, Table 2), the default of `prune.budget`."""
+PROXY = "proxy-tuning"
+FEW_BITS: tuple[PackBits, ...] = (4, 3, 2)
 LORA, QLORA = "LoRA", "QLoRA (4 bit, checkpointing, bf16)"
 
 
@@ -94,6 +97,30 @@ def coupled(case: Case, small: PreTrainedConfig, mode_name: str, method: str = "
     )
     name = ", ".join(filter(None, (f"{OURS}: {METHODS[method].title}", mode_name, variant)))
     return Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
+
+
+def few_bits(case: Case, small: PreTrainedConfig, mode_name: str, bits: PackBits) -> Row:
+    """Coupling through a frozen Bridge of full width in few bits, modules in every layer."""
+    row = coupled(case, small, mode_name)
+    chosen = replace(
+        row.case, trained={}, sizes=None, reduction=1, packed=bits, channels="select", train_bridge=False,
+        activations="large" if mode_name == "feedback" else "bridge", optimizer="adamw", small=None,
+    )  # fmt: skip
+    return replace(row, method=f"{row.method}, {bits} bits", case=chosen)
+
+
+def peers(case: Case, small: PreTrainedConfig) -> list[Row]:
+    """What stands beside the modes with a narrow Bridge: Bridges of few bits, none, and the honest competitors.
+
+    In memory, and of feedback, no Bridge and backpropagation also streamed.
+    """
+    rows = [few_bits(case, small, mode, bits) for mode in ("feedback", "standalone") for bits in FEW_BITS]
+    rows += [coupled(case, small, mode) for mode in ("identity", "backprop", "mezo")]
+    streamed = replace(case, streamed=True)
+    disk = [few_bits(streamed, small, "feedback", bits) for bits in FEW_BITS]
+    disk += [coupled(streamed, small, mode) for mode in ("identity", "backprop", "mezo")]
+    rows += [replace(row, method=f"{row.method}, {STREAMED}") for row in disk]
+    return [*rows, Row(PROXY, "evaluate", replace(_with(case, METHODS["lora"]), small=small), STEPS["evaluate, proxy"])]
 
 
 def top_layers(layers: Mapping[str, int], share: float) -> dict[str, int]:

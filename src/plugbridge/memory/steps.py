@@ -296,7 +296,7 @@ def couple(case: Case, mode_name: str) -> Step:
         method=case.method, settings=case.settings, small=start.small, large=layout, plan=plan, bridge=bridge,
         encoder=case.encoder, module=start.module, plug=start.plug, down=down,
         train_bridge=mode.trains_bridge and case.train_bridge,
-        large_model=model, activations=case.activations,
+        large_model=model, activations=case.activations, kept_bits=case.kept_bits,
         recompute=case.recompute or (mode.runs_large and case.streamed),
         first={stack: count - case.trained.get(stack, count) for stack, count in layout.layers.items()},
         micro_batch=case.micro_batch,

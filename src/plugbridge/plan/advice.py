@@ -55,6 +55,7 @@ ADAFACTOR: Settings = {"couple.optimizer": "adafactor"}
 CACHE: Settings = {"couple.cache": "disk"}
 STREAMED: Settings = {"resident": "none"}
 KEPT: Settings = {"couple.recompute": False}
+ROUNDED: Settings = {"couple.kept_bits": 8}
 GAIN = 0.95
 """The largest share of the time that is worth the memory."""
 FREEZE: Settings = {"couple.bridge": "freeze"}
@@ -71,7 +72,8 @@ CHANGES: tuple[Change, ...] = (
     Change({"score.keep": "disk"}, ("score",)),
     Change(CACHE, ("couple (",)),
     Change({"couple.recompute": True}, ("couple",)),
-    Change({"couple.activations": "bridge"}, ("couple (",)),
+    Change(ROUNDED, ("couple (",)),
+    Change({"couple.activations": "bridge", "couple.kept_bits": None}, ("couple (",)),
     Change(ADAFACTOR, ("couple",)),
     Change({"score.importance": "activation", "prune.channels": "auto"}, ("score",)),
     Change({"score.importance": "magnitude", "prune.channels": "auto"}, ("score",)),
@@ -337,6 +339,8 @@ def _may_help(config: RunConfig, name: str, change: Change) -> bool:
         return False  # a module's moments are nothing to save
     if change.settings == CACHE and config.couple.cache != "memory":
         return False  # without a cache there is less still
+    if change.settings == ROUNDED and resolve(config).couple.activations != "large":
+        return False  # nothing is kept
     reduction = change.settings.get("prune.reduction")
     if reduction is not None and config.prune.reduction is not None and reduction <= config.prune.reduction:
         return False  # it would be larger, or the same

@@ -77,6 +77,7 @@ def couple(work: Work) -> dict[str, Any]:
         first={stack: count - math.ceil(settings.layers * count) for stack, count in large.layers.items()},
         recompute=settings.recompute or (mode.runs_large and p.streamed is not None and p.config.load_in is None),
         activations=settings.activations or "bridge", error_bound=settings.error_bound,
+        kept_bits=settings.kept_bits,
         perturbation=settings.perturbation,
         cache=make_cache(settings.cache, work.folder) if mode.caches else None,
         micro_batch=settings.micro_batch,

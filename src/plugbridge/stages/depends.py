@@ -23,6 +23,7 @@ LATER: dict[str, tuple[Any, ...]] = {
     "rounding": ("calibrated",),
     "activations": ("bridge", None),
     "error_bound": (0.0,),
+    "kept_bits": (None,),
     "perturbation": (1e-3,),
     "proxy": (False,),
 }

@@ -25,7 +25,7 @@ together.
 
 OF_STEPS = (
     "learning_rate", "batch_size", "micro_batch", "warmup", "optimizer", "weight_decay", "clip", "plug_learning_rate",
-    "down", "bridge", "bridge_learning_rate", "activations", "error_bound", "perturbation", "recompute",
+    "down", "bridge", "bridge_learning_rate", "activations", "error_bound", "kept_bits", "perturbation", "recompute",
     "fidelity_rows", "fidelity_every",
 )  # fmt: skip
 """Keys of `couple` that only its steps read."""
@@ -159,6 +159,7 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
     if mode.name != "feedback" or couple.fidelity_rows == 0 or config.score.importance != "fisher":
         yield "couple.fidelity_every", "with mode 'feedback' and some fidelity_rows only an error is compared"
     if mode.name != "feedback" or couple.activations != "large":
+        yield "couple.kept_bits", "only with activations: large in mode 'feedback' is anything kept"
         yield "couple.error_bound", "only with activations: large in mode 'feedback' positions are left out"
     if config.prune.weight_bits == 16:
         yield "prune.rounding", "with prune.bits: 16 no weight is rounded"

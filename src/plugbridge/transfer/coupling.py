@@ -13,6 +13,7 @@ from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.transfer.cache import ActivationCache
 from plugbridge.transfer.down import Down, apply_down
+from plugbridge.transfer.kept import KeptBits
 from plugbridge.transfer.plug import Plug, apply_plug
 from plugbridge.tuners.module import Module, Slot, pack
 from plugbridge.tuners.table import Method, MethodSettings
@@ -53,6 +54,7 @@ class Coupling:
     recompute: bool = True
     activations: Activations = "bridge"
     error_bound: float = 0.0
+    kept_bits: KeptBits | None = None
     perturbation: float = 1e-3
     micro_batch: int | None = None
 

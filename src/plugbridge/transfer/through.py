@@ -13,6 +13,7 @@ be quantised, or read from disk and gone when the error comes back.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -32,6 +33,7 @@ from plugbridge.tensors.axes import Project, transform
 from plugbridge.tensors.patterns import axis_names
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.fidelity import WaysBack
+from plugbridge.transfer.kept import KeptBits, kept_in
 from plugbridge.transfer.residual import head_loss
 from plugbridge.tuners.module import attach, pack, parameter_name
 
@@ -204,9 +206,12 @@ def through_loss(coupling: Coupling) -> WaysBack:
     wrapped, _ = attach(large, coupling.method, coupling.large, coupling.settings)
     large.requires_grad_(False)
     wrapped.eval()
-    plain = loss_at_end(coupling, large, wrapped)
+    exact = loss_at_end(coupling, large, wrapped)
+    rounded = loss_at_end(coupling, large, wrapped, coupling.kept_bits)
 
     def by(way: Way) -> Loss:
+        plain = exact if way == "exact" else rounded
+
         def loss(rows: list[Encoded]) -> Tensor:
             switch.way = way
             return plain(rows)
@@ -216,8 +221,11 @@ def through_loss(coupling: Coupling) -> WaysBack:
     return WaysBack(by("bridge"), by("none"), by("exact"))
 
 
-def loss_at_end(coupling: Coupling, large: PreTrainedModel, wrapped: nn.Module) -> Loss:
-    """The plugged large model's loss, to be differentiated by autograd; its head runs at label positions only."""
+def loss_at_end(coupling: Coupling, large: PreTrainedModel, wrapped: nn.Module, bits: KeptBits | None = None) -> Loss:
+    """The plugged large model's loss, to be differentiated by autograd; its head runs at label positions only.
+
+    What its blocks keep for that is in so many `bits`, or as it is.
+    """
     layout, kind = coupling.large, coupling.encoder.kind
     spared = {} if coupling.method.stacked else {"use_cache": False}
     end = large.get_submodule(layout.family.stack[layout.family.prefix.stack].final_norm)
@@ -228,8 +236,10 @@ def loss_at_end(coupling: Coupling, large: PreTrainedModel, wrapped: nn.Module) 
         batch = gold(coupling.encoder, rows).to(large.device)
         states: list[Tensor] = []
         hook = end.register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0]))
+        keeping = nullcontext() if bits is None else kept_in(bits, replaced.values())
         try:
-            functional_call(wrapped, replaced, (), {**batch.inputs(kind), **few_logits(large, kind), **spared})
+            with keeping:
+                functional_call(wrapped, replaced, (), {**batch.inputs(kind), **few_logits(large, kind), **spared})
         finally:
             hook.remove()
         return head_loss(large, layout, states[0], batch, kind)

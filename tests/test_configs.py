@@ -15,6 +15,7 @@ from plugbridge.tuners.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 GRIDS = {
+    "frontier",
     "quality",
     "quality_bits",
     "quality_r4",

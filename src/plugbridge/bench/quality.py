@@ -32,6 +32,8 @@ REFERENCES = {
     "large_zero_shot": "large zero-shot",
     "large_probe": "linear probe",
     "large_tuned": "large tuned",
+    "large_proxy": "proxy-tuning",
+    "large_ladder": "Ladder Side-Tuning",
 }
 RESAMPLES = 2000
 Difference = tuple[float, float, float]

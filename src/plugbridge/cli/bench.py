@@ -1,7 +1,8 @@
-"""`plugbridge bench quality` and `bench memory`."""
+"""`plugbridge bench quality`, `bench frontier` and `bench memory`."""
 
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -86,6 +87,93 @@ def quality(
     write_cells(cells, target.with_suffix(".json"))
     draw_cells(cells, target.with_suffix(".png"))
     out.print(f"{len(cells)} cells in {target}, {target.with_suffix('.json').name}, {target.with_suffix('.png').name}")
+
+
+@bench_app.command(cls=Command, short_help="What ways to tune recover, against memory, bytes and time of a step.")
+def frontier(
+    ways: Annotated[
+        Path,
+        typer.Argument(parser=path, show_default=False, autocompletion=yaml_files,
+                       help="the YAML file of the ways, such as configs/frontier.yaml"),
+    ],
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b", autocompletion=shape_names)
+    ] = "small",
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="rows of a step  [default: the shape's]", show_default=False)
+    ] = None,
+    out_dir: RunsOption = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", parser=path, show_default=False,
+                     help="Markdown file to write; JSON and PNG beside it  [default: <out>/frontier.md]"),
+    ] = None,
+    data: DataOption = None,
+    jobs: JobsOption = 2,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
+                     show_default=False),
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=MOST, help="CPU threads of a step")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="measure only steps whose `method: stage` holds this, and predict all others; "
+                     "repeatable", show_default=False),
+    ] = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="run and measure nothing: write what is finished, and predictions")
+    ] = False,
+    quiet: QuietOption = False,
+) -> None:  # fmt: skip
+    """Ways to tune a large model: the share of the gap each recovers, against memory, bytes and time of a step.
+
+    Runs the ways' part of a quality grid, measures their steps on a published shape, and draws both. Interrupted, it
+    goes on where it was.
+    """
+    from plugbridge.bench.pages import check_page
+    from plugbridge.bench.ways import groups_of_ways, load_frontier
+    from plugbridge.files import check_folder
+    from plugbridge.memory.sizes import check_shapes, parse_bytes
+
+    loaded, grid, grid_file = load_frontier(ways)
+    groups = groups_of_ways(loaded, grid, grid_file)
+    check_shapes(shapes)
+    room = parse_bytes(budget) if budget is not None else None
+    root = out_dir if out_dir is not None else Path("runs") / grid_file.stem
+    target = table if table is not None else root / "frontier.md"
+    check_page(target)
+    check_folder(root, "--out must name a folder for the runs")
+    say(f"bench frontier {ways} -> {target}, {len(groups)} groups of runs, shapes {shapes}", quiet)
+    setup(quiet)
+    from plugbridge.bench.frontier import points_of, steps_of, write_points
+    from plugbridge.bench.frontier_page import draw_frontier, frontier_page
+    from plugbridge.bench.memory import Count, Machine, count_shape, rows_of
+    from plugbridge.bench.quality import cells_of, run_groups
+    from plugbridge.cost import free_memory
+    from plugbridge.files import write_text
+    from plugbridge.memory.shapes import find_shapes
+    from plugbridge.models import pick_device
+
+    if not summary:
+        run_groups(groups, data, root, jobs, progress(quiet), grid_file)
+    words = [str(ways), f"--shapes {shapes}", *([f"--batch {batch}"] if batch is not None else [])]
+    words += [*(["--data DIR"] if data is not None else []), f"--threads {threads}"]
+    command = f"plugbridge bench frontier {' '.join(words)}"
+    cells = cells_of(grid, groups, root, command)
+    device = pick_device("auto")
+    room = 0 if summary else free_memory(device) if room is None else room
+    machine = Machine(room, device, threads, root / "weights", tuple(only or ()), keep_weights=False)
+    counts: list[Count] = []
+    for shape in find_shapes(shapes):
+        sized = shape if batch is None else replace(shape, batch=batch)
+        steps, kept = steps_of(loaded, rows_of(sized, device)), target.with_name(f"{target.stem}_steps.json")
+        counts += count_shape(sized, steps, machine, kept, command, progress(quiet))
+    points = points_of(loaded, groups, cells, counts, command)
+    write_text(target, frontier_page(points, command))
+    write_points(points, target.with_suffix(".json"))
+    draw_frontier(points, target.with_suffix(".png"))
+    out.print(f"{len(points)} ways in {target}, {target.with_suffix('.json').name}, {target.with_suffix('.png').name}")
 
 
 _QUALITY = """

@@ -14,6 +14,7 @@ from plugbridge.memory.steps import STEPS, MakeStep
 from plugbridge.models import parameter_count
 from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
 from plugbridge.transfer.couple import MODES
+from plugbridge.transfer.kept import KeptBits
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 OURS = "ours"
@@ -99,14 +100,15 @@ def coupled(case: Case, small: PreTrainedConfig, mode_name: str, method: str = "
     return Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
 
 
-def few_bits(case: Case, small: PreTrainedConfig, mode_name: str, bits: PackBits) -> Row:
-    """Coupling through a frozen Bridge of full width in few bits, modules in every layer."""
+def few_bits(case: Case, small: PreTrainedConfig, mode_name: str, bits: PackBits, kept: KeptBits | None = None) -> Row:
+    """Coupling through a frozen Bridge of full width in few bits, modules in every layer, activations `kept` in few."""
     row = coupled(case, small, mode_name)
     chosen = replace(
         row.case, trained={}, sizes=None, reduction=1, packed=bits, channels="select", train_bridge=False,
-        activations="large" if mode_name == "feedback" else "bridge", optimizer="adamw", small=None,
+        activations="large" if mode_name == "feedback" else "bridge", optimizer="adamw", small=None, kept_bits=kept,
     )  # fmt: skip
-    return replace(row, method=f"{row.method}, {bits} bits", case=chosen)
+    name = f"{row.method}, {bits} bits"
+    return replace(row, method=name if kept is None else f"{name}, activations in {kept} bits", case=chosen)
 
 
 def peers(case: Case, small: PreTrainedConfig) -> list[Row]:
@@ -115,9 +117,11 @@ def peers(case: Case, small: PreTrainedConfig) -> list[Row]:
     In memory, and of feedback, no Bridge and backpropagation also streamed.
     """
     rows = [few_bits(case, small, mode, bits) for mode in ("feedback", "standalone") for bits in FEW_BITS]
+    rows.append(few_bits(case, small, "feedback", 3, kept=8))
     rows += [coupled(case, small, mode) for mode in ("identity", "backprop", "mezo")]
     streamed = replace(case, streamed=True)
     disk = [few_bits(streamed, small, "feedback", bits) for bits in FEW_BITS]
+    disk.append(few_bits(streamed, small, "feedback", 3, kept=8))
     disk += [coupled(streamed, small, mode) for mode in ("identity", "backprop", "mezo")]
     rows += [replace(row, method=f"{row.method}, {STREAMED}") for row in disk]
     return [*rows, Row(PROXY, "evaluate", replace(_with(case, METHODS["lora"]), small=small), STEPS["evaluate, proxy"])]

@@ -9,7 +9,7 @@ import typer
 
 from plugbridge.cli.completion import shapes as shape_names
 from plugbridge.cli.help import Command, Group
-from plugbridge.cli.options import MOST, DataOption, QuietOption, RunsOption, SetOption, path, yaml_files
+from plugbridge.cli.options import MOST, DataOption, QuietOption, RunsOption, SetOption, path_in, yaml_files
 from plugbridge.cli.terminal import out, progress, say, setup
 from plugbridge.errors import ConfigError
 
@@ -18,7 +18,7 @@ bench_app = typer.Typer(cls=Group, no_args_is_help=True, help="Run declared grid
 GridArg = Annotated[
     Path,
     typer.Argument(
-        parser=path,
+        parser=path_in("grid"),
         show_default=False,
         autocompletion=yaml_files,
         help="the grid's YAML file, such as configs/quality.yaml",
@@ -27,7 +27,7 @@ GridArg = Annotated[
 JobsOption = Annotated[int, typer.Option("--jobs", min=1, max=MOST, help="processes at a time, one thread each")]
 TableOption = Annotated[
     Path | None,
-    typer.Option("--table", parser=path, show_default=False,
+    typer.Option("--table", parser=path_in("--table"), show_default=False,
                  help="Markdown file to write, JSON and PNG beside it  [default: <out>/quality.md]"),
 ]  # fmt: skip
 
@@ -109,7 +109,7 @@ def memory(
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
-        typer.Option("--table", parser=path, show_default=False,
+        typer.Option("--table", parser=path_in("--table"), show_default=False,
                      help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]"),
     ] = None,
     budget: Annotated[

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from plugbridge.cli.completion import models, tasks
-from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path
+from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path_in
 from plugbridge.cli.terminal import err, out, progress, say, say_code, setup
 from plugbridge.config import load_config
 from plugbridge.errors import ConfigError, PlugbridgeError
@@ -59,7 +59,8 @@ def _drawn(work: Callable[[Path], bool | None], path: Path) -> bool:
 def submit(
     root: RunArg,
     out_dir: Annotated[
-        Path, typer.Option("--out", parser=path, help="directory of the leaderboard's files", show_default=False)
+        Path,
+        typer.Option("--out", parser=path_in("--out"), help="directory of the leaderboard's files", show_default=False),
     ],
     data: DataOption = None,
     model: Annotated[
@@ -78,6 +79,7 @@ def submit(
         Path | None,
         typer.Option(
             "--tests",
+            parser=path_in("--tests"),
             help="directory of the official test files, for rows from the hub  [default: --data]",
             show_default=False,
         ),

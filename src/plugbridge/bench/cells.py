@@ -80,13 +80,13 @@ def do_runs(
     donors = sorted(filter(_is_folder, root.parent.glob("*/*")))
     for name, config in configs.items():
         folder = root / name
+        announce(name, "running")
         try:
             prepared = prepare(config, data)
         except (DataError, ModelError) as error:
             reasons[name] = str(error)
             announce(name, str(error))
             continue
-        announce(name, "running")
         with locked(folder, origin, None):
             write_own(folder, "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
             stages = build_stages(prepared, folder, progress)

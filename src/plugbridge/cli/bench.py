@@ -10,7 +10,7 @@ import typer
 from plugbridge.cli.completion import shapes as shape_names
 from plugbridge.cli.help import Command, Group
 from plugbridge.cli.options import MOST, DataOption, QuietOption, RunsOption, SetOption, path_in, yaml_files
-from plugbridge.cli.terminal import out, progress, say, setup
+from plugbridge.cli.terminal import log_here, out, progress, say, setup
 from plugbridge.errors import ConfigError
 
 bench_app = typer.Typer(cls=Group, no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
@@ -61,6 +61,7 @@ def quality(
     chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
     if not chosen:
         raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
+    log_here(quiet)
     if not summary:
         from plugbridge.preflight import check_runs
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from plugbridge.cli.completion import models, tasks
 from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path_in
-from plugbridge.cli.terminal import err, out, progress, say, say_code, setup
+from plugbridge.cli.terminal import err, log_here, out, progress, say, say_code, setup
 from plugbridge.config import load_config
 from plugbridge.errors import ConfigError, PlugbridgeError
 from plugbridge.parsing import one_line
@@ -90,6 +90,7 @@ def submit(
     from plugbridge.report import read_report
 
     read_report(root)  # refuses what is no finished run
+    log_here(quiet)
     config = load_config(root / "config.yaml")
     from plugbridge.preflight import preflight
     from plugbridge.stages.leaderboard import read_unanswered

@@ -10,7 +10,7 @@ import typer
 from plugbridge.cli.completion import modes, one_of
 from plugbridge.cli.completion import tasks as task_names
 from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, model_in, path_in
-from plugbridge.cli.terminal import announcer, out, progress, say, setup
+from plugbridge.cli.terminal import announcer, log_here, out, progress, say, setup
 from plugbridge.errors import ConfigError
 from plugbridge.parsing import shown
 
@@ -74,6 +74,7 @@ def reproduce(
         table, pair, demo, mode or "standalone", tuple(tasks) if tasks else None, seed or 0, tuple(sets or ()), data,
         root, page, summary, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])),
     )  # fmt: skip
+    log_here(quiet)
     check_asked(asked)
     say(f"reproduce {table} -> {page}", quiet)
     setup(quiet)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from plugbridge.cli.completion import models, settings
 from plugbridge.cli.options import ConfigArg, DataOption, QuietOption, RunsOption, SetOption
-from plugbridge.cli.terminal import announcer, out, progress, say, setup
+from plugbridge.cli.terminal import announcer, log_here, out, progress, say, setup
 
 if TYPE_CHECKING:
     from plugbridge.bench.sweep import Tried
@@ -37,6 +37,7 @@ def sweep(
 
     Stages that the combinations share are done once.
     """
+    log_here(quiet)
     from plugbridge.bench.pages import check_page
     from plugbridge.bench.sweep import (
         as_json,

@@ -15,8 +15,8 @@ from plugbridge.declared import activations, fields_of, kind_of
 from plugbridge.digests import file_digest
 from plugbridge.errors import ModelError, ShapeError
 from plugbridge.families.spec import Family, Layout, Weight, check_numbers, solve_sizes
-from plugbridge.parsing import read_json, shown
-from plugbridge.sources import commit_of
+from plugbridge.parsing import shown
+from plugbridge.sources import commit_of, read_object
 from plugbridge.tensors.headers import AGAIN, Entry, Headers, read_headers, read_index
 from plugbridge.tensors.patterns import axis_names, infer_sizes, parse, shape_of
 
@@ -291,7 +291,7 @@ def read_vocabulary(source: str) -> dict[str, int]:
     `tokenizer.json` without a model.
     """
     folder = Path(source)
-    found = {name: _object_in(source, folder / name) for name in OBJECTS if (folder / name).is_file()}
+    found = {name: read_object(source, folder / name, "tokenizer") for name in OBJECTS if (folder / name).is_file()}
     whole = found.get("tokenizer.json")
     if whole is None:
         return {}
@@ -302,16 +302,6 @@ def read_vocabulary(source: str) -> dict[str, int]:
         )
     added = whole.get("added_tokens")
     return _tokens_of(cast(dict[str, Any], model).get("vocab")) | _added(added if isinstance(added, list) else [])
-
-
-def _object_in(source: str, path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path, ModelError)
-    except ModelError as error:
-        raise ModelError(f"cannot read the tokenizer of {source}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"cannot read the tokenizer of {source}: {path.name} holds no JSON object; {AGAIN}")
-    return cast(dict[str, Any], value)
 
 
 def _tokens_of(vocab: Any) -> dict[str, int]:

@@ -44,7 +44,7 @@ from plugbridge.folders import (
     quantised_already,
 )
 from plugbridge.parsing import one_line, shown
-from plugbridge.sources import check_source, missing_for_sentencepiece, read_model_config, revision
+from plugbridge.sources import ask_for, check_source, missing_for_sentencepiece, read_model_config, revision
 from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 from plugbridge.tensors.headers import AGAIN, read_index
 
@@ -256,6 +256,7 @@ def _find_file(source: str, name: str) -> Path | None:
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
+    ask_for(source, name)
     found = cached_file(
         source,
         name,

@@ -495,7 +495,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "no file": (put("task.train", "/no/such.jsonl"), "cannot read task file /no/such.jsonl: No such file or directory"),
     "empty file": (rows("test", ""), "split 'test' is empty"),
     "blank file": (rows("train", "\n \n"), "split 'train' is empty"),
-    "file too short to split": (one_file(3), "split 'validation' is empty"),
+    "file of one prompt": (one_file(3), "all.jsonl read alike, 'is it : w1'; nothing can be learnt from them"),
     "label without a word": (put("task.words", {"even": "yes", "uneven": "no"}), "label 'odd' has no label word"),
     "cache": (put("couple.cache", True), "couple.cache: Input should be 'off', 'memory' or 'disk'"),
     "empty word": (put("task.words", {"even": "yes", "odd": " "}), "the label word of 'odd' is empty"),

@@ -232,7 +232,8 @@ def test_values_are_as_written_and_a_comma_in_brackets_or_quotes_is_theirs(writt
         (["a.b=1,2,1"], "'1' stands twice"),
         (["a.b=[1,2"], "a bracket is not closed"),
         (["a.b='1,2"], "a quote is not closed"),
-        (["a.b=1,2", "a.b=3"], "a.b is varied twice"),
+        (["a.b=1,2", "a.b=3"], "'a.b' is varied twice"),
+        (["a\nb=1,2", "a\nb=3"], r"'a\\nb' is varied twice"),
         ([f"a.{key}=" + ",".join(map(str, range(20))) for key in "bcd"], "8,000 combinations; 1,000 are run at most"),
     ],
 )

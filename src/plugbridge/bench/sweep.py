@@ -72,7 +72,7 @@ def combinations(varied: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if key == "evaluate.split":
             raise ConfigError("--vary evaluate.split: settings are chosen on validation rows only")
         if key in keys:
-            raise ConfigError(f"--vary {shown(text)}: {key} is varied twice; give all its values at once")
+            raise ConfigError(f"--vary {shown(text)}: {shown(key)} is varied twice; give all its values at once")
         keys.append(key)
         choices.append([f"{key}={value}" for value in values])
     count = math.prod(map(len, choices))

@@ -19,18 +19,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import save_model
+from conftest import FAMILIES, save_model
 from plugbridge.bench.grid import groups_of, load_grid
 from plugbridge.bench.sweep import combinations
 from plugbridge.cli.options import path_in
 from plugbridge.config import TaskConfig, apply_override, fields_help, load_config, parse_config
 from plugbridge.config.document import parse_yaml
 from plugbridge.errors import PlugbridgeError
-from plugbridge.folders import OBJECTS, read_vocabulary
+from plugbridge.families.spec import family_of
+from plugbridge.folders import OBJECTS, check_config, read_vocabulary
 from plugbridge.markers import check_places, check_root
 from plugbridge.memory.sizes import parse_bytes
 from plugbridge.models import find_checkpoint, layout_for, load_model, load_tokenizer
 from plugbridge.parsing import parse_json
+from plugbridge.sources import read_model_config
 from plugbridge.tasks.encode import Encoder
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.read import Csv, LabelledLines, Tsv, read_rows
@@ -323,6 +325,41 @@ def test_model_configurations(model: Path, data: st.DataObject) -> None:
             one_line(lambda: layout_for(load_model(str(model), device="meta")))
     finally:
         path.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    return {family: save_model(family, folder / family, hidden=8, layers=1, heads=2) for family in FAMILIES}
+
+
+@cases(25)
+@given(st.data())
+def test_networks(networks: dict[str, Path], data: st.DataObject) -> None:
+    """What one value of `config.json` makes of finite weights: a model that runs, or a refusal."""
+    folder = networks[data.draw(st.sampled_from(FAMILIES))]
+    path = folder / "config.json"
+    before = path.read_text(encoding="utf-8")
+    raw = json.loads(before)
+    raw[data.draw(st.sampled_from(list(raw)))] = data.draw(st.sampled_from(VALUES))
+    path.write_text(json.dumps(raw), encoding="utf-8", errors="surrogatepass")
+
+    def run() -> None:
+        found = read_model_config(str(folder))
+        check_config(str(folder), family_of(found.get("model_type")), found)
+        model: Any = load_model(str(folder)).train()
+        ids = torch.tensor([[3, 4, 5]])
+        begun = {}
+        if family_of(found["model_type"]).kind == "seq2seq":
+            begun = {"decoder_input_ids": torch.full((1, 1), model.config.decoder_start_token_id)}
+        assert model(ids, **begun).logits.isfinite().all()
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one_line(run)
+    finally:
+        path.write_text(before, encoding="utf-8")
 
 
 TOKENIZER_JUNK = [

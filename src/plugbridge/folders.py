@@ -133,10 +133,27 @@ def _check_values(where: str, family: Family, config: Mapping[str, Any]) -> None
     for name in ("rope_scaling", "rope_parameters"):
         if kind_of(config.get(name)) not in ("dict", "None"):
             raise ModelError(f"{where}: {name} is {json.dumps(config[name])[:80]}; expected an object")
-    for name in DROPOUTS:
-        share = config.get(name)
-        if isinstance(share, int | float) and not 0 <= share <= 1:
-            raise ModelError(f"{where}: {name} is {json.dumps(share)[:80]}; expected a share from 0 to 1")
+    if family.kind == "seq2seq" and "decoder_start_token_id" not in config:
+        raise ModelError(f"{where} has no decoder_start_token_id, which answers begin with; it is usually pad_token_id")
+    for name, (expected, holds) in _numbers(family, config).items():
+        if name in config and not holds(config[name]):
+            raise ModelError(f"{where}: {name} is {json.dumps(config[name])[:80]}; expected {expected}")
+
+
+def _numbers(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+    """What numbers have to be that loading takes as they are, and the network fails on or makes NaN of; by key."""
+
+    def between(low: float, high: float, *kinds: type) -> Callable[[Any], bool]:
+        return lambda value: type(value) in kinds and low <= value <= high
+
+    share = ("a share from 0 to 1", between(0, 1, int, float))
+    start = ("a token of the vocabulary", between(0, (config.get("vocab_size") or math.inf) - 1, int))
+    return {
+        **dict.fromkeys(DROPOUTS, share),
+        family.norm_eps: ("a number from 0 to 1", between(0, 1, int, float)),
+        "relative_attention_max_distance": ("a whole number above 0", between(1, math.inf, int)),
+        **({"decoder_start_token_id": start} if family.kind == "seq2seq" else {}),
+    }
 
 
 def quantised_already(source: str) -> str:

@@ -21,6 +21,7 @@ def report(root: RunArg, as_json: JsonOption = False) -> None:
     """Print a finished run as a table (and write report.png, losses.png and fidelity.png) or as one JSON object."""
     from plugbridge.report import read_report
 
+    log_here(quiet=False)
     found = read_report(root)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")

@@ -67,6 +67,7 @@ def test_models_as_they_are_saved_pass(family: str, tmp_path: Path) -> None:
         ("gpt2", {"torch_dtype": 7}, "torch_dtype is 7"),
         ("gpt2", {"n_inner": 7}, "config.json says"),
         ("gpt2", {"layer_norm_epsilon": -0.5}, "layer_norm_epsilon is -0.5; expected a number from 0 to 1"),
+        ("gpt2", {"pad_token_id": -(10**30)}, "pad_token_id is -1000000000000000000000000000000; expected a token, -1"),
         ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06; expected a number from 0 to 1"),
         ("llama", {"attention_dropout": None}, "attention_dropout is null; expected a share from 0 to 1"),
         ("t5", {"dropout_rate": 1.5}, "dropout_rate is 1.5; expected a share from 0 to 1"),
@@ -91,6 +92,7 @@ def test_a_model_that_says_not_what_answers_begin_with_is_refused(tmp_path: Path
         check_config(str(folder), family_of("t5"), raw)
     gpt2 = read_model_config(str(save_model("gpt2", tmp_path / "gpt2")))
     check_config("x", family_of("gpt2"), {**gpt2, "decoder_start_token_id": None})  # which it does not read
+    check_config("x", family_of("gpt2"), {**gpt2, "pad_token_id": -1})  # as the first LLaMA's
 
 
 def test_what_the_libraries_know_is_known() -> None:

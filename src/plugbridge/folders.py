@@ -151,6 +151,7 @@ def _numbers(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[str, 
     return {
         **dict.fromkeys(DROPOUTS, share),
         family.norm_eps: ("a number from 0 to 1", between(0, 1, int, float)),
+        "pad_token_id": ("a token, -1 or null", lambda value: value is None or between(-1, 2**31 - 1, int)(value)),
         "relative_attention_max_distance": ("a whole number above 0", between(1, math.inf, int)),
         **({"decoder_start_token_id": start} if family.kind == "seq2seq" else {}),
     }

@@ -43,7 +43,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     """Run one command in an empty directory; returns exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PLUGBRIDGE_DATA", raising=False)
-    monkeypatch.setattr("plugbridge.cli.terminal.log_here", lambda quiet: None)  # pytest has the log
+    for module in ("terminal", "run", "plan", "sweep", "bench", "reproduce", "report"):  # pytest has the log
+        monkeypatch.setattr(f"plugbridge.cli.{module}.log_here", lambda quiet: None)
     monkeypatch.setattr("plugbridge.plan.beside._cores", lambda: 1)  # test_plan.py has a plan of two processes
 
     def run(*words: Any) -> tuple[int, str, str]:
@@ -82,6 +83,18 @@ def mistake(result: tuple[int, str, str]) -> str:
     assert err.count("\n") == 1, err
     assert err.startswith("error: "), err
     return err.removeprefix("error: ").rstrip("\n")
+
+
+def test_every_command_refuses_settings_alike(call: Call, config: Callable[..., Path]) -> None:
+    path = config(method={"name": "lora", "dropout": 0.1}, couple={"mode": "feedback"})
+    said = (
+        "method.dropout is 0.1, but in mode 'feedback' the module runs without it, or its error would be another "
+        "network's (it acts in standalone, ladder, backprop); leave it out"
+    )
+    for words in (["run", path], ["plan", path], ["couple", path], ["sweep", path, "--vary", "seed=1,2"],
+                  ["sweep", "demo", "--vary", "seed=1,2", "--set", "method.dropout=0.1"],
+                  ["reproduce", "table1", "--demo", "--mode", "feedback", "--set", "method.dropout=0.1"]):  # fmt: skip
+        assert mistake(call(*words)) == said
 
 
 # what there is
@@ -495,7 +508,7 @@ MISTAKES: dict[str, tuple[Spoil, str]] = {
     "no file": (put("task.train", "/no/such.jsonl"), "cannot read task file /no/such.jsonl: No such file or directory"),
     "empty file": (rows("test", ""), "split 'test' is empty"),
     "blank file": (rows("train", "\n \n"), "split 'train' is empty"),
-    "file too short to split": (one_file(3), "split 'validation' is empty"),
+    "file of one prompt": (one_file(3), "all.jsonl read alike, 'is it : w1'; nothing can be learnt from them"),
     "label without a word": (put("task.words", {"even": "yes", "uneven": "no"}), "label 'odd' has no label word"),
     "cache": (put("couple.cache", True), "couple.cache: Input should be 'off', 'memory' or 'disk'"),
     "empty word": (put("task.words", {"even": "yes", "odd": " "}), "the label word of 'odd' is empty"),

@@ -36,7 +36,7 @@ def test_models_as_they_are_saved_pass(family: str, tmp_path: Path) -> None:
     raw = read_model_config(str(folder))
     for key in list(raw):  # what is left out has a default, of which nothing is said here
         shorter = {name: value for name, value in raw.items() if name != key}
-        if key not in ("model_type", "vocab_size"):
+        if key not in ("model_type", "vocab_size", "decoder_start_token_id"):
             check_config(str(folder), family_of(raw["model_type"]), shorter)
     tokens = read_vocabulary(str(folder))
     assert (tokens["<pad>"], tokens["w0"]) == (0, 8)
@@ -66,6 +66,15 @@ def test_models_as_they_are_saved_pass(family: str, tmp_path: Path) -> None:
         ("t5", {"num_decoder_layers": None, "num_layers": 3}, "lacks 19 weights"),
         ("gpt2", {"torch_dtype": 7}, "torch_dtype is 7"),
         ("gpt2", {"n_inner": 7}, "config.json says"),
+        ("gpt2", {"layer_norm_epsilon": -0.5}, "layer_norm_epsilon is -0.5; expected a number from 0 to 1"),
+        ("gpt2", {"pad_token_id": -(10**30)}, "pad_token_id is -1000000000000000000000000000000; expected a token, -1"),
+        ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06; expected a number from 0 to 1"),
+        ("llama", {"attention_dropout": None}, "attention_dropout is null; expected a share from 0 to 1"),
+        ("t5", {"dropout_rate": 1.5}, "dropout_rate is 1.5; expected a share from 0 to 1"),
+        ("t5", {"relative_attention_max_distance": 0}, "max_distance is 0; expected a whole number above 0"),
+        ("t5", {"decoder_start_token_id": None}, "decoder_start_token_id is null; expected a token of the vocabulary"),
+        ("t5", {"decoder_start_token_id": 10**6}, "decoder_start_token_id is 1000000; expected a token of the vocab"),
+        ("t5", {"decoder_start_token_id": -1}, "decoder_start_token_id is -1; expected a token of the vocabulary"),
     ],
 )
 def test_models_that_cannot_be(family: str, changes: dict[str, Any], wanted: str, tmp_path: Path) -> None:
@@ -75,6 +84,17 @@ def test_models_that_cannot_be(family: str, changes: dict[str, Any], wanted: str
     assert str(folder) in str(error.value)
 
 
+def test_a_model_that_says_not_what_answers_begin_with_is_refused(tmp_path: Path) -> None:
+    folder = save_model("t5", tmp_path)
+    raw = read_model_config(str(folder))
+    del raw["decoder_start_token_id"]
+    with pytest.raises(ModelError, match="has no decoder_start_token_id, which answers begin with; it is usually pad"):
+        check_config(str(folder), family_of("t5"), raw)
+    gpt2 = read_model_config(str(save_model("gpt2", tmp_path / "gpt2")))
+    check_config("x", family_of("gpt2"), {**gpt2, "decoder_start_token_id": None})  # which it does not read
+    check_config("x", family_of("gpt2"), {**gpt2, "pad_token_id": -1})  # as the first LLaMA's
+
+
 def test_what_the_libraries_know_is_known() -> None:
     assert activations() == set(ACT2FN)
     assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == WIDTHS
@@ -82,7 +102,7 @@ def test_what_the_libraries_know_is_known() -> None:
     for config in (GPT2Config(), LlamaConfig(), T5Config()):
         fields = fields_of(config.model_type)
         assert len(fields) >= 15
-        raw = json.loads(json.dumps(config.to_dict()))
+        raw = {**json.loads(json.dumps(config.to_dict())), "decoder_start_token_id": 0}
         check_config("as it is by default", family_of(config.model_type), raw)
         assert drops_out(raw) == (config.model_type != "llama")
     assert fields_of("gpt2")["n_inner"] == {"int", "None"}

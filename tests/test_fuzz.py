@@ -3,7 +3,9 @@
 Each kind of input goes through the one place where it is parsed. Cases are made of what has broken parsers before.
 """
 
+import contextlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -11,30 +13,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from conftest import save_model
+from conftest import FAMILIES, save_model
 from plugbridge.bench.grid import groups_of, load_grid
 from plugbridge.bench.sweep import combinations
+from plugbridge.cli.options import path_in
 from plugbridge.config import TaskConfig, apply_override, fields_help, load_config, parse_config
 from plugbridge.config.document import parse_yaml
 from plugbridge.errors import PlugbridgeError
+from plugbridge.families.spec import family_of
+from plugbridge.folders import OBJECTS, check_config, read_vocabulary
+from plugbridge.markers import check_places, check_root
 from plugbridge.memory.sizes import parse_bytes
-from plugbridge.models import find_checkpoint, layout_for, load_model
+from plugbridge.models import find_checkpoint, layout_for, load_model, load_tokenizer
 from plugbridge.parsing import parse_json
+from plugbridge.sources import read_model_config
+from plugbridge.tasks.encode import Encoder
 from plugbridge.tasks.own import own_rows, own_task
 from plugbridge.tasks.read import Csv, LabelledLines, Tsv, read_rows
 from plugbridge.tasks.rows import make_row, read_flat
 from plugbridge.tasks.spec import load_task
 
+MORE = int(os.environ.get("PLUGBRIDGE_FUZZ", "0"))
+"""How many cases of each kind are asked for, other ones in every run, instead of the few that are always the same."""
+
 
 def cases(count: int) -> Callable[[Any], Any]:
     """So many examples, the same in every run; a folder is shared by all of them."""
     return settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+        max_examples=MORE or count, derandomize=not MORE, print_blob=bool(MORE), database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
 
 
 def one_line(work: Callable[[], Any]) -> None:
@@ -241,6 +255,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("gpt2", tmp_path_factory.mktemp("fuzz") / "model", hidden=8, layers=1, heads=2)
 
 
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_model("gpt2", tmp_path_factory.mktemp("fuzz") / "pickled", hidden=8, layers=1, heads=2)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
 HEADER = {
     "__metadata__": {"format": "pt"},
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
@@ -303,6 +325,108 @@ def test_model_configurations(model: Path, data: st.DataObject) -> None:
             one_line(lambda: layout_for(load_model(str(model), device="meta")))
     finally:
         path.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    return {family: save_model(family, folder / family, hidden=8, layers=1, heads=2) for family in FAMILIES}
+
+
+@cases(25)
+@given(st.data())
+def test_networks(networks: dict[str, Path], data: st.DataObject) -> None:
+    """What one value of `config.json` makes of finite weights: a model that runs, or a refusal."""
+    folder = networks[data.draw(st.sampled_from(FAMILIES))]
+    path = folder / "config.json"
+    before = path.read_text(encoding="utf-8")
+    raw = json.loads(before)
+    raw[data.draw(st.sampled_from(list(raw)))] = data.draw(st.sampled_from(VALUES))
+    path.write_text(json.dumps(raw), encoding="utf-8", errors="surrogatepass")
+
+    def run() -> None:
+        found = read_model_config(str(folder))
+        check_config(str(folder), family_of(found.get("model_type")), found)
+        model: Any = load_model(str(folder)).train()
+        ids = torch.tensor([[3, 4, 5]])
+        begun = {}
+        if family_of(found["model_type"]).kind == "seq2seq":
+            begun = {"decoder_input_ids": torch.full((1, 1), model.config.decoder_start_token_id)}
+        assert model(ids, **begun).logits.isfinite().all()
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one_line(run)
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
+TOKENIZER_JUNK = [
+    *JUNK, "4294967296", '"BPE"', '"Unigram"', '"WordPiece"', '"ByteLevel"', '"Split"', '"Replace"', '{"Regex": "("}',
+    '{"Regex": "(a*)*b"}', '"auto_map"', '"T5TokenizerFast"', '"os.system"', '"truncation"', '"type"', '"vocab"',
+]  # fmt: skip
+
+
+@cases(40)
+@given(st.data())
+def test_tokenizers(model: Path, data: st.DataObject) -> None:
+    """As `preflight` and `prepare` read them, and a text by what was read."""
+    files = [path for path in sorted(model.iterdir()) if path.name in OBJECTS]
+    path = data.draw(st.sampled_from(files))
+    before = path.read_text(encoding="utf-8")
+    path.write_bytes(data.draw(edited(before, TOKENIZER_JUNK)).encode("utf-8", "surrogatepass"))
+
+    def read() -> None:
+        read_vocabulary(str(model))
+        encoder = Encoder(load_tokenizer(str(model)), "causal", 16)
+        encoder.text("is w1 : yes")
+        assert encoder.front is not None
+
+    try:
+        one_line(read)
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
+@cases(12)
+@given(st.data())
+def test_pickles(pickled: Path, data: st.DataObject) -> None:
+    """Weights that `torch.save` wrote, or something else did."""
+    path = pickled / "pytorch_model.bin"
+    before = path.read_bytes()
+    at = data.draw(st.integers(0, len(before)))
+    until = at + data.draw(st.sampled_from([0, 1, 2, 100, len(before)]))
+    path.write_bytes(before[:at] + data.draw(st.binary(max_size=9)) + before[until:])
+    try:
+        one_line(lambda: load_model(str(pickled)))
+    finally:
+        path.write_bytes(before)
+
+
+# places
+
+
+@cases(60)
+@given(
+    st.text(max_size=8) | st.lists(st.sampled_from([*SCALARS, "c.yaml", "folder", "loop"]), max_size=3).map("/".join)
+)
+def test_places_for_runs(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    """Looked at, and nothing is written."""
+    folder = tmp_path_factory.getbasetemp() / "places"
+    (folder / "folder").mkdir(parents=True, exist_ok=True)
+    (folder / "c.yaml").write_text(CONFIG, encoding="utf-8")
+    if not (folder / "loop").is_symlink():
+        (folder / "loop").symlink_to("loop")
+
+    def look() -> None:
+        root = path_in("--out")(text)
+        check_root(root)
+        check_places(root, {"tune"})
+
+    with contextlib.chdir(folder):
+        one_line(look)
+    assert sorted(path.name for path in folder.iterdir()) == ["c.yaml", "folder", "loop"]
 
 
 # JSON by itself

@@ -50,15 +50,15 @@ def test_weights_are_the_shards_that_the_index_names(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int], None]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a model into a cache of the hub at a commit, and its `main` there."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    def put(name: str, commit: str, seed: int) -> None:
+    def put(name: str, commit: str, seed: int, hidden: int = 8) -> None:
         folder = tmp_path / "hub" / f"models--org--{name}"
         if not (folder / "snapshots" / commit).is_dir():
-            save_model("gpt2", folder / "snapshots" / commit, hidden=8, layers=1, heads=2, seed=seed)
+            save_model("gpt2", folder / "snapshots" / commit, hidden=hidden, layers=1, heads=hidden // 4, seed=seed)
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / "main").write_text(commit, encoding="utf-8")
 
@@ -66,7 +66,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, 
 
 
 def test_a_hub_model_is_of_its_commit(
-    hub: Callable[[str, str, int], None],
+    hub: Callable[..., None],
     run_config: Callable[..., Raw],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -106,7 +106,7 @@ def test_a_hub_model_is_of_its_commit(
 
 
 def test_a_plan_is_of_the_commit_that_it_read(
-    hub: Callable[[str, str, int], None], run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+    hub: Callable[..., None], run_config: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub("small", "a" * 40, 1)
     hub("large", "b" * 40, 2)

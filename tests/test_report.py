@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
+from plugbridge.markers import outputs_of, write_marker
 from plugbridge.report import (
     commonest,
     draw,
@@ -83,6 +85,27 @@ def test_every_training_has_a_curve(tmp_path: Path) -> None:
     assert draw_losses(tmp_path, tmp_path / "losses.png")
     assert not draw_losses(tmp_path / "none", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_losses_that_are_not_as_they_were_left_have_no_curve_and_this_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("tune", "couple", "ceiling", "repair"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "losses.json").write_text("[3.0, 2.0]", encoding="utf-8")
+        made = {"digest": "d", "depends": {}, "facts": {}, "seconds": 1.0, "peak_bytes": 1, "needs": {}}
+        write_marker(tmp_path / name / "done.json", {**made, "outputs": outputs_of(tmp_path / name)})
+    assert list(loss_curves(tmp_path)) == ["tune", "repair", "couple", "ceiling"]
+    assert not caplog.messages
+    (tmp_path / "tune" / "losses.json").write_text("[9.0, 2.0]", encoding="utf-8")
+    (tmp_path / "couple" / "losses.json").unlink()
+    os.mkfifo(tmp_path / "couple" / "losses.json")
+    (tmp_path / "repair" / "losses.json").unlink()
+    assert list(loss_curves(tmp_path)) == ["ceiling"]
+    assert caplog.messages == [
+        f"{tmp_path / name / 'losses.json'} has changed since it was written; it has no curve"
+        for name in ("tune", "repair", "couple")
+    ]
 
 
 def test_steps_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

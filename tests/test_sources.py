@@ -2,10 +2,12 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from conftest import save_model
@@ -13,6 +15,7 @@ from plugbridge import sources
 from plugbridge.config import TaskConfig, load_config
 from plugbridge.digests import file_digest
 from plugbridge.errors import DataError, ModelError, PlugbridgeError
+from plugbridge.models import find_checkpoint
 from plugbridge.sources import check_files, check_source, missing_for_sentencepiece
 from plugbridge.tasks.own import own_rows, own_task
 
@@ -22,6 +25,8 @@ from plugbridge.tasks.own import own_rows, own_task
     [
         ("~nosuchuser/x", "'~nosuchuser/x' can be no path: Could not determine home directory."),
         ("/" + "a" * 5000, "can be no path: File name too long"),
+        ("a\0b", "'a\\x00b' can be no path: it has a NUL character"),
+        ("\ud800", "can be no path: 'utf-8' codec can't encode"),
         ("/dev/null", "/dev/null is a file; expected a Hugging Face model directory"),
     ],
 )
@@ -61,6 +66,66 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
         sources.pinned("some/model")
     assert not caplog.messages
     assert logging.getLogger("huggingface_hub").level == before
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Path:
+    """The hub may be asked, though there is none; returns the cache's folder, which is empty."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    caplog.set_level(logging.INFO, "plugbridge")
+
+    def retried(*_: Any) -> None:
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", retried)
+    return tmp_path / "hub"
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_cannot_be_reached_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        with pytest.raises(ModelError, match="is not in the Hugging Face cache, and the hub cannot be reached; check"):
+            sources.pinned("some/model")
+    assert caplog.messages == ["asking the Hugging Face hub for config.json of some/model"]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # of processes that are begun from now on
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(sources, "PATIENCE", 0.05)
+        with pytest.raises(ModelError, match="the hub cannot be reached"):
+            sources.read_model_config("some/model")
+
+
+def test_without_the_hub_its_cache_is_read_and_this_is_said(online: Path, caplog: pytest.LogCaptureFixture) -> None:
+    commit = "0" * 40
+    model = online / "models--some--model"
+    save_model("gpt2", model / "snapshots" / commit, hidden=8, layers=1, heads=2)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    for _ in range(2):
+        source = sources.pinned("some/model")
+        assert sources.commit_of(source) == commit
+        assert sources.read_model_config(source)["model_type"] == "gpt2"
+    assert [message for message in caplog.messages if "cannot be reached" in message] == [
+        "the Hugging Face hub cannot be reached; models are taken from its cache as they are there"
+    ]
+
+
+def test_what_the_cache_has_of_a_commit_is_not_asked_for(online: Path, caplog: pytest.LogCaptureFixture) -> None:
+    commit = "0" * 40
+    save_model("gpt2", online / "models--some--model" / "snapshots" / commit, hidden=8, layers=1, heads=2)
+    source = sources.HubId("some/model", commit)
+    assert find_checkpoint(source) is not None
+    assert caplog.messages == []
+    (online / "models--some--model" / "snapshots" / commit / "model.safetensors").unlink()
+    assert find_checkpoint(source) is None
+    assert caplog.messages == ["asking the Hugging Face hub for model.safetensors of some/model"]
 
 
 def test_a_vocabulary_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

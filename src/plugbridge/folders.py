@@ -15,8 +15,8 @@ from plugbridge.declared import activations, fields_of, kind_of
 from plugbridge.digests import file_digest
 from plugbridge.errors import ModelError, ShapeError
 from plugbridge.families.spec import Family, Layout, Weight, check_numbers, solve_sizes
-from plugbridge.parsing import read_json, shown
-from plugbridge.sources import commit_of
+from plugbridge.parsing import shown
+from plugbridge.sources import commit_of, read_object
 from plugbridge.tensors.headers import AGAIN, Entry, Headers, read_headers, read_index
 from plugbridge.tensors.patterns import axis_names, infer_sizes, parse, shape_of
 
@@ -133,10 +133,28 @@ def _check_values(where: str, family: Family, config: Mapping[str, Any]) -> None
     for name in ("rope_scaling", "rope_parameters"):
         if kind_of(config.get(name)) not in ("dict", "None"):
             raise ModelError(f"{where}: {name} is {json.dumps(config[name])[:80]}; expected an object")
-    for name in DROPOUTS:
-        share = config.get(name)
-        if isinstance(share, int | float) and not 0 <= share <= 1:
-            raise ModelError(f"{where}: {name} is {json.dumps(share)[:80]}; expected a share from 0 to 1")
+    if family.kind == "seq2seq" and "decoder_start_token_id" not in config:
+        raise ModelError(f"{where} has no decoder_start_token_id, which answers begin with; it is usually pad_token_id")
+    for name, (expected, holds) in _numbers(family, config).items():
+        if name in config and not holds(config[name]):
+            raise ModelError(f"{where}: {name} is {json.dumps(config[name])[:80]}; expected {expected}")
+
+
+def _numbers(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+    """What numbers have to be that loading takes as they are, and the network fails on or makes NaN of; by key."""
+
+    def between(low: float, high: float, *kinds: type) -> Callable[[Any], bool]:
+        return lambda value: type(value) in kinds and low <= value <= high
+
+    share = ("a share from 0 to 1", between(0, 1, int, float))
+    start = ("a token of the vocabulary", between(0, (config.get("vocab_size") or math.inf) - 1, int))
+    return {
+        **dict.fromkeys(DROPOUTS, share),
+        family.norm_eps: ("a number from 0 to 1", between(0, 1, int, float)),
+        "pad_token_id": ("a token, -1 or null", lambda value: value is None or between(-1, 2**31 - 1, int)(value)),
+        "relative_attention_max_distance": ("a whole number above 0", between(1, math.inf, int)),
+        **({"decoder_start_token_id": start} if family.kind == "seq2seq" else {}),
+    }
 
 
 def quantised_already(source: str) -> str:
@@ -291,7 +309,7 @@ def read_vocabulary(source: str) -> dict[str, int]:
     `tokenizer.json` without a model.
     """
     folder = Path(source)
-    found = {name: _object_in(source, folder / name) for name in OBJECTS if (folder / name).is_file()}
+    found = {name: read_object(source, folder / name, "tokenizer") for name in OBJECTS if (folder / name).is_file()}
     whole = found.get("tokenizer.json")
     if whole is None:
         return {}
@@ -302,16 +320,6 @@ def read_vocabulary(source: str) -> dict[str, int]:
         )
     added = whole.get("added_tokens")
     return _tokens_of(cast(dict[str, Any], model).get("vocab")) | _added(added if isinstance(added, list) else [])
-
-
-def _object_in(source: str, path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path, ModelError)
-    except ModelError as error:
-        raise ModelError(f"cannot read the tokenizer of {source}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"cannot read the tokenizer of {source}: {path.name} holds no JSON object; {AGAIN}")
-    return cast(dict[str, Any], value)
 
 
 def _tokens_of(vocab: Any) -> dict[str, int]:

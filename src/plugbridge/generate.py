@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from plugbridge.errors import NotFinite
-from plugbridge.models import last_positions
+from plugbridge.models import last_positions, tokenizer_errors
 from plugbridge.progress import Progress
 from plugbridge.tasks.encode import Encoded, Encoder, collate
 
@@ -43,7 +43,8 @@ def generate_texts(
             except NotFinite as error:
                 raise NotFinite(f"{title}: {error}") from error
             for i, tokens in zip(chunk, found, strict=True):
-                texts[i] = cast(str, encoder.tokenizer.decode(tokens, skip_special_tokens=True))
+                with tokenizer_errors("write", tokens):
+                    texts[i] = cast(str, encoder.tokenizer.decode(tokens, skip_special_tokens=True))
             advance(len(chunk))
     return texts
 

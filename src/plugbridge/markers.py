@@ -109,15 +109,16 @@ def visible_files(folder: Path) -> list[Path]:
 
 def changed_output(folder: Path, marker: Mapping[str, Any]) -> Path | None:
     """The first file that is not what it was when the stage ended."""
-    for name, digest in marker["outputs"].items():
-        path = folder / name
-        try:
-            same = path.is_file() and file_digest(path) == digest
-        except (OSError, PlugbridgeError):
-            same = False
-        if not same:
-            return path
-    return None
+    paths = ((folder / name, digest) for name, digest in marker["outputs"].items())
+    return next((path for path, digest in paths if not is_as_left(path, digest)), None)
+
+
+def is_as_left(path: Path, digest: str) -> bool:
+    """Whether a file is there with the digest that it had when its stage ended."""
+    try:
+        return path.is_file() and file_digest(path) == digest
+    except (OSError, PlugbridgeError):
+        return False
 
 
 def state_of(folder: Path, digest: str, whole: bool = True) -> State:

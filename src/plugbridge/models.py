@@ -4,8 +4,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -44,7 +44,7 @@ from plugbridge.folders import (
     quantised_already,
 )
 from plugbridge.parsing import one_line, shown
-from plugbridge.sources import check_source, missing_for_sentencepiece, read_model_config, revision
+from plugbridge.sources import ask_for, check_source, missing_for_sentencepiece, read_model_config, revision
 from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 from plugbridge.tensors.headers import AGAIN, read_index
 
@@ -67,6 +67,15 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str | list[str]: ...
     def save_pretrained(self, save_directory: str) -> Any: ...
+
+
+@contextmanager
+def tokenizer_errors(doing: str, what: object) -> Generator[None]:
+    """Raise ModelError for whatever a tokenizer raises: some cannot read a text of tokens that they do not have."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"the tokenizer cannot {doing} {shown(what)}: {reason_of(error)}") from error
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -256,6 +265,7 @@ def _find_file(source: str, name: str) -> Path | None:
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
+    ask_for(source, name)
     found = cached_file(
         source,
         name,

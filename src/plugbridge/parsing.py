@@ -54,9 +54,12 @@ def shown(value: object, most: int = 80) -> str:
 def path_of(text: str, what: str, kind: type[PlugbridgeError]) -> Path:
     """A path that a user wrote, `~` expanded, whether there is something or not. Raises `kind` if it can be none."""
     try:
+        if "\0" in text:  # of which `exists` only says that there is no such file
+            raise ValueError("it has a NUL character")
         path = Path(text).expanduser()
+        os.fsencode(path)
         path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle, `~` of no user
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no characters, links in a circle, `~` of no user
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise kind(f"{what}: {shown(text)} can be no path: {one_line(why)}") from error
     return path

@@ -1,8 +1,8 @@
 """Finished runs as one JSON object, a table and a picture."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 from plugbridge.config.stages import MADE_BY, TRANSFER
 from plugbridge.errors import RunError
 from plugbridge.files import write_atomically
-from plugbridge.markers import RUN, read_marker, read_started, reading
+from plugbridge.markers import RUN, is_as_left, read_marker, read_started, reading
 from plugbridge.parsing import read_json
 from plugbridge.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 TITLES = {
     "small_zero_shot": "small, zero-shot",
@@ -483,18 +485,24 @@ def loss_curves(root: Path) -> dict[str, list[float]]:
     """The losses of every training of a run by stage, in the order of the stages.
 
     Losses that were not finite, or as good as (beyond `DRAWN`), are left out.
-    A stage's ``losses.json`` is what it left: one that cannot be read has no curve.
+    A stage's ``losses.json`` is what it left: one that was changed or cannot be read has no curve, which is said.
     """
     found: dict[str, list[float]] = {}
     for name in (*TRANSFER, "ceiling", *BASELINES):
         path = root / name / "losses.json"
-        if path.is_file():
-            with suppress(RunError):
+        left = (read_marker(root / name) or {}).get("outputs", {}).get(path.name)
+        if isinstance(left, str) and not is_as_left(path, left):  # older runs have sizes
+            log.warning("%s has changed since it was written; it has no curve", path)
+        elif path.is_file():
+            try:
                 raw = read_json(path, RunError)
-                numbers = [x for x in raw if isinstance(x, int | float)] if isinstance(raw, list) else []
-                losses = [float(x) for x in numbers if abs(x) <= DRAWN]
-                if losses:
-                    found[name] = losses
+            except RunError as error:
+                log.warning("%s; it has no curve", error)
+                continue
+            numbers = [x for x in raw if isinstance(x, int | float)] if isinstance(raw, list) else []
+            losses = [float(x) for x in numbers if abs(x) <= DRAWN]
+            if losses:
+                found[name] = losses
     return found
 
 

@@ -4,15 +4,22 @@ Knows no model and imports nothing heavy: what these files tell is told before a
 """
 
 import logging
+import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 from plugbridge.errors import ModelError
 from plugbridge.parsing import one_line, path_of, read_json
+from plugbridge.tensors.headers import AGAIN
 
+log = logging.getLogger(__name__)
+
+PATIENCE = 4.0
+"""Seconds that the hub has to answer at all, once asked."""
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
@@ -128,13 +135,63 @@ def read_model_config(source: str) -> dict[str, Any]:
     """A model's `config.json` as it was written. Raises ModelError."""
     check_source(source)
     path = Path(source) / "config.json" if Path(source).is_dir() else _hub_file(source, "config.json")
+    return read_object(source, path, "configuration")
+
+
+def read_object(source: str, path: Path, what: str) -> dict[str, Any]:
+    """One of a model's JSON files, `what` it is of the model. Raises ModelError for what is no JSON object."""
     try:
-        raw = read_json(path, ModelError)
+        value = read_json(path, ModelError)
     except ModelError as error:
-        raise ModelError(f"cannot read the configuration of {source}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"cannot read the configuration of {source}: config.json holds no JSON object")
-    return cast(dict[str, Any], raw)
+        raise ModelError(f"cannot read the {what} of {source}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"cannot read the {what} of {source}: {path.name} holds no JSON object; {AGAIN}")
+    return cast(dict[str, Any], value)
+
+
+def ask_hub(what: str) -> bool:
+    """Say that the Hugging Face hub is asked for something; returns whether it can be, or need not be, reached.
+
+    Where it does not answer at all, its libraries go by their cache from now on, in this process and those that it
+    begins. Else they would try again and again, for 23 seconds or more a file and without a word.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    log.info("asking the Hugging Face hub for %s", what)
+    if _answers(constants.ENDPOINT):
+        return True
+    constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return False
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether there is any answer, of whatever status, within `PATIENCE` seconds."""
+    from huggingface_hub import get_session
+
+    answered = False
+
+    def ask() -> None:
+        nonlocal answered
+        with suppress(Exception):  # of several libraries, by the hub's version
+            get_session().head(endpoint, timeout=PATIENCE)
+            answered = True
+
+    asking = Thread(target=ask, daemon=True)  # to resolve a name has no timeout of its own
+    asking.start()
+    asking.join(PATIENCE)
+    return answered
+
+
+def ask_for(source: str, name: str) -> bool:
+    """`ask_hub` for a file of a hub id, unless the cache knows of the commit that it is read of."""
+    from huggingface_hub import try_to_load_from_cache
+
+    commit = commit_of(source)
+    known = commit is not None and try_to_load_from_cache(str(source), name, revision=commit) is not None
+    return known or ask_hub(f"{name} of {source}")
 
 
 @contextmanager
@@ -160,9 +217,10 @@ def _hub_file(source: str, name: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    reached = ask_for(source, name)
     try:
         with _without_retries_told():
-            return Path(hf_hub_download(source, name, revision=commit_of(source)))
+            found = Path(hf_hub_download(source, name, revision=commit_of(source)))
     except GatedRepoError as error:
         raise ModelError(
             f"{source} is gated on the Hugging Face hub; accept its terms on its page and log in with `hf auth login`"
@@ -180,3 +238,6 @@ def _hub_file(source: str, name: str) -> Path:
         raise ModelError(f"{source} on the Hugging Face hub has no {name}; expected a model of transformers") from error
     except Exception as error:
         raise ModelError(f"cannot read {name} of {source} from the Hugging Face hub: {one_line(error)}") from error
+    if not reached:
+        log.warning("the Hugging Face hub cannot be reached; models are taken from its cache as they are there")
+    return found

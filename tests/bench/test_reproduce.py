@@ -10,19 +10,24 @@ from typing import Any
 import pytest
 import torch
 
+import test_prepare
 from conftest import VOCAB, save_model, toy_rows
 from plugbridge.bench import paper
-from plugbridge.bench.cells import SHARE, Reproduced, collect, count_table, run_table
+from plugbridge.bench import reproduce as reproduce_module
+from plugbridge.bench.asked import Asked
+from plugbridge.bench.cells import SHARE, Reproduced, as_rows, collect, count_table, run_table
 from plugbridge.bench.paper import Choice, Column, Pair, load_paper, planned, run_configs
-from plugbridge.bench.similarity import changes, cosine, similarity_configs
+from plugbridge.bench.similarity import Likeness, changes, cosine, similarity_configs
 from plugbridge.bench.tables import latex, markdown
 from plugbridge.cli import main
 from plugbridge.errors import ConfigError, TrainingDiverged
+from plugbridge.markers import read_marker, write_marker
 from plugbridge.models import load_model, parameter_count
 from plugbridge.progress import Silent
 from plugbridge.run import execute
 from plugbridge.tasks.spec import load_task
 
+hub = test_prepare.hub  # a fixture
 CHOICE = Choice(Pair(small="small", large="large"), "standalone", 0)
 
 
@@ -145,6 +150,16 @@ def test_a_table_is_run_resumed_and_written(small_table: tuple[paper.Table, Choi
     first = marker.read_bytes()
     run_table("table1", table, choice, None, data, root, Silent(), lambda _run, _what: None)
     assert marker.read_bytes() == first
+    assert all(cell.commits == {} for cell in cells.values())
+    found = read_marker(marker.parent)
+    assert found is not None
+    commits = {"small": "a" * 40, "large": "b" * 40}
+    there = {size: {"source": f"org/{size}", "commit": commit} for size, commit in commits.items()}
+    write_marker(marker, {**found, "depends": {**found["depends"], **there}})
+    told_of = [cell for cell in collect("table1", table, choice, None, root, reasons) if cell.commits]
+    assert {cell.row for cell in told_of} == {"small FT"}  # of that run; the others are of directories
+    assert all(cell.obtained.endswith(f", small at {'a' * 12}, large at {'b' * 12}") for cell in told_of)
+    assert all(row["commits"] == commits for row in as_rows(told_of))
     other = Choice(choice.pair, "standalone", 0, (*choice.sets, "tune.steps=3"))
     assert all(cell.value is None for cell in collect("table1", table, other, None, root, {}))
 
@@ -200,6 +215,46 @@ def test_counts_are_the_models_own(pairs: Callable[[str], tuple[Path, Path]], tm
     assert 0 < bridge <= whole / 16
     assert found["t5-3b", "large"].value is None
     assert "does not exist" in found["t5-3b", "large"].obtained
+
+
+def test_results_of_models_from_the_hub_say_of_which_commit(
+    hub: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = "a" * 40, "b" * 40
+    hub("small", old, 1)
+    hub("large", old, 2, 64)
+    pair = Pair(small="org/small", large="org/large")
+
+    def counted() -> set[str]:
+        cells = count_table(load_paper().counts, {"gpt2": pair}, printed=True)
+        assert [cell.commits["small"] for cell in cells] == [old] * 3
+        return {cell.obtained.partition(";")[0] for cell in cells}
+
+    assert counted() == {f"org/small and org/large, small at {'a' * 12}, large at {'a' * 12}"}
+    hub("large", new, 3, 64)
+    assert counted() == {f"org/small and org/large, small at {'a' * 12}, large at {'b' * 12}"}
+
+    shapes: list[str] = []
+
+    def count(shape: Any, *_: Any) -> Any:
+        shapes.append(shape.name)
+        raise TrainingDiverged("enough")
+
+    asked = Asked("table6", ("org/small", "org/large"), False, "standalone", None, 0, (), None, tmp_path,
+                  tmp_path / "page.md", True, "plugbridge reproduce")  # fmt: skip
+    monkeypatch.setattr(reproduce_module, "count_shape", count)
+    with pytest.raises(TrainingDiverged):
+        next(iter(reproduce_module.reproduce(asked, Silent(), lambda _run, _what: None)))
+    assert shapes == [f"org/large, small at {'a' * 12}, large at {'b' * 12}"]
+
+    monkeypatch.setattr(reproduce_module, "read_report", lambda _folder: {})
+    monkeypatch.setattr(reproduce_module, "commits_of_run", lambda _folder: {"large": new})
+    alike = [Likeness(name, "h.0", 0.5) for name in "abc"]
+    monkeypatch.setattr(reproduce_module, "compare", lambda _method, *_folders: alike)
+    likeness = replace(asked, table="fig1b", tasks=("rte",))
+    [*_] = reproduce_module.reproduce(likeness, Silent(), lambda _run, _what: None)
+    assert f"\nModels from the hub: large at {'b' * 12}.\n" in asked.page.read_text(encoding="utf-8")
+    assert json.loads(asked.page.with_suffix(".json").read_text())[0]["commits"] == {"large": new}
 
 
 def test_counts_of_models_that_are_not_at_hand_are_of_their_published_shapes() -> None:

@@ -11,9 +11,22 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import test_cli
-from plugbridge.bench.sweep import Tried, apart, best_of, combinations, draw_sweep, foot, rivals, sweep_page, verdict
+from plugbridge.bench.sweep import (
+    Tried,
+    apart,
+    as_json,
+    best_of,
+    combinations,
+    draw_sweep,
+    foot,
+    rivals,
+    sweep_page,
+    tried,
+    verdict,
+)  # fmt: skip
 from plugbridge.cli.sweep import sweep_table
 from plugbridge.errors import ConfigError
+from plugbridge.markers import read_marker, write_marker
 from plugbridge.report import TITLES
 from test_cli import Call, mistake
 
@@ -49,6 +62,14 @@ def test_every_combination_is_run_once_on_validation_rows(
     before = {path: path.stat().st_mtime_ns for path in root.glob("*/couple/done.json")}
     assert call(*words)[0] == 0
     assert before == {path: path.stat().st_mtime_ns for path in root.glob("*/couple/done.json")}
+    assert all(run["commits"] == {} for run in found)
+    done = next(root.glob("*/evaluate/done.json"))
+    marker = read_marker(done.parent)
+    assert marker is not None
+    write_marker(done, {**marker, "depends": {**marker["depends"], "large": {"source": "a/b", "commit": "c" * 40}}})
+    [run] = tried({done.parents[1].name: ("seed=1",)}, root, {})
+    assert as_json([run])[0]["commits"] == {"large": "c" * 40}
+    assert f"\nModels from the hub: large at {'c' * 12}.\n" in sweep_page([run], "large_plugged", "x")
 
 
 def test_mistakes_are_said_before_anything_runs(call: Call, config: Callable[..., Path], tmp_path: Path) -> None:
@@ -211,7 +232,8 @@ def test_values_are_as_written_and_a_comma_in_brackets_or_quotes_is_theirs(writt
         (["a.b=1,2,1"], "'1' stands twice"),
         (["a.b=[1,2"], "a bracket is not closed"),
         (["a.b='1,2"], "a quote is not closed"),
-        (["a.b=1,2", "a.b=3"], "a.b is varied twice"),
+        (["a.b=1,2", "a.b=3"], "'a.b' is varied twice"),
+        (["a\nb=1,2", "a\nb=3"], r"'a\\nb' is varied twice"),
         ([f"a.{key}=" + ",".join(map(str, range(20))) for key in "bcd"], "8,000 combinations; 1,000 are run at most"),
     ],
 )

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from plugbridge.cli import job as job_module
+from plugbridge.cli import terminal
 from plugbridge.cli.job import Job, bar_line, clock, ended
-from plugbridge.cli.terminal import log_here
+from plugbridge.cli.terminal import announcer, log_here
 from plugbridge.progress import trend
 
 MARKER: dict[str, Any] = {
@@ -92,6 +93,45 @@ def test_stages_are_numbered_and_plain_lines_where_there_is_no_terminal(
         "  1/2 tune: done before, skipped", "  2/2 couple",
         "  2/2 couple: 44 s, 45 MiB, loss 0.693 -> 0.211, validation accuracy 0.500",
     ]  # fmt: skip
+
+
+def test_what_is_logged_stands_below_the_line_that_it_belongs_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_module, "read_marker", lambda _folder: MARKER)
+    monkeypatch.setattr(terminal._said, "indent", 0)
+    log_here(quiet=False)
+    log = logging.getLogger("plugbridge.x").info
+    log("asking")
+    terminal.say("run", quiet=False)
+    log("of the rows")
+    shown = Job(quiet=False)
+    shown.follow(tmp_path, {"couple": 1})
+    shown.announce("couple", "running")
+    log("step 0")
+    shown.end("couple")
+    log("after it")
+    begun = announcer(quiet=False)
+    begun("rank=1", "running")
+    log("step 0")
+    begun("rank=1", "loss is nan")
+    assert [line for line in capsys.readouterr().err.splitlines() if not line.startswith("plugbridge")] == [
+        "asking", "  loading libraries and models …", "  of the rows", "  couple", "      step 0",
+        "  couple: 44 s, 45 MiB, loss 0.693 -> 0.211, validation accuracy 0.500", "  after it", "  rank=1",
+        "      step 0", "      loss is nan",
+    ]  # fmt: skip
+
+
+def test_where_nothing_is_said_what_is_logged_stands_by_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal._said, "indent", 0)
+    log_here(quiet=True)
+    terminal.say("run", quiet=True)
+    Job(quiet=True, root=tmp_path).announce("couple", "running")
+    announcer(quiet=True)("rank=1", "running")
+    logging.getLogger("plugbridge.x").warning("careful")
+    assert capsys.readouterr().err == "careful\n"
 
 
 def test_the_loss_says_where_it_goes() -> None:

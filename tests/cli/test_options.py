@@ -3,10 +3,15 @@
 import os
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from typer.models import ArgumentInfo
 
 from plugbridge.cli import main
+from plugbridge.cli.application import app
+from plugbridge.cli.bench import bench_app
+from plugbridge.errors import ConfigError
 
 LONG = "a" * 5000
 CONFIG = "small: a\nlarge: b\ntask: rte\n"
@@ -28,7 +33,10 @@ def told(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     ("words", "message"),
     [
         (["run", LONG], "can be no path: File name too long"),
-        (["run", "c.yaml", "--out=~nosuchuser/x"], "'~nosuchuser/x' can be no path: Could not determine home"),
+        (["run", "c.yaml", "--out=~nosuchuser/x"], "error: --out: '~nosuchuser/x' can be no path: Could not determine"),
+        (["run", "c.yaml", "--set", "small=~nosuchuser/x"], "error: small: '~nosuchuser/x' can be no path"),
+        (["run", "c.yaml", "--set", "large.path=~nosuchuser/x"], "error: large: '~nosuchuser/x' can be no path"),
+        (["run", "c.yaml", "--set", "data=~nosuchuser/x"], "error: data: '~nosuchuser/x' can be no path"),
         (["run", "c.yaml", "--data", LONG], "can be no path: File name too long"),
         (["tune", "c.yaml", "--out", LONG], "can be no path: File name too long"),
         (["report", LONG], "can be no path: File name too long"),
@@ -67,6 +75,26 @@ def test_it_is_one_line(
     before = sorted(tmp_path.rglob("*"))
     assert message in told(words, monkeypatch, capfd)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_whatever_takes_a_path_names_itself() -> None:
+    """And expands `~`, which shells leave in `--out=~/run`."""
+    found: set[str] = set()
+    for command in (*app.registered_commands, *bench_app.registered_commands):
+        assert command.callback is not None
+        for key, kind in get_type_hints(command.callback, include_extras=True).items():
+            if "Path" not in str(kind) and key not in ("small", "large"):
+                continue
+            option = get_args(kind)[-1]
+            named = next(
+                (name for name in (option.default, *(option.param_decls or ())) if isinstance(name, str)), None
+            )
+            name = named or (key if isinstance(option, ArgumentInfo) else f"--{key}")
+            with pytest.raises(ConfigError, match=rf"^{name}\b.*: '~nosuchuser/x' can be no path"):
+                option.parser("~nosuchuser/x")
+            assert str(option.parser("~/x")) == str(Path.home() / "x")
+            found.add(name)
+    assert found == {"config", "root", "grid", "--out", "--data", "--table", "--tests", "--small", "--large"}
 
 
 def test_a_home_directory_is_where_it_is(

@@ -1,6 +1,7 @@
 """What every command prints, on terminals of 40 and 80 columns: no line is wider, and no word is broken."""
 
 import io
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,6 +51,16 @@ def _job() -> None:
     shown.end("evaluate")
 
 
+def _log() -> None:
+    terminal.log_here(quiet=False)
+    shown = Job(quiet=False)
+    shown.announce("couple", "running")
+    logging.getLogger("plugbridge.x").warning(
+        "step 0: the Bridge's gradient is no better than none at the first layers"
+    )
+    shown.end("couple")
+
+
 def _sweep() -> None:
     runs = [Tried((f"couple.learning_rate=0.00{i}", "prune.channels=gradient_pca"), {"large_plugged": 0.5}, "accuracy",
                   100) for i in (1, 2)]  # fmt: skip
@@ -71,6 +82,7 @@ OUTPUTS: dict[str, Print] = {
     "plan": lambda: plan._print_plan(_plan(), Path("config.yaml"), ["couple.steps=500"]),
     "sweep": _sweep,
     "run": _job,
+    "log": _log,
     "begin": lambda: say("run config.yaml -> runs/config, which is what is done here now", False),
     "error": _error,
     "command": lambda: say_command(["plugbridge run config.yaml", *["--set couple.micro_batch=4"] * 5]),
@@ -114,6 +126,13 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_broken(
     more = _words("accuracy a wider terminal shows parameters, too s MiB") if name == "report" else set[str]()
     assert _words(narrow) - _words(wide) - more == set()
     assert "…" not in narrow.replace("models …", "")
+
+
+def test_a_logged_line_goes_on_below_itself(printed: Callable[[Print, int], str]) -> None:
+    first, *logged, _end = printed(_log, 40).splitlines()
+    assert first == "  couple"
+    assert len(logged) > 2
+    assert all(line.startswith("      ") for line in logged[:-1])
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -118,12 +118,46 @@ def test_rows_of_one_prompt_stay_on_one_side(tmp_path: Path) -> None:
         assert sum(counts.values()) == 200
         assert abs(counts["train"] - 160) <= 4
         assert min(counts["validation"], counts["test"]) >= 12
-    few = write_jsonl(tmp_path / "few.jsonl", rows_of(*["x"] * 9, "y"))  # of a row of y's alone, nothing is learnt
-    config = TaskConfig.model_validate({"file": str(few), "prompt": "{text}:", "words": WORDS})
-    with pytest.raises(
-        DataError, match=r"is empty \(.*\); it needs at least one row, and the file has 10 rows of 2 prompts: three"
-    ):
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "message"),
+    [
+        (
+            rows_of(*["x"] * 10),
+            {},
+            "task 'own': all 10 rows of {path} read alike, 'x:'; nothing can be learnt from them",
+        ),
+        (
+            rows_of(*["x"] * 10, label="a"),
+            {"words": None, "generate": " {label}"},
+            "task 'own': all 10 rows of {path} read",
+        ),
+        (
+            rows_of(*["x"] * 9, "y"),
+            {},
+            "task: {path} has 10 rows of 2 prompts, and rows of one prompt stay in one split; training, validation and "
+            "test need a prompt each: add rows, or name a file for each",
+        ),
+        (rows_of("x", "y"), {}, "task: {path} has 2 rows; training, validation and test need a prompt each"),
+        (rows_of("x"), {}, "task: {path} has 1 row; training"),
+        ([], {}, "task: {path} has 0 rows; training"),
+        (
+            [{"text": "x", "o": [f"{i}", "no"], "label": 0} for i in range(9)],
+            {"words": None, "options": "o"},
+            "task: {path} has 9 rows of 1 prompt, and rows of one prompt stay in one split",
+        ),
+    ],
+)
+def test_rows_of_one_file_of_which_no_three_splits_can_be_made(
+    tmp_path: Path, rows: list[Raw], task: Raw, message: str
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = {"file": str(path), "prompt": "{text}:", "words": WORDS, **task}
+    config = TaskConfig.model_validate({key: value for key, value in given.items() if value is not None})
+    with pytest.raises(DataError) as caught:
         own_rows(config, own_task(config), "causal", 0)
+    assert str(caught.value).startswith(message.format(path=path))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as TokenizersTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from conftest import VOCAB, make_tokenizer
 from plugbridge.config import parse_config
-from plugbridge.errors import DataError
+from plugbridge.errors import DataError, ModelError
+from plugbridge.models import tokenizer_errors
 from plugbridge.prepare import prepare
 from plugbridge.tasks.encode import IGNORE, Encoded, Encoder, TooLong, collate, gold
 from plugbridge.tasks.remarks import unequal_words
@@ -177,6 +182,24 @@ def test_an_answer_that_leaves_no_room_is_not_the_prompts_fault(positions: int) 
         "positions, or max_length); lower max_new_tokens or shorten the options, raise max_length, or take a model "
         "with more positions"
     )
+
+
+def test_what_a_tokenizer_cannot_do_is_one_line() -> None:
+    """Of what such a vocabulary does not have, tokenizers' own exception is of no class but the plainest."""
+    inner = TokenizersTokenizer(WordLevel({"<pad>": 0, "it": 1, "is": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    broken: Any = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    reader = Encoder(broken, "causal", None)
+    assert reader.text("it is") == (1, 2)
+    cannot = r"^the tokenizer cannot read 'it was': WordLevel error: Missing \[UNK\] token from the vocabulary$"
+    with pytest.raises(ModelError, match=cannot):
+        reader.text("it was")
+    with pytest.raises(ModelError, match=cannot):
+        reader._ends("it was", 3)
+    with pytest.raises(ModelError, match=r"^the tokenizer cannot read '"):
+        assert reader.front
+    with pytest.raises(ModelError, match=r"^the tokenizer cannot write \[-1\]: "), tokenizer_errors("write", [-1]):
+        broken.decode([-1])
 
 
 def test_words_of_unequal_length_are_said() -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +161,33 @@ def test_what_the_library_cannot_do(
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset)
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         hub_rows(load_task("rte"), "causal", 0)
+
+
+def test_what_the_library_says_over_several_lines_is_one(
+    hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hub\n  (offline)")
+
+    hub(PAIRS)
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match=r"^cannot read aps/super_glue/rte:train from the hub: Couldn't reach the Hub \("
+    ):
+        hub_rows(load_task("rte"), "causal", 0)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_hub_that_does_not_answer_is_not_asked_by_the_library(
+    hub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, reached: bool
+) -> None:
+    """Which has looked up whether it may when it was imported."""
+    hub(PAIRS)
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setattr(sys.modules["datasets"], "config", config, raising=False)
+    monkeypatch.setattr("plugbridge.tasks.hub.ask_hub", lambda _what: reached)
+    hub_rows(load_task("rte"), "causal", 0)
+    assert config.HF_HUB_OFFLINE is not reached
 
 
 @pytest.mark.parametrize(("name", "there"), [("ax-b", "axb"), ("ax-g", "axg")])

@@ -297,6 +297,16 @@ def test_a_split_without_rows_is_named(tmp_path: Path) -> None:
         load_rows(lines_task(tmp_path, {"train": 9, "test": 0}, holdout=0.1), "causal", tmp_path, 0)
 
 
+def test_rows_that_are_all_held_out_are_told(tmp_path: Path) -> None:
+    held = (
+        r"^task 't': .*/train has 1 row, of which validation rows are held out, and none is left to train on; it needs"
+    )
+    with pytest.raises(DataError, match=held):
+        load_rows(lines_task(tmp_path, {"train": 1, "test": 4}, holdout=0.1), "causal", tmp_path, 0)
+    with pytest.raises(DataError, match=r"/train has 2 rows, of which validation and test rows are held out, and none"):
+        load_rows(lines_task(tmp_path, {"train": 2}, holdout=0.1, holdout_test=0.1), "causal", tmp_path, 0)
+
+
 def test_later_keys_do_not_touch_the_digest_of_a_task_without_them() -> None:
     old = {
         "name", "title", "source", "licence", "folder", "shipped", "files", "holdout", "label", "passage", "metrics",

@@ -11,7 +11,7 @@ from conftest import data_directory, write_jsonl
 from plugbridge.errors import DataError
 from plugbridge.tasks.encode import Encoder
 from plugbridge.tasks.read import parts_of
-from plugbridge.tasks.rows import UNLABELLED, Row, hold_out, load_rows, make_row, read_flat
+from plugbridge.tasks.rows import UNLABELLED, Row, hold_out, load_rows, make_row, read_flat, split_rows
 from plugbridge.tasks.spec import load_task
 
 PAIRS = Path(__file__).parent.parent.parent / "pairs"
@@ -186,6 +186,21 @@ def test_t5_learns_wsc_from_the_rows_that_are_true(tmp_path: Path) -> None:
     assert [row.where for row in counts["seq2seq"]["train"]] == [
         row.where for row in counts["causal"]["train"] if row.answer == 1
     ]
+
+
+def test_train_rows_of_which_none_is_left_are_told(tmp_path: Path) -> None:
+    target = {"span1_text": "Mark", "span1_index": 0, "span2_text": "he", "span2_index": 3}
+    rows = [{"text": "Mark lied, so he ran.", "target": target, "label": False, "idx": i} for i in range(9)]
+    for name in ("train", "val"):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    assert len(load_rows(load_task("wsc"), "causal", tmp_path, 0)["train"]) == 8
+    with pytest.raises(DataError, match=r"no train row of .*train.jsonl is labelled true, and others teach nothing to"):
+        load_rows(load_task("wsc"), "seq2seq", tmp_path, 0)
+    answers = {"train": [("here", {**ANSWER, "paragraph_idx": 0, "idx": i}) for i in range(3)], "test": []}
+    with pytest.raises(
+        DataError, match=r"'multirc': t has 3 rows of 1 paragraph_idx, of which validation rows are held"
+    ):
+        split_rows(load_task("multirc"), "causal", lambda split: iter(answers[split]), {"train": "t", "test": "u"}, 0)
 
 
 @pytest.mark.needs_data

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from plugbridge.bench.commits import commits_of_run, commits_said
 from plugbridge.bench.paper import Choice, Counts, Pair, Planned, Row, Table, planned, run_configs
 from plugbridge.config import RunConfig, load_config
 from plugbridge.errors import ConfigError, DataError, ModelError, PlugbridgeError, RunError
@@ -22,6 +23,7 @@ from plugbridge.progress import Progress
 from plugbridge.report import read_report
 from plugbridge.run import borrow, execute, locked
 from plugbridge.shrink.sizes import budgeted_sizes, count_parameters
+from plugbridge.sources import commit_of, pinned
 from plugbridge.stages.build import build_stages, same_result
 from plugbridge.stages.depends import rate_of_baseline, rate_of_training
 from plugbridge.tuners.table import find_method
@@ -35,7 +37,7 @@ class Reproduced:
     """One cell: the printed value (null in the demonstration), ours (null if it was not run), and how it was made.
 
     Values are percent, or what `metric` says. `n` counts test rows, `obtained` names the run's directory, the model in
-    it and how that was trained, or says why there is no value.
+    it and how that was trained, or says why there is no value. `commits` are those of models from the hub.
     """
 
     table: str
@@ -47,6 +49,7 @@ class Reproduced:
     difference: float | None
     n: int | None
     obtained: str
+    commits: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def run_table(
@@ -80,13 +83,13 @@ def do_runs(
     donors = sorted(filter(_is_folder, root.parent.glob("*/*")))
     for name, config in configs.items():
         folder = root / name
+        announce(name, "running")
         try:
             prepared = prepare(config, data)
         except (DataError, ModelError) as error:
             reasons[name] = str(error)
             announce(name, str(error))
             continue
-        announce(name, "running")
         with locked(folder, origin, None):
             write_own(folder, "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
             stages = build_stages(prepared, folder, progress)
@@ -135,7 +138,9 @@ def collect(
         report, where = reports.get(cell.run), str(home / cell.run)
         made = None
         if report is not None:
-            made = _Made(report, f"{where}: {cell.row.model}, {_training(configs[cell.run], cell.row.model, report)}")
+            commits = commits_of_run(home / cell.run)
+            how = f"{where}: {cell.row.model}, {_training(configs[cell.run], cell.row.model, report)}"
+            made = _Made(report, ", ".join(filter(None, (how, commits_said(commits)))), commits)
         if table.counts_parameters and not any(other.row == cell.row.label for other in found):
             found.append(_parameters(name, cell.row, made, choice.demo))
         found.append(_cell(name, cell, made, reasons))
@@ -148,6 +153,7 @@ class _Made:
 
     report: dict[str, Any]
     how: str
+    commits: Mapping[str, str]
 
     def row(self, model: str) -> dict[str, Any]:
         """What the report says of a model."""
@@ -176,8 +182,8 @@ def _parameters(table: str, row: Row, made: _Made | None, demo: bool) -> Reprodu
         value = 100 * made.row(row.model)["parameters"]["changed"] / size
     printed = None if demo else row.parameters
     difference = None if value is None or printed is None else value - printed
-    how = "not run" if made is None else made.how
-    return Reproduced(table, row.label, "#Params", SHARE, printed, value, difference, None, how)
+    how, commits = ("not run", {}) if made is None else (made.how, made.commits)
+    return Reproduced(table, row.label, "#Params", SHARE, printed, value, difference, None, how, commits)
 
 
 def _report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
@@ -191,14 +197,16 @@ def _report(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 
 def _cell(table: str, cell: Planned, made: _Made | None, reasons: Mapping[str, str]) -> Reproduced:
     printed = None if math.isnan(cell.printed) else cell.printed
-    value, n = None, None
+    value, n, commits = None, None, {}
     obtained = reasons.get(cell.run, "not run")
     if made is not None:
         row = made.row(cell.row.model)
         value, n, obtained = 100 * float(row["metrics"][cell.metric]), int(row["n"]), made.how
+        commits = made.commits
     return Reproduced(
         table=table, row=cell.row.label, task=cell.column.task, metric=cell.metric, printed=printed, value=value,
         difference=None if value is None or printed is None else value - printed, n=n, obtained=obtained,
+        commits=commits,
     )  # fmt: skip
 
 
@@ -206,7 +214,7 @@ def count_table(counts: Counts, pairs: Mapping[str, Pair], printed: bool) -> lis
     """Parameters of small, large and a Bridge of 1/16 of the large one, from the models' names and shapes alone."""
     cells: list[Reproduced] = []
     for name, pair in pairs.items():
-        found, obtained = _counted(pair)
+        found, obtained, commits = _counted(pair)
         _, whole, bridge = found
         if whole is not None and bridge is not None:
             obtained = f"{obtained}; the Bridge is 1/{whole / bridge:.1f} of the large model"
@@ -214,29 +222,41 @@ def count_table(counts: Counts, pairs: Mapping[str, Pair], printed: bool) -> lis
         for what, value, said in zip(("small", "large", "Bridge"), found, beside, strict=True):
             difference = None if value is None or said is None else value - said
             cells.append(
-                Reproduced("table2", name, what, "million parameters", said, value, difference, None, obtained)
+                Reproduced("table2", name, what, "million parameters", said, value, difference, None, obtained, commits)
             )
     return cells
 
 
-def _counted(pair: Pair) -> tuple[tuple[float | None, ...], str]:
+def _counted(pair: Pair) -> tuple[tuple[float | None, ...], str, dict[str, str]]:
     shaped: list[str] = []
+    commits: dict[str, str] = {}
     try:
-        small, large = (_without_weights(source, shaped) for source in (pair.small, pair.large))
+        small, large = (
+            _without_weights(size, source, shaped, commits)
+            for size, source in (("small", pair.small), ("large", pair.large))
+        )
     except ModelError as error:
-        return (None, None, None), str(error)
+        return (None, None, None), str(error), {}
     layout = layout_for(large)
     names = {name for name, _ in large.named_parameters()}
     whole = parameter_count(large)
     bridge = count_parameters(layout, names, budgeted_sizes(layout, names, whole // 16))
     how = f"of the published shape of {' and '.join(shaped)}" if shaped else named(pair)
-    return tuple(count / 1e6 for count in (parameter_count(small), whole, bridge)), how
+    how = ", ".join(filter(None, (how, commits_said(commits))))
+    return tuple(count / 1e6 for count in (parameter_count(small), whole, bridge)), how, commits
 
 
-def _without_weights(source: str, shaped: list[str]) -> PreTrainedModel:
-    """A model on the meta device: of its own files, or of its published shape where they are not at hand."""
+def _without_weights(size: str, source: str, shaped: list[str], commits: dict[str, str]) -> PreTrainedModel:
+    """A model on the meta device: of its own files, or of its published shape where they are not at hand.
+
+    Which of the two it was, and the commit of files from the hub, is noted.
+    """
     try:
-        return load_model(source, device="meta")
+        found = pinned(source)
+        model = load_model(found, device="meta")
+        if (commit := commit_of(found)) is not None:
+            commits[size] = commit
+        return model
     except ModelError:
         if source not in PUBLISHED:
             raise

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from plugbridge.bench.commits import commits_said
 from plugbridge.bench.quality import REFERENCES, Cell
 from plugbridge.files import write_atomically
-from plugbridge.markers import COMMIT
 
 COLOURS = (
     "#c1440e", "#3b6ea5", "#5b8c5a", "#8a5a83", "#b8860b", "#2ca9a1", "#7a7a7a", "#1b1b1b", "#e377c2", "#9acd32",
@@ -64,17 +64,12 @@ def _places(cells: Sequence[Cell]) -> list[tuple[str, str, str, str]]:
 
 def _place(cell: Cell) -> tuple[str, str, str, str]:
     """What cells of one table have in common."""
-    return cell.task, cell.family, cell.method, _commits(cell)
-
-
-def _commits(cell: Cell) -> str:
-    """The commits of a cell's models, as far as they are from the hub."""
-    return ", ".join(f"{size} at {commit[:COMMIT]}" for size, commit in cell.commits.items())
+    return cell.task, cell.family, cell.method, commits_said(cell.commits)
 
 
 def _row(cell: Cell) -> str:
     """What a picture's row is of."""
-    return "\n".join(filter(None, (cell.task, cell.family, _commits(cell))))
+    return "\n".join(filter(None, (cell.task, cell.family, commits_said(cell.commits))))
 
 
 def _kind(cell: Cell) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from plugbridge.bench.commits import commits_of_run
 from plugbridge.bench.grid import Grid, Group, slug
 from plugbridge.config import RunConfig, parse_config
 from plugbridge.errors import DataError, RunError
@@ -151,18 +152,10 @@ def finished(group: Group, name: str, out: Path) -> bool:
     return same_result(resolve(written), resolve(dict(group.variants)[name]))
 
 
-def commits_of(root: Path) -> dict[str, str]:
-    """The commits of a finished run's models from the hub, by size."""
-    marker = read_marker(root / "evaluate")
-    depends: dict[str, Any] = {} if marker is None else marker["depends"]
-    found = {size: depends.get(size, {}).get("commit") for size in ("small", "large")}
-    return {size: commit for size, commit in found.items() if commit is not None}
-
-
 def done(group: Group, name: str, out: Path) -> bool:
     """Whether a variant is finished, on the commits of the models that the group's first variant is of."""
     first, own = (out / group.name / slug(variant) for variant in (group.variants[0][0], name))
-    return finished(group, name, out) and commits_of(own) == commits_of(first)
+    return finished(group, name, out) and commits_of_run(own) == commits_of_run(first)
 
 
 def left_out(groups: Sequence[Group], out: Path) -> tuple[int, dict[str, list[str]]]:
@@ -187,7 +180,7 @@ def cells_of(grid: Grid, groups: Sequence[Group], out: Path, command: str) -> li
     for group in groups:
         first = group.variants[0][0]
         if finished(group, first, out):
-            commits = commits_of(out / group.name / slug(first))
+            commits = commits_of_run(out / group.name / slug(first))
             found.setdefault((group.pair, group.method, group.task, *sorted(commits.values())), []).append(group)
     cells: list[Cell | None] = []
     for same in found.values():
@@ -266,7 +259,7 @@ def _cell(
         variant=title,
         n=len(table[0][0]),
         majority=float(majority["accuracy"]),
-        commits=commits_of(first[0]),
+        commits=commits_of_run(first[0]),
         split=dict(groups[0].variants)[groups[0].variants[0][0]].evaluate.split,
         large_rows=_rows_read(roots[0], config, costs) if config is not None and costs else None,
         seconds=float(np.mean([m["seconds"] for m in costs])) if costs else None,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from plugbridge.bench.asked import MEMORY_TABLES, Asked, check_asked, choice_of
 from plugbridge.bench.cells import as_rows, collect, count_table, do_runs, home_of, named, run_table
+from plugbridge.bench.commits import commits_of_run, commits_said
 from plugbridge.bench.memory import Machine, count_shape, rows_of
 from plugbridge.bench.memory_figure import draw_runs, draw_steps
 from plugbridge.bench.memory_page import MEMORY, memory_page, paper_cells, runs_page
@@ -20,6 +21,7 @@ from plugbridge.memory.shapes import Shape, find_shapes
 from plugbridge.models import load_config, pick_device
 from plugbridge.progress import Progress
 from plugbridge.report import read_report
+from plugbridge.sources import commits_of, pinned
 
 MODE_NOTE = (
     "Plug-in rows are coupled in mode `{mode}`, with a Bridge of at most 1/16 of the large model's parameters where "
@@ -51,8 +53,10 @@ def _memory(asked: Asked, progress: Progress) -> Iterator[str]:
     place = 1 if asked.table == "table7" else 0
     shape = find_shapes("small" if asked.demo else "paper")[place]
     if asked.pair is not None:
-        small, large = (load_config(source) for source in asked.pair)
-        shape = Shape("/".join(Path(asked.pair[1]).parts[-2:]), large, small, shape.batch, shape.length)
+        sources = [pinned(source) for source in asked.pair]
+        small, large = (load_config(source) for source in sources)
+        name = ", ".join(filter(None, ("/".join(Path(sources[1]).parts[-2:]), commits_said(commits_of(*sources)))))
+        shape = Shape(name, large, small, shape.batch, shape.length)
     device = pick_device("auto")
     room = 0 if asked.summary else free_memory(device)
     machine = Machine(room, device, 1, asked.root / "weights")
@@ -127,6 +131,7 @@ def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
     if more:
         raise ConfigError("fig1b is about one task; give --task once")
     found: dict[str, list[Likeness]] = {}
+    commits: dict[str, dict[str, str]] = {}
     for choice in (choice_of(asked, pair) for pair in pairs):
         configs = similarity_configs(choice, task, "lora")
         folder = home_of(asked.root, choice, "fig1b")
@@ -137,7 +142,8 @@ def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
         folders = [folder / name for name in configs]
         for done in folders:
             read_report(done)
-        found[f"What LoRA adds on {task}: {named(choice.pair)}"] = compare("lora", *folders)
+        title = f"What LoRA adds on {task}: {named(choice.pair)}"
+        found[title], commits[title] = compare("lora", *folders), commits_of_run(folders[0])
     for ending in (".png", ".svg"):
         draw_likeness(found, asked.page.with_suffix(ending))
     lines = ["# Figure 1(b): how alike the modules are", "", ABOUT, "", "Made by", "", f"    {asked.command}", ""]
@@ -148,10 +154,15 @@ def _likeness(asked: Asked, progress: Progress, announce: Announce) -> Iterator[
             "|---|---|",
             *(f"| {name} | {value:+.3f} |" for name, value in means),
             "",
+            *([f"Models from the hub: {commits_said(commits[title])}.", ""] if commits[title] else []),
         ]
     text = "\n".join(lines)
     write_text(asked.page, text)
-    rows = [{"pair": title.partition(": ")[2], **asdict(place)} for title, places in found.items() for place in places]
+    rows = [
+        {"pair": title.partition(": ")[2], **asdict(place), "commits": commits[title]}
+        for title, places in found.items()
+        for place in places
+    ]
     write_json(asked.page.with_suffix(".json"), rows)
     yield text
     yield f"{asked.page}, .png, .svg and .json beside it"

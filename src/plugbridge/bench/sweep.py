@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from plugbridge.bench.commits import commits_of_run, commits_said
 from plugbridge.config import RunConfig, load_config
 from plugbridge.errors import ConfigError, DataError, RunError
 from plugbridge.parsing import shown
@@ -38,6 +39,7 @@ class Tried:
     failed: str = ""
     right: Mapping[str, tuple[bool, ...]] = field(default_factory=dict[str, tuple[bool, ...]])
     """Which rows each model got right, in their order."""
+    commits: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def sweep_configs(config: Path, sets: Sequence[str], varied: Sequence[str], model: str) -> dict[str, RunConfig]:
@@ -70,7 +72,7 @@ def combinations(varied: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if key == "evaluate.split":
             raise ConfigError("--vary evaluate.split: settings are chosen on validation rows only")
         if key in keys:
-            raise ConfigError(f"--vary {shown(text)}: {key} is varied twice; give all its values at once")
+            raise ConfigError(f"--vary {shown(text)}: {shown(key)} is varied twice; give all its values at once")
         keys.append(key)
         choices.append([f"{key}={value}" for value in values])
     count = math.prod(map(len, choices))
@@ -128,7 +130,8 @@ def tried(names: Mapping[str, tuple[str, ...]], root: Path, reasons: Mapping[str
         report = read_report(root / name)
         values = {row["name"]: float(row["value"]) for row in report["rows"]}
         right = {model: rows_right(root / name, model) for model in values}
-        found.append(Tried(chosen, values, report["rows"][0]["metric"], int(report["rows"][0]["n"]), right=right))
+        metric, rows = report["rows"][0]["metric"], int(report["rows"][0]["n"])
+        found.append(Tried(chosen, values, metric, rows, right=right, commits=commits_of_run(root / name)))
     return found
 
 
@@ -246,6 +249,8 @@ def sweep_page(found: Sequence[Tried], model: str, command: str) -> str:
     lines = ["# Sweep", "", *([f"{best.metric} on {best.rows:,} validation rows, one run each."] if best else [])]
     said = verdict(found, model)
     lines += ["", f"{said[0].upper()}{said[1:]}."] if best else []  # settings keep their capital letters
+    commits = dict.fromkeys(commits_said(run.commits) for run in found if run.commits)
+    lines += ["", f"Models from the hub: {'; '.join(commits)}."] if commits else []
     lines += ["", "Made by", "", f"    {command}", ""]
     lines += ["| " + " | ".join([*keys, *(TITLES[name] for name in names)]) + " |"]
     lines += ["|" + "---|" * (len(keys) + len(names))]
@@ -262,5 +267,5 @@ def sweep_page(found: Sequence[Tried], model: str, command: str) -> str:
 
 def as_json(found: Sequence[Tried]) -> list[dict[str, Any]]:
     """The runs as JSON."""
-    fields = ({**vars(run), "values": dict(run.values)} for run in found)
+    fields = ({**vars(run), "values": dict(run.values), "commits": dict(run.commits)} for run in found)
     return [json.loads(json.dumps({key: value for key, value in run.items() if key != "right"})) for run in fields]

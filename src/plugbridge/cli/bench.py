@@ -10,8 +10,8 @@ import typer
 
 from plugbridge.cli.completion import shapes as shape_names
 from plugbridge.cli.help import Command, Group
-from plugbridge.cli.options import MOST, DataOption, QuietOption, RunsOption, SetOption, path, yaml_files
-from plugbridge.cli.terminal import out, progress, say, setup
+from plugbridge.cli.options import MOST, DataOption, QuietOption, RunsOption, SetOption, path_in, yaml_files
+from plugbridge.cli.terminal import log_here, out, progress, say, setup
 from plugbridge.errors import ConfigError
 
 bench_app = typer.Typer(cls=Group, no_args_is_help=True, help="Run declared grids and write their tables and pictures.")
@@ -19,7 +19,7 @@ bench_app = typer.Typer(cls=Group, no_args_is_help=True, help="Run declared grid
 GridArg = Annotated[
     Path,
     typer.Argument(
-        parser=path,
+        parser=path_in("grid"),
         show_default=False,
         autocompletion=yaml_files,
         help="the grid's YAML file, such as configs/quality.yaml",
@@ -28,7 +28,7 @@ GridArg = Annotated[
 JobsOption = Annotated[int, typer.Option("--jobs", min=1, max=MOST, help="processes at a time, one thread each")]
 TableOption = Annotated[
     Path | None,
-    typer.Option("--table", parser=path, show_default=False,
+    typer.Option("--table", parser=path_in("--table"), show_default=False,
                  help="Markdown file to write, JSON and PNG beside it  [default: <out>/quality.md]"),
 ]  # fmt: skip
 
@@ -62,6 +62,7 @@ def quality(
     chosen = [group for group in groups if only is None or any(word in group.name for word in only)]
     if not chosen:
         raise ConfigError(f"--only: no group's name holds that; groups: {', '.join(group.name for group in groups)}")
+    log_here(quiet)
     if not summary:
         from plugbridge.preflight import check_runs
 
@@ -197,7 +198,7 @@ def memory(
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
-        typer.Option("--table", parser=path, show_default=False,
+        typer.Option("--table", parser=path_in("--table"), show_default=False,
                      help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]"),
     ] = None,
     budget: Annotated[

@@ -11,7 +11,7 @@ from rich.progress import Progress as RichProgress
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
-from plugbridge.cli.terminal import err
+from plugbridge.cli.terminal import COMMAND, STAGE, err, log_below
 from plugbridge.markers import read_marker
 from plugbridge.progress import Advance, ignore
 from plugbridge.report import bridge_said
@@ -50,6 +50,7 @@ class Job:
             self._count(stage)
         if not self.quiet:
             err.print(f"  {self._place(stage)}{stage}{'' if what == 'running' else ': done before, skipped'}")
+            log_below(STAGE if what == "running" else COMMAND)
 
     def end(self, stage: str) -> None:
         """Take note that a stage is done, and print what it took and gave."""
@@ -57,6 +58,7 @@ class Job:
         if not self.quiet and marker is not None:
             for line in ended(err.width if err.is_terminal else None, f"  {self._place(stage)}{stage}", marker):
                 err.print(line)
+            log_below(COMMAND)
 
     def _count(self, stage: str) -> dict[str, Any] | None:
         """A finished stage's marker; its rate tells how long the others will take."""
@@ -156,7 +158,7 @@ def ended(width: int | None, head: str, marker: Mapping[str, Any]) -> list[str]:
     for number, part in enumerate(parts):
         joint = ": " if number == 0 else ", "
         if width is not None and len(lines[-1]) + len(joint) + len(part) > width:
-            lines.append(f"      {part}")
+            lines.append(f"{'':{STAGE}}{part}")
         else:
             lines[-1] += f"{joint}{part}"
     return lines

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from plugbridge.cli.options import MOST, ConfigArg, JsonOption, SetOption
-from plugbridge.cli.terminal import out, progress, say, say_command, setup
+from plugbridge.cli.terminal import log_here, out, progress, say, say_command, setup
 from plugbridge.config import load_config
 from plugbridge.embedded import config_file
 from plugbridge.imports import leave_out_bitsandbytes
@@ -55,6 +55,7 @@ def plan(
     from plugbridge.memory.sizes import parse_bytes
 
     config = config_file(config)
+    log_here(as_json)
     loaded = load_config(config, tuple(sets or ()))
     room = parse_bytes(memory) if memory is not None else None
     from plugbridge.devices import check_device

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from plugbridge.cli.completion import models, tasks
-from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path
-from plugbridge.cli.terminal import err, out, progress, say, say_code, setup
+from plugbridge.cli.options import DataOption, JsonOption, QuietOption, RunArg, path_in
+from plugbridge.cli.terminal import err, log_here, out, progress, say, say_code, setup
 from plugbridge.config import load_config
 from plugbridge.errors import ConfigError, PlugbridgeError
 from plugbridge.parsing import one_line
@@ -21,6 +21,7 @@ def report(root: RunArg, as_json: JsonOption = False) -> None:
     """Print a finished run as a table (and write report.png, losses.png and fidelity.png) or as one JSON object."""
     from plugbridge.report import read_report
 
+    log_here(quiet=False)
     found = read_report(root)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
@@ -59,7 +60,8 @@ def _drawn(work: Callable[[Path], bool | None], path: Path) -> bool:
 def submit(
     root: RunArg,
     out_dir: Annotated[
-        Path, typer.Option("--out", parser=path, help="directory of the leaderboard's files", show_default=False)
+        Path,
+        typer.Option("--out", parser=path_in("--out"), help="directory of the leaderboard's files", show_default=False),
     ],
     data: DataOption = None,
     model: Annotated[
@@ -78,6 +80,7 @@ def submit(
         Path | None,
         typer.Option(
             "--tests",
+            parser=path_in("--tests"),
             help="directory of the official test files, for rows from the hub  [default: --data]",
             show_default=False,
         ),
@@ -88,6 +91,7 @@ def submit(
     from plugbridge.report import read_report
 
     read_report(root)  # refuses what is no finished run
+    log_here(quiet)
     config = load_config(root / "config.yaml")
     from plugbridge.preflight import preflight
     from plugbridge.stages.leaderboard import read_unanswered

@@ -9,8 +9,8 @@ import typer
 
 from plugbridge.cli.completion import modes, one_of
 from plugbridge.cli.completion import tasks as task_names
-from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, path
-from plugbridge.cli.terminal import announcer, out, progress, say, setup
+from plugbridge.cli.options import DataOption, QuietOption, RunsOption, SetOption, model_in, path_in
+from plugbridge.cli.terminal import announcer, log_here, out, progress, say, setup
 from plugbridge.errors import ConfigError
 from plugbridge.parsing import shown
 
@@ -26,8 +26,14 @@ def reproduce(
             autocompletion=one_of(lambda: TABLES),
         ),
     ],
-    small: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
-    large: Annotated[str | None, typer.Option(help="Hugging Face id or directory  [default: the paper's]")] = None,
+    small: Annotated[
+        str | None,
+        typer.Option(parser=model_in("--small"), help="Hugging Face id or directory  [default: the paper's]"),
+    ] = None,
+    large: Annotated[
+        str | None,
+        typer.Option(parser=model_in("--large"), help="Hugging Face id or directory  [default: the paper's]"),
+    ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="the embedded pair and task: minutes instead of days")] = False,
     mode: Annotated[
         str | None, typer.Option(help="how to couple  [default: standalone, the paper's]", autocompletion=modes)
@@ -38,7 +44,8 @@ def reproduce(
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="one seed for every run  [default: 0]")] = None,
     out_dir: RunsOption = None,
     target: Annotated[
-        Path | None, typer.Option("--table", parser=path, help="Markdown file to write; LaTeX and JSON beside it")
+        Path | None,
+        typer.Option("--table", parser=path_in("--table"), help="Markdown file to write; LaTeX and JSON beside it"),
     ] = None,
     data: DataOption = None,
     sets: SetOption = None,
@@ -67,6 +74,7 @@ def reproduce(
         table, pair, demo, mode or "standalone", tuple(tasks) if tasks else None, seed or 0, tuple(sets or ()), data,
         root, page, summary, "plugbridge " + " ".join(map(shlex.quote, sys.argv[1:])),
     )  # fmt: skip
+    log_here(quiet)
     check_asked(asked)
     say(f"reproduce {table} -> {page}", quiet)
     setup(quiet)

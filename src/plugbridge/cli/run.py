@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from plugbridge.cli.options import ConfigArg, DataOption, OutOption, QuietOption, RedoOption, SetOption
 from plugbridge.cli.report import draw_all, print_loading, print_table
-from plugbridge.cli.terminal import say, setup
+from plugbridge.cli.terminal import log_here, say, setup
 from plugbridge.config import RunConfig, load_config
 from plugbridge.embedded import config_file
 
@@ -33,6 +33,7 @@ def execute_stages(
     """Run all stages, or only one; the run's directory."""
     fresh = "torch" not in sys.modules  # nothing was computed yet: a copy of this process can go on
     config_path = config_file(config_path)
+    log_here(quiet)
     config = load_config(config_path, tuple(sets or ()))
     root = root if root is not None else Path("runs") / config_path.stem
     from plugbridge.markers import check_places, check_root

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from plugbridge.cli.completion import models, settings
 from plugbridge.cli.options import ConfigArg, DataOption, QuietOption, RunsOption, SetOption
-from plugbridge.cli.terminal import announcer, out, progress, say, setup
+from plugbridge.cli.terminal import announcer, log_here, out, progress, say, setup
+from plugbridge.embedded import config_file
 
 if TYPE_CHECKING:
     from plugbridge.bench.sweep import Tried
@@ -37,6 +38,7 @@ def sweep(
 
     Stages that the combinations share are done once.
     """
+    log_here(quiet)
     from plugbridge.bench.pages import check_page
     from plugbridge.bench.sweep import (
         as_json,
@@ -51,6 +53,7 @@ def sweep(
         verdict,
     )
 
+    config = config_file(config)
     configs = sweep_configs(config, sets or (), vary, by)
     root = out_dir if out_dir is not None else Path("runs") / "sweep" / config.stem
     from plugbridge.markers import check_root

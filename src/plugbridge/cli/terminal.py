@@ -88,21 +88,41 @@ def say(what: str, quiet: bool) -> None:
     if not quiet:
         err.print(Text.assemble((f"plugbridge {__version__}", "bold"), f" {what}"))
         err.print("  loading libraries and models …")
+        log_below(COMMAND)
 
 
 class _Said(logging.Handler):
-    """What the library logs, on standard error, as it is when it is said."""
+    """What the library logs, on standard error as it is when it is said, below the line that it belongs to."""
+
+    indent = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(record.getMessage())
+        _print_behind(self.indent, record.getMessage())
+
+
+COMMAND, STAGE = 2, 6
+"""Blanks before what is said below a command's first line, and below a stage's."""
+_said = _Said()
+
+
+def _print_behind(indent: int, line: str) -> None:
+    if err.is_terminal:
+        err.print(Padding(Text(line), (0, 0, 0, indent), expand=False))
+    else:
+        err.print(f"{'':{indent}}{line}")
+
+
+def log_below(indent: int) -> None:
+    """Print what our loggers say from now on behind so many blanks."""
+    _said.indent = indent
 
 
 def log_here(quiet: bool) -> None:
     """Print what our own loggers say; the root logger and those of others are their owners'."""
     ours = logging.getLogger("plugbridge")
     ours.setLevel(logging.WARNING if quiet else logging.INFO)
-    if not any(isinstance(handler, _Said) for handler in ours.handlers):
-        ours.addHandler(_Said())
+    if _said not in ours.handlers:
+        ours.addHandler(_said)
 
 
 def setup(quiet: bool) -> None:
@@ -119,12 +139,16 @@ def setup(quiet: bool) -> None:
 
 
 def announcer(quiet: bool) -> Callable[[str, str], None]:
-    """What prints every stage as it starts or is skipped."""
+    """What prints every run as it begins, and below it why it could not be done."""
 
-    def announce(stage: str, what: str) -> None:
-        if not quiet:
-            text = f"  {stage:<9} done before, skipped" if what == "skipped" else f"  {stage}"
-            err.print(text)
+    def announce(run: str, what: str) -> None:
+        if quiet:
+            return
+        if what == "running":
+            err.print(f"  {run}")
+            log_below(STAGE)
+        else:
+            _print_behind(STAGE, what)
 
     return announce
 

@@ -17,7 +17,9 @@ class MethodConfig(StrictConfig):
         default=None, ge=1, le=WIDTH, description="LoRA rank, adapter bottleneck or prefix tokens; the method's default"
     )
     alpha: float | None = Field(default=None, gt=0, description="LoRA's alpha; 2 x rank by default")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout inside the module")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout inside the module, of lora and in modes that train through it"
+    )
 
 
 class TrainConfig(StrictConfig):

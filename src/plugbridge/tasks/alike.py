@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from plugbridge.errors import ModelError
-from plugbridge.models import Tokenizer
+from plugbridge.models import Tokenizer, tokenizer_errors
 from plugbridge.tasks.encode import Encoded, Encoder
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.rows import Row
@@ -62,7 +62,8 @@ def _check_alike(row: Row, form: PromptForm, one: Encoded, other: Encoded) -> No
 
 def _check_written(row: Row, encoded: Encoded, small: Tokenizer, large: Tokenizer) -> None:
     for option in encoded.options:
-        one, other = (each.decode(list(option), skip_special_tokens=True) for each in (small, large))
+        with tokenizer_errors("write", option):
+            one, other = (each.decode(list(option), skip_special_tokens=True) for each in (small, large))
         if one != other:
             raise ModelError(
                 f"{row.where}: of the tokens {_some(option, 0)} small's tokenizer writes {_short(str(one))}, large's "

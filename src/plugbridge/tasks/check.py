@@ -6,7 +6,7 @@ from itertools import combinations
 
 from plugbridge.errors import DataError
 from plugbridge.parsing import shown
-from plugbridge.tasks.rows import Row
+from plugbridge.tasks.rows import Row, check_alike
 from plugbridge.tasks.spec import SPLITS, Split, Task
 
 ODD = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
@@ -23,11 +23,7 @@ def check_rows(task: Task, kind: str, rows: Mapping[Split, Sequence[Row]]) -> li
     """
     form = task.form(kind)
     train = rows["train"]
-    if len(train) > 1 and len({_question(row, form.generate is not None) for row in train}) == 1:
-        raise DataError(
-            f"task '{task.name}': all {len(train):,} train rows read alike, {shown(train[0].prompt)}; nothing can be "
-            "learnt from them; is the prompt's field the right one?"
-        )
+    check_alike(task.name, train, "train rows")
     if form.generate is None and all(len(row.options) == 1 for found in rows.values() for row in found):
         raise DataError(f"task '{task.name}': every row has one option, so there is nothing to choose")
     said = [f"every train row's answer is {shown(answer)}" for answer in _only_answer(train, form.judge is not None)]
@@ -40,8 +36,8 @@ def check_rows(task: Task, kind: str, rows: Mapping[Split, Sequence[Row]]) -> li
                 f"task '{task.name}': {one} and {other} hold the same {len(left):,} rows; a score on rows that were "
                 "trained or chosen on says nothing"
             )
-        known = {_question(row, form.generate is not None) for row in rows[one]}
-        again = sum(_question(row, form.generate is not None) in known for row in rows[other])
+        known = {row.question for row in rows[one]}
+        again = sum(row.question in known for row in rows[other])
         if again:
             said.append(f"{again:,} of {len(rows[other]):,} {other} rows ask what a {one} row asks, word by word")
     return said
@@ -74,11 +70,6 @@ def _only_answer(rows: Sequence[Row], judged: bool) -> list[str]:
     """The answer that all rows have, if there is one; a judge's rows all have the verdict that training needs."""
     found = {row.options[row.answer].strip() for row in rows}
     return list(found) if len(found) == 1 and len(rows) > 1 and not judged else []
-
-
-def _question(row: Row, written: bool) -> tuple[str, ...]:
-    """What a model is asked: its prompt, and the options that it has to choose from."""
-    return (row.prompt,) if written else (row.prompt, *row.options)
 
 
 def _whole(row: Row) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plugbridge.config.inputs import Score
 from plugbridge.errors import DataError, ModelError
-from plugbridge.models import Tokenizer
+from plugbridge.models import Tokenizer, tokenizer_errors
 from plugbridge.parsing import shown
 from plugbridge.tasks.form import PromptForm
 from plugbridge.tasks.rows import Row, passage_of, refill
@@ -127,8 +127,8 @@ class Encoder:
         return pad if pad is not None else (eos if eos is not None else 0)
 
     def text(self, text: str) -> tuple[int, ...]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return tuple(ids)
+        with tokenizer_errors("read", text):
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, task: Task, form: PromptForm, row: Row) -> Encoded:
         """One row in tokens; a passage too long for the model's positions is cut, nothing else.
@@ -242,7 +242,8 @@ class Encoder:
         tokenizer: Any = self.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             return list(range(1, len(text) + 1))
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        with tokenizer_errors("read", text):
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return sorted({int(end) for _, end in found} - {0})[: max(0, room) + 1]
 
     def _remedy(self, task: Task, form: PromptForm, row: Row) -> str:
@@ -260,7 +261,8 @@ def front_of(tokenizer: Tokenizer) -> tuple[int, ...]:
 
     What it appends (an end mark, with some) is no part of a text that goes on.
     """
-    bare, whole = (tokenizer.encode(SAMPLE, add_special_tokens=special) for special in (False, True))
+    with tokenizer_errors("read", SAMPLE):
+        bare, whole = (tokenizer.encode(SAMPLE, add_special_tokens=special) for special in (False, True))
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return tuple(whole[:start])

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from plugbridge.errors import ConfigError, DataError
-from plugbridge.parsing import shown
+from plugbridge.parsing import one_line, shown
+from plugbridge.sources import ask_hub
 from plugbridge.tasks.rows import Row, check_id, split_rows
 from plugbridge.tasks.spec import Split, Task
 from plugbridge.tasks.unfold import UNFOLD, accepted, article, cloze, part
@@ -26,6 +27,8 @@ def hub_rows(task: Task, kind: str, seed: int) -> tuple[dict[Split, list[Row]], 
         import datasets  # pyright: ignore
     except ImportError as error:
         raise ConfigError("--data hub needs the package datasets; pip install 'plugbridge[hub]'") from error
+    if not ask_hub(f"the rows of {task.hub.path}"):
+        datasets.config.HF_HUB_OFFLINE = True  # which it looks up when it is imported
     places = task.hub.places
     sources = {split: f"{task.hub.path}/{name}:{theirs}" for split, (name, theirs) in places.items()}
     found: dict[Split, Any] = {}
@@ -33,10 +36,10 @@ def hub_rows(task: Task, kind: str, seed: int) -> tuple[dict[Split, list[Row]], 
         try:
             found[split] = datasets.load_dataset(task.hub.path, name, split=theirs)
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {sources[split]} from the hub: {error}") from error
+            raise DataError(f"cannot read {sources[split]} from the hub: {one_line(error)}") from error
         except Exception as error:  # its own classes, and RuntimeError for a repository that is a script
             raise ConfigError(
-                f"datasets {datasets.__version__} cannot load {sources[split]} from the hub: {error}; "
+                f"datasets {datasets.__version__} cannot load {sources[split]} from the hub: {one_line(error)}; "
                 "try another version of datasets, or give --data DIR"
             ) from error
 

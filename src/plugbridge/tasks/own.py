@@ -1,6 +1,6 @@
 """The user's own rows: jsonl files with a prompt, and how it is answered, from the configuration. Needs no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from plugbridge.parsing import one_line, resolved, shown
 from plugbridge.tasks.form import template_fields
 from plugbridge.tasks.metrics import LABEL_METRICS, OPTION_METRICS, TEXT_METRICS
 from plugbridge.tasks.read import read_jsonl
-from plugbridge.tasks.rows import Row, check_id, make_row
+from plugbridge.tasks.rows import Row, check_alike, check_id, make_row
 from plugbridge.tasks.spec import SPLITS, Split, Task, parse_task
 
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.8), ("validation", 0.1), ("test", 0.1))
@@ -87,29 +87,31 @@ def own_rows(config: Any, task: Task, kind: str, seed: int) -> tuple[dict[Split,
             found.append(make_row(task, form, where, raw))
         return found
 
-    splits: dict[Split, list[Row]]
     if config.file is not None:
         path = Path(config.file)
-        splits = split_by_prompt(rows(path), seed)
-        paths = {"file": path}
-    else:
-        names: tuple[Split, ...] = ("train", "validation", "test")
-        paths = {name: Path(getattr(config, name)) for name in names}
-        splits = {name: rows(paths[name]) for name in names}
+        found = rows(path)
+        _check_enough(found, path)
+        return split_by_prompt(found, seed), {"file": path}
+    paths: dict[str, Path] = {name: Path(getattr(config, name)) for name in SPLITS}
+    splits: dict[Split, list[Row]] = {name: rows(paths[name]) for name in SPLITS}
     for split, found in splits.items():
         if not found:
-            where = paths.get(split, paths.get("file"))
-            raise DataError(
-                f"task: split '{split}' is empty ({where}); it needs at least one row{_few(config, splits)}"
-            )
+            raise DataError(f"task: split '{split}' is empty ({paths[split]}); it needs at least one row")
     return splits, paths
 
 
-def _few(config: Any, splits: Mapping[Split, Sequence[Row]]) -> str:
-    if config.file is None:
-        return ""
-    found = [row.prompt for rows in splits.values() for row in rows]
-    return f", and the file has {len(found):,} rows of {len(set(found)):,} prompts: three are needed at least"
+def _check_enough(rows: Sequence[Row], path: Path) -> None:
+    """Refuse rows of which no three splits can be made. Raises DataError."""
+    check_alike("own", rows, f"rows of {path}")
+    prompts = len({row.prompt for row in rows})
+    if prompts >= 3:
+        return
+    told = f"{len(rows):,} row{'s' * (len(rows) != 1)}"
+    if 0 < prompts < len(rows):
+        told += f" of {prompts} prompt{'s' * (prompts != 1)}, and rows of one prompt stay in one split"
+    raise DataError(
+        f"task: {path} has {told}; training, validation and test need a prompt each: add rows, or name a file for each"
+    )
 
 
 def _check_files(config: Any) -> None:

@@ -43,6 +43,11 @@ class Row:
         """Texts of all right options; none for a row without a label."""
         return () if self.answer == UNLABELLED else tuple(self.options[i] for i in (self.answer, *self.also))
 
+    @property
+    def question(self) -> tuple[str, ...]:
+        """What a model is asked: its prompt, and the options that it has to choose from."""
+        return (self.prompt, *self.options) if self.target is None else (self.prompt,)
+
 
 def split_files(task: Task, data: Path | None) -> dict[str, Path]:
     """Paths of a task's files. Raises DataError naming what was looked for."""
@@ -138,18 +143,43 @@ def split_rows(
     for split in SPLITS:
         if split in sources:
             rows[split] = [make_row(task, form, where, raw) for where, raw in read(split)]
+    whole = rows.get("train", [])
     if task.holdout_test > 0:
         rows["train"], rows["test"] = hold_out(rows["train"], task.holdout_test, TEST_SEED, task.group)
     if task.holdout > 0:
         rows["train"], rows["validation"] = hold_out(rows["train"], task.holdout, seed, task.group)
+    if whole and not rows["train"]:
+        raise DataError(f"task '{task.name}': {sources['train']} has {_all_held_out(task, whole)}; it needs more rows")
     for split, count in task.limit.items():
         rows[split], _ = draw(rows.get(split, []), count, TEST_SEED if split == "test" else seed)
     if form.judge is not None:  # a phrase that the label denies is nothing to learn to write
-        rows["train"] = [row for row in rows["train"] if list(form.words or ())[row.answer] == "true"]
+        rows["train"], drawn = [r for r in rows["train"] if list(form.words or ())[r.answer] == "true"], rows["train"]
+        if drawn and not rows["train"]:
+            raise DataError(
+                f"task '{task.name}': no train row of {sources['train']} is labelled true, and others teach nothing to "
+                "write"
+            )
     for split in SPLITS:
         if not rows.get(split):
             raise DataError(f"task '{task.name}': split '{split}' is empty ({sources.get(split, 'held out')})")
     return rows
+
+
+def _all_held_out(task: Task, rows: Sequence[Row]) -> str:
+    held = " and ".join([*["validation"] * (task.holdout > 0), *["test"] * (task.holdout_test > 0)])
+    told = f"{len(rows):,} row{'s' * (len(rows) > 1)}"
+    if task.group is not None:
+        told += f" of {len({text_of(field_of(row.fields, task.group, row.where)) for row in rows}):,} {task.group}"
+    return f"{told}, of which {held} rows are held out, and none is left to train on"
+
+
+def check_alike(task: str, rows: Sequence[Row], what: str) -> None:
+    """Refuse rows of which all ask the same. Raises DataError."""
+    if len(rows) > 1 and len({row.question for row in rows}) == 1:
+        raise DataError(
+            f"task '{task}': all {len(rows):,} {what} read alike, {shown(rows[0].prompt)}; nothing can be learnt from "
+            "them; is the prompt's field the right one?"
+        )
 
 
 def hold_out(rows: Sequence[Row], share: float, seed: int, group: str | None = None) -> tuple[list[Row], list[Row]]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from plugbridge.config import LargeConfig, RunConfig, TaskConfig
 from plugbridge.errors import ConfigError
 from plugbridge.tasks.spec import load_task
-from plugbridge.transfer.couple import Mode, find_mode
+from plugbridge.transfer.couple import MODES, Mode, find_mode
 from plugbridge.transfer.needed import stages_of
 
 FREE = (
@@ -146,7 +146,11 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
         with_these = " with prefixes" if mode.reads_alone else kept
         yield "couple.recompute", f"{here}{with_these} {what} is run again"
     if not mode.trains_bridge and not mode.exact:
-        yield "method.dropout", f"{here} the module runs without it, or its error would be another network's"
+        others = ", ".join(name for name, other in MODES.items() if other.trains_bridge or other.exact)
+        yield (
+            "method.dropout",
+            f"{here} the module runs without it, or its error would be another network's (it acts in {others})",
+        )
     if not mode.trains_bridge:
         yield "couple.bridge", f"{here} the Bridge never trains"
     if not mode.trains_bridge or couple.bridge == "freeze":

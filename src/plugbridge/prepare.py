@@ -66,6 +66,8 @@ class Prepared:
     """The large model's weights on disk; None where it is in memory as a whole."""
     checkpoints: Mapping[str, Checkpoint]
     """Both models' safetensors files as they were found, by source."""
+    without_weights: Mapping[str, tuple[PreTrainedModel, Layout]]
+    """Both models on `meta`, names and shapes alone, with their layouts, by source."""
     said: tuple[str, ...] = ()
     """What a reader of the results should know of the rows, a line each."""
 
@@ -163,7 +165,7 @@ def prepare_checked(checked: Checked) -> Prepared:
     check_same_tokenizer(*tokenizers)
     for source, tokenizer, model in zip((config.small, config.large_path), tokenizers, (small, large), strict=True):
         check_vocabulary(source, tokenizer, model)
-    checkpoints, streams = _check_weights(config, device)
+    checkpoints, without_weights, streams = _check_weights(config, device)
     encoders = [
         Encoder(tokenizer, kind, room_in(config, positions_of(model)), config.special_tokens)
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
@@ -202,6 +204,7 @@ def prepare_checked(checked: Checked) -> Prepared:
         },
         streamed=checkpoints[config.large_path] if streams else None,
         checkpoints=checkpoints,
+        without_weights=without_weights,
         said=tuple(said),
     )
 
@@ -227,25 +230,26 @@ def _without_effect(
         yield f"task.score is {task.score}, which changes nothing: all options are single tokens"
 
 
-def _check_weights(config: RunConfig, device: str) -> tuple[dict[str, Checkpoint], bool]:
+def _check_weights(
+    config: RunConfig, device: str
+) -> tuple[dict[str, Checkpoint], dict[str, tuple[PreTrainedModel, Layout]], bool]:
     """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work.
 
-    Returns their weights on disk, where those are safetensors, and whether the large model shall be streamed.
+    Returns their weights on disk, where those are safetensors, the models without them, and whether the large model
+    shall be streamed.
     """
     found = {source: find_checkpoint(source) for source in (config.small, config.large_path)}
-    small, large = (
-        load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
-        for source in (config.small, config.large_path)
-    )
-    for source, model in zip((config.small, config.large_path), (small, large), strict=True):
+    empty = {source: load_model(source, device="meta", trust_remote_code=config.trust_remote_code) for source in found}
+    for source, model in empty.items():
         check_precision(source, model, found[source])
-    layout_for(small)
-    layout = layout_for(large)
+    without_weights = {source: (model, layout_for(model)) for source, model in empty.items()}
+    large, layout = without_weights[config.large_path]
     bridge_sizes(config, large, layout)
     if config.load_in is not None:
         check_load_in(config.large_path, large, layout, config.load_in, device)
     streams = _streams(config, found[config.large_path], parameter_count(large), device)
-    return {source: checkpoint for source, checkpoint in found.items() if checkpoint is not None}, streams
+    checkpoints = {source: checkpoint for source, checkpoint in found.items() if checkpoint is not None}
+    return checkpoints, without_weights, streams
 
 
 def _streams(config: RunConfig, checkpoint: Checkpoint | None, parameters: int, device: str) -> bool:

@@ -44,7 +44,10 @@ from plugbridge.memory.rates import measure_rates  # noqa: E402
 from plugbridge.memory.steps import MakeStep  # noqa: E402
 from plugbridge.memory.warm import warm_up  # noqa: E402
 from plugbridge.shrink.packing import make_packed, matrices_of, packed_weights  # noqa: E402
+from plugbridge.tasks.encode import Encoded  # noqa: E402
 from plugbridge.tensors.packed import Bits  # noqa: E402
+from plugbridge.transfer.coupling import Coupling  # noqa: E402
+from plugbridge.transfer.fidelity import Fidelity, WaysBack, fidelity  # noqa: E402
 from plugbridge.workers import apart, workers  # noqa: E402
 
 transformers_logging.set_verbosity_error()
@@ -115,6 +118,18 @@ def predictions_once() -> Iterator[None]:
         patch.setattr("plugbridge.bench.memory.predict", once)
         patch.setattr("plugbridge.memory.rates.measure_rates", functools.cache(measure_rates))
         patch.setattr("plugbridge.plan.make.warm_up", functools.cache(warm_up))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fidelity_of_few_rows() -> Iterator[None]:
+    """Runs compare gradients on two rows at most, not on the eight of the default: half of a toy coupling's time."""
+
+    def few(coupling: Coupling, ways: WaysBack, rows: Sequence[Encoded], step: int) -> Fidelity:
+        return fidelity(coupling, ways, rows[:2], step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plugbridge.stages.couple.fidelity", few)
         yield
 
 

@@ -70,7 +70,7 @@ def test_the_checkpoint_loads_in_another_process(
     jobs: list[dict[str, Any]] = []
     wanted: list[torch.Tensor] = []
     for family, method in ways:
-        config = run_config(family, method, ceiling=None, evaluate={"limit": 4})
+        config = run_config(family, method, ceiling=None, evaluate={"limit": 4, "models": ["large_plugged"]})
         checkpoint, model = _plugged(config, tmp_path / f"{family}-{method}")
         inputs = token_inputs(model)
         with torch.no_grad():

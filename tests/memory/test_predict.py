@@ -179,7 +179,7 @@ def test_every_method_is_traced(method: str) -> None:
     assert counts.peak > 0
 
 
-@pytest.mark.parametrize(("family", "method"), zip(FAMILIES, METHODS, strict=True))
+@pytest.mark.parametrize(("family", "method"), list(zip(FAMILIES, METHODS, strict=True)))
 def test_a_start_from_the_small_model_counts_its_plug(family: str, method: str) -> None:
     """What trains is the module at small width, one entry for each large layer, and the plug."""
     case = replace(case_of(family, layers=4, method=METHODS[method]), train_bridge=False)

@@ -22,6 +22,7 @@ from plugbridge.tuners.module import attach, load_state, read
 
 READER = """
 import json, sys
+sys.modules["bitsandbytes"] = None  # which peft imports where it is, for as long as all else takes
 {extra}
 assert not {{"peft", "torch"}} & sys.modules.keys()
 import torch

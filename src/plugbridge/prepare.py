@@ -36,7 +36,7 @@ from plugbridge.preflight import Checked, most_of, preflight, room_in
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
 from plugbridge.streaming import load_converted, load_streamed
-from plugbridge.tasks.alike import encode_alike
+from plugbridge.tasks.alike import encode_alike, same_encoder
 from plugbridge.tasks.encode import Encoded, Encoder, front_of
 from plugbridge.tasks.remarks import Cut, cut_of, remarks
 from plugbridge.tasks.spec import SPLITS, Split, Task
@@ -141,18 +141,20 @@ class Prepared:
         return model.requires_grad_(False), layout
 
 
-def prepare(config: RunConfig, data: Path | None) -> Prepared:
+def prepare(config: RunConfig, data: Path | None, before: Prepared | None = None) -> Prepared:
     """Read and check everything a run depends on; writes nothing.
 
-    Raises ConfigError, ModelError or DataError, each a single line.
+    Rows that a run `before` has in the same tokens are taken from it. Raises ConfigError, ModelError or DataError, each
+    a single line.
     """
-    return prepare_checked(preflight(config, data))
+    return prepare_checked(preflight(config, data), before)
 
 
-def prepare_checked(checked: Checked) -> Prepared:
+def prepare_checked(checked: Checked, before: Prepared | None = None) -> Prepared:
     """Go on from what was checked before torch was imported: tokenizers, rows in tokens, weights' names and shapes.
 
-    Raises ConfigError, ModelError or DataError, each a single line.
+    Rows that a run `before` has in the same tokens are taken from it. Raises ConfigError, ModelError or DataError, each
+    a single line.
     """
     config, task, kind = checked.config, checked.task, checked.kind
     device = pick_device(config.device)
@@ -170,11 +172,14 @@ def prepare_checked(checked: Checked) -> Prepared:
         Encoder(tokenizer, kind, room_in(config, positions_of(model)), config.special_tokens)
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
-    form = task.form(kind)
-    rows: dict[Split, list[Encoded]] = {s: encoders[0].encode_all(task, form, checked.rows[s]) for s in SPLITS}
-    large_rows: dict[Split, list[Encoded]] = {
-        s: encode_alike(task, form, checked.rows[s], rows[s], *encoders) for s in SPLITS
-    }
+    rows: dict[Split, list[Encoded]]
+    large_rows: dict[Split, list[Encoded]]
+    if before is not None and _reads_the_same(before, checked, encoders):
+        rows, large_rows = before.rows, before.large_rows
+    else:
+        form = task.form(kind)
+        rows = {s: encoders[0].encode_all(task, form, checked.rows[s]) for s in SPLITS}
+        large_rows = {s: encode_alike(task, form, checked.rows[s], rows[s], *encoders) for s in SPLITS}
     said = [*checked.said, *_without_effect(config, encoders, (small, large), rows), *remarks(task, encoders[0], rows)]
     said += [f"large: {line}" for line in remarks(task, encoders[1], large_rows) if line not in said]
     for line in said:
@@ -206,6 +211,16 @@ def prepare_checked(checked: Checked) -> Prepared:
         checkpoints=checkpoints,
         without_weights=without_weights,
         said=tuple(said),
+    )
+
+
+def _reads_the_same(before: Prepared, checked: Checked, encoders: Sequence[Encoder]) -> bool:
+    """Whether a run before this one has its rows, and encoders that make the same tokens of them."""
+    pairs = zip((before.encoder, before.large_encoder), encoders, strict=True)
+    return (
+        before.task == checked.task
+        and all([row.row for row in before.rows[split]] == checked.rows[split] for split in SPLITS)
+        and all(same_encoder(one, other) for one, other in pairs)
     )
 
 

@@ -91,7 +91,11 @@ def test_a_repair_of_logits_is_close_to_what_a_real_one_has_alive(family: str) -
     assert predict(case, STEPS["repair"]).peak == pytest.approx(really_alive(case, STEPS["repair"]), rel=0.15)
 
 
-@pytest.mark.parametrize("step", STEPS)
+PAIRED = {"align, ridge, uniform", "align, procrustes, cka"}
+"""Starts whose plug and layer map are each in another one."""
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step not in PAIRED])
 def test_shallow_traces_extend_to_the_true_depth(step: str) -> None:
     case = with_top(case_of("gpt2", layers=8), step)
     short, whole = predict(case, STEPS[step]), trace(case, STEPS[step])

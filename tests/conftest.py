@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -43,8 +43,12 @@ from plugbridge.memory.predict import Trace, predict  # noqa: E402
 from plugbridge.memory.rates import measure_rates  # noqa: E402
 from plugbridge.memory.steps import MakeStep  # noqa: E402
 from plugbridge.memory.warm import warm_up  # noqa: E402
+from plugbridge.models import MODEL_CLASS  # noqa: E402
 from plugbridge.shrink.packing import make_packed, matrices_of, packed_weights  # noqa: E402
+from plugbridge.tasks.encode import Encoded  # noqa: E402
 from plugbridge.tensors.packed import Bits  # noqa: E402
+from plugbridge.transfer.coupling import Coupling  # noqa: E402
+from plugbridge.transfer.fidelity import Fidelity, WaysBack, fidelity  # noqa: E402
 from plugbridge.workers import apart, workers  # noqa: E402
 
 transformers_logging.set_verbosity_error()
@@ -115,6 +119,47 @@ def predictions_once() -> Iterator[None]:
         patch.setattr("plugbridge.bench.memory.predict", once)
         patch.setattr("plugbridge.memory.rates.measure_rates", functools.cache(measure_rates))
         patch.setattr("plugbridge.plan.make.warm_up", functools.cache(warm_up))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fidelity_of_few_rows() -> Iterator[None]:
+    """Runs compare gradients on two rows at most, not on the eight of the default: half of a toy coupling's time."""
+
+    def few(coupling: Coupling, ways: WaysBack, rows: Sequence[Encoded], step: int) -> Fidelity:
+        return fidelity(coupling, ways, rows[:2], step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plugbridge.stages.couple.fidelity", few)
+        yield
+
+
+class ReadOnce:
+    """Reads the models of folders that no test changes once, and copies them from then on: a fifth of the time."""
+
+    folders: ClassVar[set[str]] = set()
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self._known: dict[Any, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def from_pretrained(self, source: str, **given: Any) -> Any:
+        if source not in self.folders or "quantization_config" in given:
+            return self._reader.from_pretrained(source, **given)
+        key = (source, *(str(given[name]) for name in ("dtype", "device_map", "attn_implementation")))
+        if key not in self._known:
+            self._known[key] = self._reader.from_pretrained(source, **given)
+        return copy.deepcopy(self._known[key])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, reader in MODEL_CLASS.items():
+            patch.setitem(MODEL_CLASS, kind, ReadOnce(reader))
         yield
 
 
@@ -257,6 +302,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
                 save_model(family, root / "small", hidden=8, layers=1, heads=2, seed=1),
                 save_model(family, root / "large", hidden=16, layers=3, heads=4, seed=2),
             )
+            ReadOnce.folders.update(map(str, made[family]))
         return made[family]
 
     return pair

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import plugbridge.run as run_module
+from conftest import ReadOnce
 from plugbridge.config import parse_config
 from plugbridge.errors import PlugbridgeError, RunError
 from plugbridge.files import disk_errors, folder_atomically, write_atomically, write_json, write_text
@@ -216,9 +217,11 @@ sys.addaudithook(hook)
 
 
 def test_a_process_killed_twice_and_resumed_ends_like_an_uninterrupted_one(
-    run_config: Callable[..., dict[str, Any]], tmp_path: Path
+    run_config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = run_config("t5", "prefix", ceiling=None, evaluate={"batch_size": 8, "limit": 8})
+    raw["couple"]["fidelity_rows"] = 2
+    monkeypatch.setattr(ReadOnce, "folders", set())  # a copy's weights begin at other addresses: last digits differ
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(KILLER, encoding="utf-8")

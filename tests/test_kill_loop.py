@@ -17,7 +17,7 @@ from test_durability import artefacts, start
 KILLS = 10
 TRAIN = {"steps": 6, "batch_size": 4, "checkpoint_every": 2}
 CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "feedback": ("gpt2", "lora", {"couple": {**TRAIN, "mode": "feedback"}, "ceiling": None}),
+    "feedback": ("gpt2", "lora", {"couple": {**TRAIN, "mode": "feedback", "fidelity_rows": 2}, "ceiling": None}),
     "standalone": ("t5", "adapter", {"couple": {**TRAIN, "mode": "standalone", "down": "learned"}, "ceiling": None}),
     "ladder": (
         "llama",

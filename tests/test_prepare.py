@@ -2,14 +2,14 @@
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import make_model, save_model
+from conftest import make_model, save_model, toy_rows, write_jsonl
 from plugbridge.cli.report import print_loading
 from plugbridge.config import parse_config
 from plugbridge.errors import RunError
@@ -23,6 +23,10 @@ from plugbridge.report import read_report
 from plugbridge.run import Stage, execute, locked
 from plugbridge.sources import HubId
 from plugbridge.stages.build import build_stages
+from plugbridge.tasks.encode import Encoded, Encoder
+from plugbridge.tasks.form import PromptForm
+from plugbridge.tasks.rows import Row
+from plugbridge.tasks.spec import Task
 
 Raw = dict[str, Any]
 OWN = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -125,3 +129,28 @@ def test_a_pinned_id_is_the_id() -> None:
     pinned = HubId("org/large", "a" * 40)
     again = pickle.loads(pickle.dumps(pinned))
     assert (again, again.commit, json.dumps(again)) == ("org/large", "a" * 40, '"org/large"')
+
+
+def test_rows_in_tokens_are_taken_from_a_run_that_reads_the_same(
+    run_config: Callable[..., Raw], toy: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = str(write_jsonl(tmp_path / "test.jsonl", toy_rows(30, 7)))
+
+    def prepared(**changes: Any) -> Prepared:
+        return prepare(parse_config(run_config(**changes), "test"), None, before)
+
+    before: Prepared | None = None
+    before, encode_all, encoded = prepared(), Encoder.encode_all, list[int]()
+
+    def counted(self: Encoder, task: Task, form: PromptForm, rows: Sequence[Row]) -> list[Encoded]:
+        encoded.append(len(rows))
+        return encode_all(self, task, form, rows)
+
+    monkeypatch.setattr(Encoder, "encode_all", counted)
+    again = prepared(method="adapter", seed=1)
+    assert not encoded
+    assert (again.rows, again.large_rows) == (before.rows, before.large_rows)
+    for changes in ({"max_length": 8}, {"task": {**toy, "prompt": "it is : {word}"}}, {"task": {**toy, "test": own}}):
+        prepared(**changes)
+        assert encoded
+        encoded.clear()

@@ -72,20 +72,23 @@ def test_stages_do_not_count_each_others_memory(begin: Callable[..., subprocess.
     assert facts_of(tmp_path / "run", "couple")["loss_last"] > 0
 
 
-def test_a_stage_that_is_killed_is_told_and_resumed(
+def test_a_stage_that_is_killed_or_interrupted_is_told_and_resumed(
     begin: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
+    checkpoint = tmp_path / "run" / "couple" / "checkpoint.pt"
+
+    def steps() -> int:
+        return len(torch.load(checkpoint, weights_only=True)["losses"])
+
     run = begin(steps=4000)
-    os.kill(_stage_of(run, tmp_path / "run" / "couple" / "checkpoint.pt"), signal.SIGKILL)
+    os.kill(_stage_of(run, checkpoint), signal.SIGKILL)
     out, err = run.communicate(timeout=600)
     assert run.returncode == 2
     assert "error: stage 'couple' was killed, by the system if memory ran out" in err
     assert "Traceback" not in err + out
     assert json.loads((tmp_path / "run" / "tune" / "done.json").read_text())["stage"] == "tune"
+    kept = steps()
 
-
-def test_an_interrupt_keeps_the_step_it_is_at(begin: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "couple" / "checkpoint.pt"
     run = begin(steps=4000, every=3)
     couple = _stage_of(run, checkpoint)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal's Ctrl-C
@@ -94,17 +97,19 @@ def test_an_interrupt_keeps_the_step_it_is_at(begin: Callable[..., subprocess.Po
     assert err.endswith("interrupted; run the same command again to resume\n")
     assert "Traceback" not in err + out
     assert not Path(f"/proc/{couple}").exists()
-    kept = len(torch.load(checkpoint, weights_only=True)["losses"])
+    assert f"resuming at step {kept} from" in err
+    kept = steps()
     assert f"stopped behind step {kept}, which is kept" in err
-    again = begin(steps=4000, every=4000)
-    for line in again.stderr:
+
+    run = begin(steps=4000, every=4000)
+    for line in run.stderr or ():
         if "resuming at step" in line:
             break
-    os.kill(again.pid, signal.SIGTERM)  # the command alone, as a scheduler does
-    _, err = again.communicate(timeout=600)
-    assert again.returncode == 143, err
+    os.kill(run.pid, signal.SIGTERM)  # the command alone, as a scheduler does
+    _, err = run.communicate(timeout=600)
+    assert run.returncode == 143, err
     assert f"resuming at step {kept} from" in line
-    assert len(torch.load(checkpoint, weights_only=True)["losses"]) >= kept
+    assert steps() >= kept
 
 
 @pytest.mark.parametrize("moment", ["import", "stage"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import save_model
+from conftest import ReadOnce, save_model
 from plugbridge.config import fields_help, parse_config
 from plugbridge.errors import ConfigError
 from plugbridge.preflight import check_settings, preflight, resolve
@@ -186,7 +186,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     root = tmp_path_factory.mktemp("settings")
     small = save_model("gpt2", root / "small", hidden=8, layers=2, heads=2, seed=1)
     large = save_model("gpt2", root / "large", hidden=16, layers=3, heads=4, seed=2)
-    return drops(small, 0.0), drops(large, 0.0)
+    found = drops(small, 0.0), drops(large, 0.0)
+    ReadOnce.folders.update(found)
+    return found
 
 
 def drops(folder: Path, share: float) -> str:

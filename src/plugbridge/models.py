@@ -189,13 +189,13 @@ def load_model(
         loaded: Any = MODEL_CLASS[family.kind].from_pretrained(
             source,
             dtype=dtype,
+            config=config,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             generation_config=GenerationConfig(),
             attn_implementation="sdpa" if family.kind == "causal" else None,
             device_map={"": device} if device == "meta" or quantisation is not None else None,
             **({} if quantisation is None else {"quantization_config": quantisation}),  # None would hide config.json's
-            **OUTPUTS,
             **revision(source),
         )
     except Exception as error:

@@ -36,7 +36,7 @@ from plugbridge.preflight import Checked, most_of, preflight, room_in
 from plugbridge.quantised import check_load_in, load_quantised
 from plugbridge.shrink.sizes import budgeted_sizes, reduced_sizes
 from plugbridge.streaming import load_converted, load_streamed
-from plugbridge.tasks.alike import encode_alike
+from plugbridge.tasks.alike import encode_alike, same_encoder
 from plugbridge.tasks.encode import Encoded, Encoder, front_of
 from plugbridge.tasks.remarks import Cut, cut_of, remarks
 from plugbridge.tasks.spec import SPLITS, Split, Task
@@ -66,6 +66,8 @@ class Prepared:
     """The large model's weights on disk; None where it is in memory as a whole."""
     checkpoints: Mapping[str, Checkpoint]
     """Both models' safetensors files as they were found, by source."""
+    without_weights: Mapping[str, tuple[PreTrainedModel, Layout]]
+    """Both models on `meta`, names and shapes alone, with their layouts, by source."""
     said: tuple[str, ...] = ()
     """What a reader of the results should know of the rows, a line each."""
 
@@ -139,18 +141,20 @@ class Prepared:
         return model.requires_grad_(False), layout
 
 
-def prepare(config: RunConfig, data: Path | None) -> Prepared:
+def prepare(config: RunConfig, data: Path | None, before: Prepared | None = None) -> Prepared:
     """Read and check everything a run depends on; writes nothing.
 
-    Raises ConfigError, ModelError or DataError, each a single line.
+    Rows that a run `before` has in the same tokens are taken from it. Raises ConfigError, ModelError or DataError, each
+    a single line.
     """
-    return prepare_checked(preflight(config, data))
+    return prepare_checked(preflight(config, data), before)
 
 
-def prepare_checked(checked: Checked) -> Prepared:
+def prepare_checked(checked: Checked, before: Prepared | None = None) -> Prepared:
     """Go on from what was checked before torch was imported: tokenizers, rows in tokens, weights' names and shapes.
 
-    Raises ConfigError, ModelError or DataError, each a single line.
+    Rows that a run `before` has in the same tokens are taken from it. Raises ConfigError, ModelError or DataError, each
+    a single line.
     """
     config, task, kind = checked.config, checked.task, checked.kind
     device = pick_device(config.device)
@@ -163,16 +167,19 @@ def prepare_checked(checked: Checked) -> Prepared:
     check_same_tokenizer(*tokenizers)
     for source, tokenizer, model in zip((config.small, config.large_path), tokenizers, (small, large), strict=True):
         check_vocabulary(source, tokenizer, model)
-    checkpoints, streams = _check_weights(config, device)
+    checkpoints, without_weights, streams = _check_weights(config, device)
     encoders = [
         Encoder(tokenizer, kind, room_in(config, positions_of(model)), config.special_tokens)
         for tokenizer, model in zip(tokenizers, (small, large), strict=True)
     ]
-    form = task.form(kind)
-    rows: dict[Split, list[Encoded]] = {s: encoders[0].encode_all(task, form, checked.rows[s]) for s in SPLITS}
-    large_rows: dict[Split, list[Encoded]] = {
-        s: encode_alike(task, form, checked.rows[s], rows[s], *encoders) for s in SPLITS
-    }
+    rows: dict[Split, list[Encoded]]
+    large_rows: dict[Split, list[Encoded]]
+    if before is not None and _reads_the_same(before, checked, encoders):
+        rows, large_rows = before.rows, before.large_rows
+    else:
+        form = task.form(kind)
+        rows = {s: encoders[0].encode_all(task, form, checked.rows[s]) for s in SPLITS}
+        large_rows = {s: encode_alike(task, form, checked.rows[s], rows[s], *encoders) for s in SPLITS}
     said = [*checked.said, *_without_effect(config, encoders, (small, large), rows), *remarks(task, encoders[0], rows)]
     said += [f"large: {line}" for line in remarks(task, encoders[1], large_rows) if line not in said]
     for line in said:
@@ -202,7 +209,18 @@ def prepare_checked(checked: Checked) -> Prepared:
         },
         streamed=checkpoints[config.large_path] if streams else None,
         checkpoints=checkpoints,
+        without_weights=without_weights,
         said=tuple(said),
+    )
+
+
+def _reads_the_same(before: Prepared, checked: Checked, encoders: Sequence[Encoder]) -> bool:
+    """Whether a run before this one has its rows, and encoders that make the same tokens of them."""
+    pairs = zip((before.encoder, before.large_encoder), encoders, strict=True)
+    return (
+        before.task == checked.task
+        and all([row.row for row in before.rows[split]] == checked.rows[split] for split in SPLITS)
+        and all(same_encoder(one, other) for one, other in pairs)
     )
 
 
@@ -227,25 +245,26 @@ def _without_effect(
         yield f"task.score is {task.score}, which changes nothing: all options are single tokens"
 
 
-def _check_weights(config: RunConfig, device: str) -> tuple[dict[str, Checkpoint], bool]:
+def _check_weights(
+    config: RunConfig, device: str
+) -> tuple[dict[str, Checkpoint], dict[str, tuple[PreTrainedModel, Layout]], bool]:
     """Read both models' names and shapes, no weight: a broken checkpoint is refused before any work.
 
-    Returns their weights on disk, where those are safetensors, and whether the large model shall be streamed.
+    Returns their weights on disk, where those are safetensors, the models without them, and whether the large model
+    shall be streamed.
     """
     found = {source: find_checkpoint(source) for source in (config.small, config.large_path)}
-    small, large = (
-        load_model(source, device="meta", trust_remote_code=config.trust_remote_code)
-        for source in (config.small, config.large_path)
-    )
-    for source, model in zip((config.small, config.large_path), (small, large), strict=True):
+    empty = {source: load_model(source, device="meta", trust_remote_code=config.trust_remote_code) for source in found}
+    for source, model in empty.items():
         check_precision(source, model, found[source])
-    layout_for(small)
-    layout = layout_for(large)
+    without_weights = {source: (model, layout_for(model)) for source, model in empty.items()}
+    large, layout = without_weights[config.large_path]
     bridge_sizes(config, large, layout)
     if config.load_in is not None:
         check_load_in(config.large_path, large, layout, config.load_in, device)
     streams = _streams(config, found[config.large_path], parameter_count(large), device)
-    return {source: checkpoint for source, checkpoint in found.items() if checkpoint is not None}, streams
+    checkpoints = {source: checkpoint for source, checkpoint in found.items() if checkpoint is not None}
+    return checkpoints, without_weights, streams
 
 
 def _streams(config: RunConfig, checkpoint: Checkpoint | None, parameters: int, device: str) -> bool:

@@ -69,52 +69,60 @@ def call(*parts: str, cwd: Path | None = None, **variables: str) -> subprocess.C
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def rehearse(places: dict[str, str], name: str, *parts: str, **variables: str) -> Any:
-    """Run parts on the CPU; returns a result that they left."""
+def rehearse(places: dict[str, str], *parts: str, **variables: str) -> dict[str, Any]:
+    """Run parts on the CPU; returns the results that there are then, by page."""
     done = call(*parts, GPU_REHEARSAL="1", **places, **variables)
     assert done.returncode == 0, done.stderr
-    return json.loads((Path(places["OUT"]) / f"{name}.json").read_text())
+    return {path.stem: json.loads(path.read_text()) for path in Path(places["OUT"]).glob("*.json")}
 
 
 @pytest.fixture(scope="module")
-def streamed(places: dict[str, str]) -> dict[str, Any]:
-    """What a first call counts."""
-    (first,) = rehearse(places, "memory-gpt2-xl", "memory-gpt2-xl")
-    return first
+def first(places: dict[str, str], texts: Path) -> dict[str, Any]:
+    """What a first call of every part leaves, by page, from texts that were packed."""
+    assert call("pack", **places, DATA=str(texts)).returncode == 0
+    parts = ("memory-gpt2-xl", "memory-check", "steps", "pretrain-small", "pretrain-large", "quality")
+    return rehearse(places, *parts, JOBS="1")
 
 
-def test_a_streamed_row_is_measured(places: dict[str, str], streamed: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def again(places: dict[str, str], first: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a second call leaves on a bare machine, where the first was stopped before the last kind of step."""
+    stopped = Path(places["OUT"]) / "steps-bfloat16.json"
+    stopped.write_text(json.dumps(first["steps-bfloat16"][:-1]))
+    work = tmp_path_factory.mktemp("bare")
+    found = rehearse({**places, "WORK": str(work)}, "memory-gpt2-xl", "steps")
+    assert not list(work.rglob("*.safetensors"))
+    return found
+
+
+def test_a_streamed_row_is_measured(first: dict[str, Any]) -> None:
+    (streamed,) = first["memory-gpt2-xl"]
     assert (streamed["method"], streamed["stage"]) == ("ours, streamed, bf16", "score (fisher)")
     assert streamed["measured"]
-    machine = json.loads((Path(places["OUT"]) / "machine.json").read_text())
-    assert machine["device"] == "cpu"
+    assert first["machine"]["device"] == "cpu"
 
 
-def test_a_bare_machine_goes_on(places: dict[str, str], streamed: dict[str, Any], tmp_path: Path) -> None:
-    first, second = rehearse({**places, "WORK": str(tmp_path)}, "memory-gpt2-xl", "memory-gpt2-xl")
-    assert first == streamed
+def test_a_bare_machine_goes_on(first: dict[str, Any], again: dict[str, Any]) -> None:
+    streamed, second = again["memory-gpt2-xl"]
+    assert [streamed] == first["memory-gpt2-xl"]
     assert (second["stage"], second["measured"]) == ("prune", False)
-    assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_check_counts_only_what_its_page_has(places: dict[str, str]) -> None:
-    counts = rehearse(places, "memory-check", "memory-check")
+def test_the_check_counts_only_what_its_page_has(first: dict[str, Any]) -> None:
+    counts = first["memory-check"]
     assert len({count["model"] for count in counts}) == len(counts) == 3
     page = (ROOT / "docs" / "results" / "plan_accuracy.md").read_text()
     only = {text for line in page.splitlines() if "--check" in line for text in re.findall("--only '([^']+)'", line)}
     assert only == set(re.findall("--only '([^']+)'", counts[0]["command"]))
 
 
-def test_steps_stand_beside_each_other_with_ratios_and_go_on(places: dict[str, str], tmp_path: Path) -> None:
-    rows = rehearse(places, "steps-bfloat16", "steps")
+def test_steps_stand_beside_each_other_with_ratios_and_go_on(first: dict[str, Any], again: dict[str, Any]) -> None:
+    rows, more = first["steps-bfloat16"], again["steps-bfloat16"]
     assert [row["kind"] for row in rows][:3] == ["LoRA", "LoRA, checkpointing", "feedback"]
     assert rows[0]["seconds to LoRA"] == {"rounds": [1], "median": 1}
     assert all(row["seconds"] > 0 for row in rows)
-    stopped = Path(places["OUT"]) / "steps-bfloat16.json"
-    stopped.write_text(json.dumps(rows[:-1]))
-    again = rehearse({**places, "WORK": str(tmp_path)}, "steps-bfloat16", "steps")
-    assert again[:-1] == rows[:-1]
-    assert again[-1]["measured"] != rows[-1]["measured"]
+    assert more[:-1] == rows[:-1]
+    assert more[-1]["measured"] != rows[-1]["measured"]
 
 
 def test_a_kind_of_step_that_fails_is_told_and_the_others_go_on(
@@ -149,24 +157,16 @@ def test_a_kind_of_step_that_fails_is_told_and_the_others_go_on(
     assert row["seconds to LoRA"] == {"rounds": [1, 1], "median": 1}
 
 
-@pytest.fixture(scope="module")
-def pair(places: dict[str, str], texts: Path) -> dict[str, str]:
-    """Places where a pair was pretrained, from texts that were packed."""
-    assert call("pack", **places, DATA=str(texts)).returncode == 0
-    rehearse(places, "pretrain-large", "pretrain-small", "pretrain-large")
-    return places
-
-
-def test_a_pair_is_pretrained_on_what_was_packed(pair: dict[str, str]) -> None:
+def test_a_pair_is_pretrained_on_what_was_packed(first: dict[str, Any]) -> None:
     for size in ("small", "large"):
-        summary = json.loads((Path(pair["OUT"]) / f"pretrain-{size}.json").read_text())
+        summary = first[f"pretrain-{size}"]
         assert summary["finished"]
         assert summary["recipe"]["size"] == size
         assert summary["dtype"] == "bfloat16"
 
 
-def test_the_quality_bench_runs_on_the_pair(pair: dict[str, str]) -> None:
-    cells = rehearse(pair, "quality", "quality", JOBS="1")
+def test_the_quality_bench_runs_on_the_pair(first: dict[str, Any]) -> None:
+    cells = first["quality"]
     assert {"feedback", "ladder_delta", "standalone", "shuffled Bridge", "no Bridge"} <= {c["variant"] for c in cells}
     assert {cell["control"] for cell in cells} >= {None, "no Bridge", "shuffled Bridge"}
 

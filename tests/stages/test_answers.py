@@ -16,7 +16,6 @@ from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Silent
 from plugbridge.report import draw, read_report, recovered
 from plugbridge.stages.build import build_stages
-from plugbridge.stages.work import answers_of
 from plugbridge.tasks.encode import IGNORE, gold
 from plugbridge.tasks.metrics import metrics_of, token_f1
 from plugbridge.tasks.rows import Row
@@ -123,23 +122,6 @@ def test_a_run_of_a_task(
             assert all("scores" not in p for p in found)
 
 
-@pytest.mark.parametrize(
-    ("name", "family"), [("multirc", "gpt2"), ("record", "gpt2"), ("record", "t5"), ("wsc", "gpt2"), ("wsc", "t5")]
-)
-def test_batching_changes_no_answer(
-    run_config: Callable[..., Raw], data: Path, tmp_path: Path, name: str, family: str
-) -> None:
-    found: list[Any] = []
-    for batch_size in (1, 4, 64):
-        raw = run_config(family, task=name, evaluate={"batch_size": batch_size})
-        p = prepare(parse_config(raw, "test"), data)
-        model, _ = p.load(p.config.large)
-        answers = answers_of(p, model, p.large_encoder, p.large_rows["test"], Silent(), "")
-        found.append([(answer.choice, answer.text) for answer in answers])
-        assert [answer.row.where for answer in answers] == [row.row.where for row in p.large_rows["test"] if row.row]
-    assert found[0] == found[1] == found[2]
-
-
 def test_only_the_passage_is_cut(run_config: Callable[..., Raw], data: Path) -> None:
     """GPT-2 has 32 positions here: paragraphs go, the question and the answer stay."""
     p = prepare(parse_config(run_config("gpt2", task="multirc"), "test"), data)
@@ -205,9 +187,8 @@ def test_the_users_own_texts_are_written(
     task = {**texts, "metrics": ["rouge_l", "exact_match", "token_f1"]}
     train = {"steps": 60, "batch_size": 16, "learning_rate": 0.03}
     method = {"name": "lora", "rank": 8}
-    raw = run_config(
-        family, task=task, tune=SHORT, couple=SHORT, ceiling=train, evaluate={"batch_size": 3, "split": "validation"}
-    )
+    evaluate = {"batch_size": 3, "split": "validation", "models": ["large_zero_shot", "large_tuned"]}
+    raw = run_config(family, task=task, ceiling=train, evaluate=evaluate)
     raw["method"] = method
     report = execute(raw, tmp_path / "run", None)
     values = {row["name"]: row["metrics"] for row in report["rows"]}
@@ -281,8 +262,8 @@ def test_a_probe_of_options_that_rows_list(run_config: Callable[..., Raw], data:
     """ReCoRD's entities: a probe chooses one of a row's own, whether the large model is in memory or on disk."""
     found: dict[str, list[int]] = {}
     for resident in ("all", "none"):
-        raw = run_config("gpt2", task="record", tune=SHORT, couple={**SHORT, "mode": "feedback"}, ceiling=None,
-                         resident=resident, evaluate={"batch_size": 5, "probe": True})  # fmt: skip
+        evaluate = {"batch_size": 5, "probe": True, "models": ["small_probe", "large_probe"]}
+        raw = run_config("gpt2", task="record", ceiling=None, resident=resident, evaluate=evaluate)
         report = execute(raw, tmp_path / resident, data)
         values = {row["name"]: row for row in report["rows"]}
         assert {"small_probe", "large_probe"} <= values.keys()

@@ -80,8 +80,13 @@ TASKS: dict[str, tuple[str, Callable[[random.Random, int], Raw]]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, family) for name in ("multirc", "record", "wsc") for family in ("gpt2", "t5")),
+        ("boolq", "gpt2"), ("cb", "t5"), ("copa", "gpt2"), ("rte", "t5"), ("wic", "gpt2"),
+    ],
+)  # fmt: skip
 def test_padding_and_batching_change_no_answer(name: str, family: str, tmp_path: Path) -> None:
     folder, make = TASKS[name]
     chosen = random.Random(name)
@@ -99,6 +104,7 @@ def test_padding_and_batching_change_no_answer(name: str, family: str, tmp_path:
         p = replace(prepared, config=parse_config({**raw, "evaluate": {"batch_size": size}}, "test"))
         answers = answers_of(p, loaded, p.encoder, p.rows["test"], Silent(), "")
         found.append([(answer.row.where, answer.text) for answer in answers])
+        assert [answer.row.where for answer in answers] == [row.row.where for row in p.rows["test"] if row.row]
         scores.append([score for answer in answers for score in answer.scores])
     assert len({len(row.prompt) for row in prepared.rows["test"]}) > 3  # there is something to pad
     assert found[0] == found[1] == found[2]

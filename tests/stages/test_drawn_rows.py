@@ -26,10 +26,10 @@ class _Enough(Exception):
 
 @pytest.fixture
 def prepared(run_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Prepared]:
-    """A run whose 1,200 rows are sorted by label."""
+    """A run whose 600 rows are sorted by label."""
     files: dict[str, str] = {}
     for k, split in enumerate(("train", "validation", "test")):
-        rows = [{"word": WORDS[(i + k) % 24], "label": label} for label in ("even", "odd") for i in range(600)]
+        rows = [{"word": WORDS[(i + k) % 24], "label": label} for label in ("even", "odd") for i in range(300)]
         files[split] = str(write_jsonl(tmp_path / f"{split}.jsonl", rows))
 
     def make(**changes: Any) -> Prepared:

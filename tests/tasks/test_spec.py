@@ -448,20 +448,19 @@ def test_files_that_are_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs_data
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @pytest.mark.parametrize(
-    ("name", "counts", "labels"),
+    ("name", "kind", "counts", "labels"),
     [
-        ("rte", {"train": 2241, "validation": 249, "test": 277}, {0, 1}),  # 2490 and 277
-        ("cb", {"train": 212, "validation": 38, "test": 56}, {0, 1, 2}),  # 250 and 56
-        ("copa", {"train": 340, "validation": 60, "test": 100}, {0, 1}),  # 400 and 100
-        ("sst2", {"train": 4000, "validation": 600, "test": 872}, {0, 1}),  # limited
-        ("subj", {"train": 8100, "validation": 900, "test": 1000}, {0, 1}),  # 10000
-        ("trec", {"train": 4907, "validation": 545, "test": 500}, set(range(6))),  # 5452 and 500
-        ("agnews-alps", {"train": 4000, "validation": 600, "test": 1000}, set(range(4))),  # limited
+        ("rte", "causal", {"train": 2241, "validation": 249, "test": 277}, {0, 1}),  # 2490 and 277
+        ("cb", "seq2seq", {"train": 212, "validation": 38, "test": 56}, {0, 1, 2}),  # 250 and 56
+        ("copa", "causal", {"train": 340, "validation": 60, "test": 100}, {0, 1}),  # 400 and 100
+        ("sst2", "seq2seq", {"train": 4000, "validation": 600, "test": 872}, {0, 1}),  # limited
+        ("subj", "causal", {"train": 8100, "validation": 900, "test": 1000}, {0, 1}),  # 10000
+        ("trec", "seq2seq", {"train": 4907, "validation": 545, "test": 500}, set(range(6))),  # 5452 and 500
+        ("agnews-alps", "causal", {"train": 4000, "validation": 600, "test": 1000}, set(range(4))),  # limited
     ],
 )
-def test_official_files(name: str, counts: dict[str, int], labels: set[int], kind: str) -> None:
+def test_official_files(name: str, kind: str, counts: dict[str, int], labels: set[int]) -> None:
     task = load_task(name)
     rows = load_rows(task, kind, data_directory(), seed=0)
     assert {split: len(found) for split, found in rows.items()} == counts

@@ -228,21 +228,21 @@ def test_few_shot_files_load_and_round_trip(name: str, kind: str) -> None:
 
 
 @pytest.mark.needs_data
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 @pytest.mark.parametrize(
-    ("name", "counts"),
+    ("name", "kind", "counts"),
     [
-        ("multirc", {"train": 27243, "test": 4848}),
-        ("wic", {"train": 5428, "test": 638}),
-        ("wsc", {"train": 554, "test": 104}),
-        ("cola", {"train": 8551, "test": 527}),
-        ("mrpc", {"train": 4076, "test": 1725}),
-        ("ax-b", {"train": 2490, "test": 1104}),
-        ("ax-g", {"train": 2490, "test": 356}),
-        ("snli", {"train": 4600, "test": 9824}),  # limited
+        ("multirc", "causal", {"train": 27243, "test": 4848}),
+        ("wic", "seq2seq", {"train": 5428, "test": 638}),
+        ("wsc", "causal", {"train": 554, "test": 104}),
+        ("wsc", "seq2seq", {"train": 554, "test": 104}),
+        ("cola", "causal", {"train": 8551, "test": 527}),
+        ("mrpc", "seq2seq", {"train": 4076, "test": 1725}),
+        ("ax-b", "causal", {"train": 2490, "test": 1104}),
+        ("ax-g", "seq2seq", {"train": 2490, "test": 356}),
+        ("snli", "causal", {"train": 4600, "test": 9824}),  # limited
     ],
 )
-def test_official_files(name: str, counts: dict[str, int], kind: str) -> None:
+def test_official_files(name: str, kind: str, counts: dict[str, int]) -> None:
     task = load_task(name)
     rows = load_rows(task, kind, data_directory(), seed=0)
     assert {row.answer for row in rows["test"]} == set(range(len(rows["test"][0].options)))

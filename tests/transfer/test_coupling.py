@@ -8,7 +8,7 @@ import torch
 from test_transfer import ROWS, SETTINGS, coupling_of
 from torch import Tensor
 
-from conftest import FAMILIES, METHODS, logits_of, make_model
+from conftest import FAMILIES, METHODS, logits_of, make_model, pairwise
 from plugbridge.evaluate import mean_loss
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.couple import MODES
@@ -59,9 +59,9 @@ def _near(found: Tensor | None, wanted: Tensor | None, tolerance: float) -> bool
     return scale > 0 and float((found - wanted).abs().max()) <= tolerance * scale
 
 
-@pytest.mark.parametrize("mode", ["standalone", "ladder", "feedback"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize(
+    ("method", "mode", "family"), pairwise(METHODS, ("standalone", "ladder", "feedback"), ("gpt2", "t5"))
+)
 def test_modules_of_lower_layers_get_no_gradient(family: str, method: str, mode: str) -> None:
     coupling = coupling_of(family, method)
     first = dict.fromkeys(coupling.large.layers, 1)
@@ -157,8 +157,10 @@ def test_silence_leaves_the_upper_layers_module_and_no_other(family: str, method
     assert not torch.allclose(logits({s: t if s.layer == 0 else nothing[s] for s, t in loud.items()}), bare, atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if not mode.reads_tokens])
-@pytest.mark.parametrize(("family", "method"), GRID)
+@pytest.mark.parametrize(
+    ("family", "mode", "method"),
+    pairwise(("gpt2", "t5", "llama"), [name for name, mode in MODES.items() if not mode.reads_tokens], METHODS),
+)
 def test_where_the_bridge_reads_no_tokens_its_vocabulary_is_never_used(family: str, method: str, mode: str) -> None:
     found: list[tuple[Tensor, dict[str, Tensor | None]]] = []
     for dropped in (False, True):

@@ -11,7 +11,7 @@ from test_ladder import BATCHES, A, B, C, Trained
 from test_transfer import SETTINGS
 from torch import Tensor
 
-from conftest import FAMILIES, METHODS, logits_of, token_inputs
+from conftest import FAMILIES, METHODS, logits_of, pairwise, token_inputs
 from plugbridge.evaluate import mean_loss
 from plugbridge.tasks.encode import gold
 from plugbridge.transfer.cache import make_cache
@@ -63,8 +63,7 @@ def test_replaced_norms_give_what_they_are_told_and_only_while_the_block_runs(fa
 # the loss
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize(("family", "method"), GRID)
+@pytest.mark.parametrize(("family", "method", "rotated"), pairwise(FAMILIES, METHODS, (False, True)))
 def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, rotated: bool) -> None:
     coupling = double(family, method, upper=False)
     if rotated:
@@ -88,9 +87,7 @@ def test_an_unpruned_bridge_makes_it_backpropagation(family: str, method: str, r
         assert _near(found[name], gradient, family), name
 
 
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("method", ["lora", "adapter"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method", "projected"), pairwise(FAMILIES, ("lora", "adapter"), (False, True)))
 def test_a_module_that_does_nothing_leaves_the_large_models_loss(family: str, method: str, projected: bool) -> None:
     """Whatever the Bridge is: it carries only what the module changes."""
     coupling = double(family, method, reduction=2, upper=False)

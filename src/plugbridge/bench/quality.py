@@ -19,7 +19,7 @@ from plugbridge.imports import leave_out_bitsandbytes
 from plugbridge.markers import read_marker, write_own
 from plugbridge.parsing import read_json
 from plugbridge.preflight import resolve
-from plugbridge.prepare import prepare
+from plugbridge.prepare import Prepared, prepare
 from plugbridge.progress import Progress, Silent
 from plugbridge.run import borrow, execute, facts_of, locked
 from plugbridge.stages.build import build_stages, same_result
@@ -100,11 +100,13 @@ def run_group(group: Group, data: Path | None, out: Path, grid: Path | None = No
     torch.set_num_threads(1)
     quiet_transformers()
     donors: list[Path] = []
+    prepared: Prepared | None = None
     for name, config in group.variants:
         root = out / group.name / slug(name)
         with locked(root, grid, None):
             write_own(root, "config.yaml", config.model_dump_json(indent=2))  # JSON is YAML
-            stages = build_stages(prepare(config, data), root, Silent())
+            prepared = prepare(config, data, prepared)
+            stages = build_stages(prepared, root, Silent())
             borrow(root, donors, stages)
             execute(root, stages, None, lambda _stage, _what: None, redo=True)
         donors.append(root)

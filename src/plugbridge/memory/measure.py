@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from plugbridge.cost import GIVEN_BACK, measure, settle, trim
+from plugbridge.imports import leave_out_bitsandbytes
 from plugbridge.memory.case import Case
 from plugbridge.memory.predict import at_depth, kinds_of
 from plugbridge.memory.steps import MakeStep
@@ -38,7 +39,7 @@ class Measurement:
 def measured(case: Case, make: MakeStep, threads: int) -> Measurement:
     """Run a step in a new process; what Python and its libraries take before the model is made does not count."""
     with _inherited({"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK)}):
-        with workers(1) as pool:
+        with workers(1, ready=leave_out_bitsandbytes) as pool:
             return pool.submit(run_here, case, make, threads).result()
 
 

@@ -46,7 +46,7 @@ def measure_rates(dtype: torch.dtype, device: str, threads: int) -> Rates:
     torch.set_num_threads(threads)
     size, length = SIZES["cuda" if device.startswith("cuda") else "cpu"]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    x, y = (torch.randn(length, device=device).to(dtype) for _ in range(2))
+    x, y = (torch.ones(length, device=device, dtype=dtype) for _ in range(2))
     found = Rates(
         2 * size**3 / _fastest(lambda: a @ b, device), 3 * length * x.itemsize / _fastest(lambda: x + y, device)
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from plugbridge.cost import Cost, measure, settle
 from plugbridge.families.spec import Layout
-from plugbridge.models import load_model, parameter_count
+from plugbridge.models import parameter_count
 from plugbridge.probe import MOST, fit_option_probe, fit_probe, option_states, prompt_states
 from plugbridge.shrink.packing import load_bridge
 from plugbridge.stages.baselines import Subject, load_finetuned, load_ladder, subject_of
@@ -83,9 +83,7 @@ def evaluate(work: Work) -> dict[str, Any]:
 
 def _described(work: Work, source: str) -> dict[str, Any]:
     """Where a model was, and how many parameters it has."""
-    remote = work.prepared.config.trust_remote_code
-    shape = load_model(source, device="meta", trust_remote_code=remote)
-    return {"source": source, "parameters": parameter_count(shape)}
+    return {"source": source, "parameters": parameter_count(work.prepared.without_weights[source][0])}
 
 
 def limited(task: Task, rows: Sequence[Encoded], limit: int | None) -> list[Encoded]:

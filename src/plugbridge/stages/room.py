@@ -2,7 +2,7 @@
 
 from plugbridge.config import TrainConfig
 from plugbridge.families.spec import Layout, layout_of_config
-from plugbridge.models import layout_for, load_config, load_model, parameter_count
+from plugbridge.models import load_config, parameter_count
 from plugbridge.prepare import Prepared, bridge_sizes
 from plugbridge.shrink.sizes import count_bytes, count_parameters
 from plugbridge.shrink.vectors import vector_bytes
@@ -68,8 +68,7 @@ def baseline_room(p: Prepared, size: str, kind: str, settings: TrainConfig) -> i
     if kind == "ladder":
         return score_room(p) if size == "large" else 0
     source = p.config.large_path if size == "large" else p.config.small
-    model = load_model(source, device="meta", trust_remote_code=p.config.trust_remote_code)
-    return parameter_count(model) * trained_bytes(settings, p.dtype.itemsize)
+    return parameter_count(p.without_weights[source][0]) * trained_bytes(settings, p.dtype.itemsize)
 
 
 def trained_bytes(settings: TrainConfig, width: int) -> int:
@@ -89,8 +88,7 @@ def _bridge_parameters(p: Prepared) -> int:
 
 def _bridge(p: Prepared) -> tuple[Layout, set[str], dict[str, int]]:
     """The large model's layout, the names of its weights, and the Bridge's sizes."""
-    model = load_model(p.config.large_path, device="meta", trust_remote_code=p.config.trust_remote_code)
-    layout = layout_for(model)
+    model, layout = p.without_weights[p.config.large_path]
     names = {name for name, _ in model.named_parameters()}
     return layout, names, bridge_sizes(p.config, model, layout)
 

@@ -17,7 +17,6 @@ from plugbridge.evaluate import option_scores, predictions
 from plugbridge.families.spec import Layout
 from plugbridge.generate import generate_texts
 from plugbridge.markers import CHECKPOINT, reading
-from plugbridge.models import layout_for, load_model
 from plugbridge.parsing import shown
 from plugbridge.prepare import Prepared
 from plugbridge.progress import Progress
@@ -171,12 +170,9 @@ def read_plan(root: Path) -> BridgePlan:
 
 
 def layouts(work: Work) -> tuple[Layout, Layout]:
-    """Small and large layouts, of their shapes alone; loads no weights."""
-    config = work.prepared.config
-    small, large = (
-        layout_for(load_model(source, device="meta", trust_remote_code=config.trust_remote_code))
-        for source in (config.small, config.large_path)
-    )
+    """Small and large layouts."""
+    p = work.prepared
+    small, large = (p.without_weights[source][1] for source in (p.config.small, p.config.large_path))
     return small, large
 
 

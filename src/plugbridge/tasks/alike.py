@@ -27,7 +27,7 @@ def encode_alike(
     They may be cut at other places. Raises ModelError at the first row of which the tokenizers make other tokens, and
     DataError as `Encoder.encode_all`.
     """
-    if small.positions == large.positions and same_tokenizer(small.tokenizer, large.tokenizer):
+    if same_encoder(small, large):
         return list(read)
     found = large.encode_all(task, form, rows)
     as_small = replace(large, positions=small.positions)
@@ -36,6 +36,12 @@ def encode_alike(
         if form.generate is not None:
             _check_written(row, one, small.tokenizer, large.tokenizer)
     return found
+
+
+def same_encoder(one: Encoder, other: Encoder) -> bool:
+    """Whether two encoders make the same tokens of any row, as far as that can be told without one."""
+    settings = [(each.kind, each.positions, each.special) for each in (one, other)]
+    return settings[0] == settings[1] and same_tokenizer(one.tokenizer, other.tokenizer)
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:

@@ -178,7 +178,7 @@ class Encoder:
             end = () if eos is None else (eos,)
         else:
             texts, end = row.options, self._end()
-        found = [self._behind(prompt, text) for text in texts]
+        found = self._behind(prompt, texts)
         words = [ids for ids, _ in found]
         if form.generate is None and all(len(word) == 1 for word in words):
             end = ()
@@ -197,22 +197,24 @@ class Encoder:
         ids, front, end = self.text(text), self.front, self._end()
         return (*(() if ids[: len(front)] == front else front), *ids, *(() if end and ids[-1:] == end else end))
 
-    def _behind(self, prompt: str, text: str) -> tuple[tuple[int, ...], bool]:
-        """An option's tokens behind a prompt, as the tokenizer gives them for the text as a whole.
+    def _behind(self, prompt: str, texts: Sequence[str]) -> list[tuple[tuple[int, ...], bool]]:
+        """Options' tokens behind a prompt, as the tokenizer gives them for the text as a whole.
 
         A decoder of its own begins anew. So does an option whose beginning the tokenizer would make one token with the
         prompt's end, which has to be the same before every option; that there is such a token is returned, too.
         """
-        if self.kind != "causal":
-            return self.text(text), False
-        key = (_end_of(prompt), text)
-        if key not in self.seams:
-            before, whole = self.text(key[0]), self.text(key[0] + text)
-            fused = whole[: len(before)] != before or len(whole) == len(before)
-            if len(self.seams) >= REMEMBERED:
-                self.seams.clear()
-            self.seams[key] = (self.text(text) if fused else whole[len(before) :], fused)
-        return self.seams[key]
+        end = _end_of(prompt) if self.kind == "causal" else ""
+        found = {text: self.seams[end, text] for text in texts if (end, text) in self.seams}
+        before = self.text(end) if len(found) < len(texts) else ()
+        for text in texts:
+            if text not in found:
+                whole = self.text(end + text)
+                fused = whole[: len(before)] != before or len(whole) == len(before)
+                found[text] = (self.text(text) if fused else whole[len(before) :], fused)
+                if len(self.seams) >= REMEMBERED:
+                    self.seams.clear()
+                self.seams[end, text] = found[text]
+        return [found[text] for text in texts]
 
     def _end(self) -> tuple[int, ...]:
         eos = self.tokenizer.eos_token_id

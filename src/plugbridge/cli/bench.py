@@ -94,7 +94,7 @@ def quality(
 def frontier(
     ways: Annotated[
         Path,
-        typer.Argument(parser=path, show_default=False, autocompletion=yaml_files,
+        typer.Argument(parser=path_in("ways"), show_default=False, autocompletion=yaml_files,
                        help="the YAML file of the ways, such as configs/frontier.yaml"),
     ],
     shapes: Annotated[
@@ -106,7 +106,7 @@ def frontier(
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
-        typer.Option("--table", parser=path, show_default=False,
+        typer.Option("--table", parser=path_in("--table"), show_default=False,
                      help="Markdown file to write; JSON and PNG beside it  [default: <out>/frontier.md]"),
     ] = None,
     data: DataOption = None,

@@ -122,7 +122,7 @@ def check_models(config: RunConfig, weights: bool = True) -> str:
         check_vocabularies(*sources, raw)
     layout = _layout(raw[1], families[1])
     if layout is not None and config.prune.reduction is not None:
-        reduced_sizes(layout, config.prune.reduction)
+        reduced_sizes(layout, config.prune.reduction, config.prune.whole)
     return families[1].kind
 
 
@@ -160,7 +160,7 @@ def resolve(config: RunConfig) -> RunConfig:
         "activations": activations if mode.name == "feedback" else config.couple.activations,
     }
     channels = prune.channels
-    if channels == "auto" and prune.reduction == 1:
+    if channels == "auto" and (prune.reduction == 1 or "hidden" in prune.whole):
         channels = "select"  # all of them
     elif channels == "auto":
         projected = "gradient_pca" if config.score.importance == "fisher" else "pca"
@@ -207,6 +207,11 @@ def _check_bridge_use(config: RunConfig) -> None:
         raise ConfigError(
             f"prune.channels is '{channels}', but in mode '{mode.name}' the Bridge must be a model by itself; "
             "use channels: select"
+        )
+    if channels != "select" and "hidden" in config.prune.whole:
+        raise ConfigError(
+            f"prune.channels is '{channels}', but prune.whole keeps the residual stream, so there is none to choose; "
+            "use channels: auto"
         )
     trains = mode.trains_bridge and config.couple.bridge == "train" and config.couple.steps > 0
     if config.prune.weight_bits != 16 and (trains or config.repair is not None):

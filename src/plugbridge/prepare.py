@@ -298,12 +298,13 @@ def bridge_sizes(config: RunConfig, large: PreTrainedModel, layout: Layout) -> d
     A budget is for what the mode has in memory: without embeddings and head where the Bridge reads no tokens.
     """
     if config.prune.reduction is not None:
-        return reduced_sizes(layout, config.prune.reduction)
+        return reduced_sizes(layout, config.prune.reduction, config.prune.whole)
     asked = config.prune.budget or 0.0
     names = {name for name, _ in large.named_parameters()}
     if not find_mode(config.couple.mode).reads_tokens:
         names -= layout.vocabulary()
-    return budgeted_sizes(layout, names, int(asked * parameter_count(large)) if asked < 1 else int(asked))
+    budget = int(asked * parameter_count(large)) if asked < 1 else int(asked)
+    return budgeted_sizes(layout, names, budget, config.prune.whole)
 
 
 def _read(encoder: Encoder, *read: Mapping[Split, Sequence[Encoded]]) -> dict[str, Any]:

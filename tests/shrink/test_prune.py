@@ -8,13 +8,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import FAMILIES, logits_of, make_model, make_tokenizer, token_inputs
+from plugbridge.config.stages import Axis
 from plugbridge.errors import ConfigError, ModelError
+from plugbridge.families.spec import check_constraints
 from plugbridge.memory.alive import Alive
 from plugbridge.models import layout_for, load_model, parameter_count
 from plugbridge.shrink.bridge import bridge_weights, empty_bridge, prune_model, shuffled, write_bridge
 from plugbridge.shrink.importance import magnitude, residual_energy
 from plugbridge.shrink.prune import plan_bridge, principal_basis, unit_sum
-from plugbridge.shrink.sizes import budgeted_sizes, count_parameters, reduced_sizes
+from plugbridge.shrink.sizes import budgeted_sizes, count_parameters, reduced_sizes, whole_axes
 from plugbridge.tensors.patterns import axis_names
 from plugbridge.tensors.writer import write_tensors
 
@@ -272,3 +274,34 @@ def test_a_bridge_with_a_missing_or_wrong_weight_is_refused(tmp_path: Path) -> N
         write_tensors(tmp_path / "x", shapes, weights[1:])
     with pytest.raises(ModelError, match=f"'{weights[-1][0]}' was not written"):
         write_tensors(tmp_path / "x", shapes, weights[:-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("whole", [["hidden"], ["heads"], ["ffn"], ["hidden", "heads"]])
+def test_what_is_to_stay_whole_stays_and_the_rest_is_reduced(family: str, whole: list[Axis], tmp_path: Path) -> None:
+    model = make_model(family, hidden=32, layers=2, heads=8)
+    layout = layout_for(model)
+    sizes = reduced_sizes(layout, 4, whole)
+    kept = whole_axes(layout, whole)
+    assert all(any(axis.endswith(name) for axis in kept) for name in whole)
+    for axis in layout.family.scope:
+        assert (sizes[axis] == layout.sizes[axis]) == (axis in kept), axis
+    assert not check_constraints(layout.family, sizes)
+    names = {name for name, _ in model.named_parameters()}
+    least = count_parameters(layout, names, reduced_sizes(layout, 32, whole))
+    budget = (least + count_parameters(layout, names, layout.sizes)) // 2
+    fitted = budgeted_sizes(layout, names, budget, whole)
+    assert least <= count_parameters(layout, names, fitted) <= budget
+    assert all(fitted[axis] == layout.sizes[axis] for axis in kept)
+    prune_model(
+        model, layout, plan_bridge(layout, magnitude(model, layout), sizes), _energy(model, layout)
+    ).save_pretrained(tmp_path)
+    assert layout_for(load_model(str(tmp_path))).sizes == sizes
+
+
+def test_heads_are_as_many_as_divide_a_residual_stream_that_stays_whole() -> None:
+    layout = layout_for(make_model("llama", hidden=48, layers=1, heads=12))
+    sizes = reduced_sizes(layout, 12 / 5, ["hidden"])
+    assert sizes["hidden"] == 48
+    assert 48 % (sizes["kv_heads"] * sizes["group"]) == 0
+    assert sizes["kv_heads"] < layout.sizes["kv_heads"]

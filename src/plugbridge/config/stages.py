@@ -72,6 +72,7 @@ class ScoreConfig(StrictConfig):
 
 
 PackBits = Literal[16, 8, 4, 3, 2]
+Axis = Literal["hidden", "heads", "ffn"]
 Activations = Literal["bridge", "large"]
 Passing = Literal["inputs", "errors"]
 """What a matrix is multiplied by: what it reads going forward, or the errors that come back."""
@@ -96,6 +97,12 @@ class PruneConfig(StrictConfig):
         le=10**13,
         description="share of the large model's parameters (below 1), or their number; counted is what the "
         "mode uses: in feedback, ladder_delta and identity not the Bridge's embeddings and head, which are dropped",
+    )
+
+    whole: list[Axis] = Field(
+        default=[],
+        description="what is not reduced: `hidden`, the residual stream (heads and MLP units pruned alone is LoRAM's "
+        "shape; GPT-2 ties its heads to it), `heads`, or `ffn`, the MLP's units",
     )
 
     channels: Literal["auto", "select", "pca", "gradient_pca"] = Field(

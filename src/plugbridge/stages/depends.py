@@ -20,6 +20,7 @@ UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute", "fidelity_rows
 LATER: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw",),
     "bits": (16, None),
+    "whole": ([],),
     "rounding": ("calibrated",),
     "activations": ("bridge", None),
     "error_bound": (0.0,),

@@ -174,7 +174,10 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
     if not mode.has_bridge:
         yield "prune.bits", f"{here} there is no Bridge"
         yield "prune.shuffle", f"{here} there is no Bridge"
+        yield "prune.whole", f"{here} there is no Bridge"
         yield "repair", f"{here} there is no Bridge to fit"
+    elif config.prune.reduction == 1:
+        yield "prune.whole", "with prune.reduction: 1 everything stays whole"
     if couple.plug == "fresh" and couple.down == "select" and mode.name != "ladder":
         yield "couple.plug_learning_rate", f"{here} a fresh start has no plug, and no way down trains"
     if couple.plug in ("fresh", "random") and couple.layer_map == "uniform":

@@ -34,7 +34,7 @@ def offers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     ("line", "wanted"),
     [
         ("plugbridge re", ["repair", "report", "reproduce"]),
-        ("plugbridge bench ", ["quality", "memory"]),
+        ("plugbridge bench ", ["quality", "frontier", "memory"]),
         ("plugbridge run --r", ["--redo"]),
         ("plugbridge run x.yaml --q", ["--quiet"]),
         ("plugbridge reproduce table", [f"table{number}" for number in range(1, 9)]),

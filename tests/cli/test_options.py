@@ -94,7 +94,7 @@ def test_whatever_takes_a_path_names_itself() -> None:
                 option.parser("~nosuchuser/x")
             assert str(option.parser("~/x")) == str(Path.home() / "x")
             found.add(name)
-    assert found == {"config", "root", "grid", "--out", "--data", "--table", "--tests", "--small", "--large"}
+    assert found == {"config", "root", "grid", "ways", "--out", "--data", "--table", "--tests", "--small", "--large"}
 
 
 def test_a_home_directory_is_where_it_is(

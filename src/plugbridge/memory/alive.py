@@ -51,7 +51,7 @@ class Alive(TorchDispatchMode):
         self.moved: Counter[torch.dtype] = Counter()
         self.read = 0
         self.used = 0
-        self.weights: frozenset[int] = frozenset()
+        self.weights: set[int] = set()
         self.primitives: set[Any] = set()
         self.peaks: dict[str, int] = {}
         self.place = ""
@@ -120,6 +120,7 @@ class Alive(TorchDispatchMode):
 
     def _drop(self, key: int, size: int) -> None:
         self.known.discard(key)
+        self.weights.discard(key)
         self.now -= size
 
     def _work(self, effect: Effect) -> None:

@@ -152,7 +152,7 @@ def count(alive: Alive, case: Case, step: Step) -> Trace:
     alive.flops.clear()
     alive.moved.clear()
     alive.read = alive.used = 0
-    alive.weights = frozenset(alive.known)
+    alive.weights = set(alive.known)
     alive.primitives.clear()
     alive.chosen, alive.columns = step.chosen, TARGETS[case.kind]
     with ExitStack() as hooks:

@@ -166,7 +166,7 @@ def _group(
         if number > 0:  # the rest is known from the first variant
             alone = find_mode(config.couple.mode).trains_bridge
             settings["evaluate.models"] = ["large_plugged", *(["bridge_coupled"] if alone else [])]
-            settings["evaluate.probe"] = False
+            settings["evaluate.probe"] = settings["evaluate.proxy"] = False
             config = _config(settings, overrides, name)
         variants.append((name, resolve_paths(config, folder)))
     return Group(pair, method, task, seed, tuple(variants))

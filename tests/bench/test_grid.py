@@ -294,7 +294,9 @@ def test_no_bridge_has_modules_where_the_variants_have_them_that_it_is_compared_
     path = QUALITY.with_name(f"{name}.yaml")
     for group in groups_of(load_grid(path), path.parent, True):
         found = [resolve(config).couple for _, config in group.variants]
-        assert len({couple.layers for couple in found if couple.mode in ("feedback", "identity")}) <= 1
+        layers = {mode: {c.layers for c in found if c.mode == mode} for mode in ("feedback", "identity")}
+        assert len(layers["feedback"]) <= 1  # and without a Bridge the same, whatever else there is of it
+        assert not layers["identity"] or layers["feedback"] <= layers["identity"]
 
 
 def test_every_run_of_the_shipped_grid_is_valid(shipped: dict[bool, list[Group]]) -> None:

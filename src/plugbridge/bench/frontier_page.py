@@ -57,6 +57,7 @@ def _line(point: Point) -> str:
 def draw_frontier(points: Sequence[Point], path: Path) -> None:
     """A row for each pair: PGR against memory, weights read and seconds; circles are ways with the model in memory."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     shown = [point for point in points if point.pgr is not None]
     families = list(dict.fromkeys(point.family for point in shown))
@@ -75,6 +76,9 @@ def draw_frontier(points: Sequence[Point], path: Path) -> None:
                     color=COLOURS[number % len(COLOURS)], mfc="white" if number >= len(COLOURS) else None,
                 )  # fmt: skip
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.axhline(1, color="#222222", lw=1)
             axes.axhline(0, color="#222222", lw=1, ls=":")
             axes.set_xlabel(f"{label}, {same[0].model}, {same[0].batch} x {same[0].length}", fontsize=8)

@@ -83,13 +83,14 @@ _KINDS = {shape.name: shape.large.model_type for shapes in SHAPES.values() for s
 def _point(
     name: str, way: Way, frontier: Frontier, family: str, cell: Cell | None, count: Count, command: str
 ) -> Point:
+    assert count.weight_bytes is not None  # counted with every step
     return Point(
         way=name, family=family, task=frontier.task, method=frontier.method,
         value=None if cell is None else cell.value, pgr=None if cell is None else cell.pgr,
         low=None if cell is None else cell.pgr_low, high=None if cell is None else cell.pgr_high,
         seeds=[] if cell is None else cell.seeds,
         model=count.model, batch=count.batch, length=count.length, peak_bytes=count.peak_bytes,
-        weight_bytes=round(way.steps * (count.weight_bytes or 0)), seconds=way.steps * count.seconds,
+        weight_bytes=round(way.steps * count.weight_bytes), seconds=way.steps * count.seconds,
         measured=count.measured, beside=way.beside, peak_ratio=None, weight_ratio=None, seconds_ratio=None,
         command=command,
     )  # fmt: skip

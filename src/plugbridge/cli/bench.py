@@ -26,6 +26,16 @@ GridArg = Annotated[
     ),
 ]
 JobsOption = Annotated[int, typer.Option("--jobs", min=1, max=MOST, help="processes at a time, one thread each")]
+ShapesOption = Annotated[
+    str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b", autocompletion=shape_names)
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="memory that steps may take, such as 6GB  [default: what is free]", show_default=False
+    ),
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, max=MOST, help="CPU threads of a step")]
 TableOption = Annotated[
     Path | None,
     typer.Option("--table", parser=path_in("--table"), show_default=False,
@@ -97,9 +107,7 @@ def frontier(
         typer.Argument(parser=path_in("ways"), show_default=False, autocompletion=yaml_files,
                        help="the YAML file of the ways, such as configs/frontier.yaml"),
     ],
-    shapes: Annotated[
-        str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b", autocompletion=shape_names)
-    ] = "small",
+    shapes: ShapesOption = "small",
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="rows of a step  [default: the shape's]", show_default=False)
     ] = None,
@@ -111,12 +119,8 @@ def frontier(
     ] = None,
     data: DataOption = None,
     jobs: JobsOption = 2,
-    budget: Annotated[
-        str | None,
-        typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
-                     show_default=False),
-    ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, max=MOST, help="CPU threads of a step")] = 1,
+    budget: BudgetOption = None,
+    threads: ThreadsOption = 1,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="measure only steps whose `method: stage` holds this, and predict all others; "
@@ -160,6 +164,7 @@ def frontier(
         run_groups(groups, data, root, jobs, progress(quiet), grid_file)
     words = [str(ways), f"--shapes {shapes}", *([f"--batch {batch}"] if batch is not None else [])]
     words += [*(["--data DIR"] if data is not None else []), f"--threads {threads}"]
+    words += ["--summary"] if summary else []
     command = f"plugbridge bench frontier {' '.join(words)}"
     cells = cells_of(grid, groups, root, command)
     device = pick_device("auto")
@@ -192,20 +197,14 @@ models' say little (`bench memory` measures every step in a process of its own).
 
 @bench_app.command(cls=Command, short_help="Measure peak memory and time of ours and other ways.")
 def memory(
-    shapes: Annotated[
-        str, typer.Option("--shapes", help="small, paper, gpt2-xl, t5-3b or t5-11b", autocompletion=shape_names)
-    ] = "small",
+    shapes: ShapesOption = "small",
     out_dir: RunsOption = None,
     table: Annotated[
         Path | None,
         typer.Option("--table", parser=path_in("--table"), show_default=False,
                      help="Markdown file to write; JSON, PNG, SVG beside it  [default: <out>/memory.md]"),
     ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option("--budget", help="memory that steps may take, such as 6GB  [default: what is free]",
-                     show_default=False),
-    ] = None,
+    budget: BudgetOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="predicted beside measured at three sizes, only rows that run")
     ] = False,
@@ -213,7 +212,7 @@ def memory(
         float | None,
         typer.Option("--minutes", min=0, help="begin no row after so many; the same command goes on from there"),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, max=MOST, help="CPU threads of a step")] = 1,
+    threads: ThreadsOption = 1,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="run only rows whose `method: stage` holds this, such as ours, and predict all "

@@ -126,8 +126,8 @@ def predictions_once() -> Iterator[None]:
 def fidelity_of_few_rows() -> Iterator[None]:
     """Runs compare gradients on two rows at most, not on the eight of the default: half of a toy coupling's time."""
 
-    def few(coupling: Coupling, ways: WaysBack, rows: Sequence[Encoded], step: int) -> Fidelity:
-        return fidelity(coupling, ways, rows[:2], step)
+    def few(coupling: Coupling, ways: WaysBack, rows: Sequence[Encoded], step: int, at_once: int) -> Fidelity:
+        return fidelity(coupling, ways, rows[:2], step, at_once)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("plugbridge.stages.couple.fidelity", few)

@@ -149,7 +149,6 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
 ]  # fmt: skip
 
 UNCHANGED: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
-    ("couple.fidelity_rows", 2, "couple", ("feedback",), {}),
     ("couple.fidelity_every", 1, "couple", ("feedback",), {}),
     ("couple.recompute", False, "couple", ("standalone", "feedback"), {}),
     ("couple.micro_batch", 1, "couple", ("standalone", "ladder_delta", "feedback", "mezo", "backprop"), {}),

@@ -65,8 +65,9 @@ def read_report(root: Path) -> dict[str, Any]:
     evaluate_seconds, parameters {trainable, changed, rank, size}: `rank` is what a weight's change has at most (0 of a
     model that is as it was, null where nothing bounds it), `size` the method's own setting (LoRA's rank, an adapter's
     bottleneck, a prefix's tokens; 0 where no module was added). `peak` {stage, bytes, memory, reserved_bytes} is the
-    whole job's, `coupling` {large_rows, cache, cache_bytes, fidelity} what the large model read, what of it
-    was kept, and how well errors pointed (`transfer.fidelity`), empty where that was not measured.
+    whole job's, `coupling` {large_rows, cache, cache_bytes, fidelity, still} what the large model read, what of it
+    was kept, how well errors pointed (`transfer.fidelity`), empty where that was not measured, and the stacks and
+    layers whose modules stayed as they started since it was not above 0.
     `cut` {small, large: {split: {rows, cut, emptied}}} counts the rows whose passage lost its end, or all of it.
     `remarks` is what else was said of the rows: how many ask the same in two splits, and the like, a line each.
     `majority` has the metrics of the `commonest` answer given to every row: of a class, or of a text that models write.
@@ -142,7 +143,8 @@ def _assemble(root: Path, markers: _Markers) -> dict[str, Any]:
             "large_rows": markers.facts("couple")["large_rows"],
             "cache": markers.depends("couple")["couple"]["cache"],
             "cache_bytes": markers.facts("couple")["cache_bytes"],
-            "fidelity": markers.facts("couple").get("fidelity", []),  # absent from older runs
+            "fidelity": markers.facts("couple").get("fidelity", []),  # absent from older runs, as the next
+            "still": markers.facts("couple").get("still", []),
         }
         if coupled
         else None,

@@ -1,6 +1,7 @@
 """Every way to couple runs from end to end, leaves what it says it leaves, and survives a kill."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from plugbridge.stages.work import schedule_of
 from plugbridge.tasks.encode import Batch
 from plugbridge.train import _seal
 from plugbridge.transfer.couple import find_mode
+from plugbridge.transfer.coupling import Coupling
+from plugbridge.transfer.fidelity import Fidelity, WaysBack
 from plugbridge.transfer.ladder import Backbone
 from plugbridge.tuners.module import read, unpack
 from plugbridge.tuners.table import METHODS as TABLE
@@ -285,16 +288,40 @@ def test_a_budget_counts_what_the_mode_uses_of_the_bridge(
     assert facts["bridge_model_parameters"] == sum(t.numel() for t in stored.values())
 
 
-def test_fidelity_is_measured_at_the_start_now_and_then_and_at_the_end(couple: Couple) -> None:
+def test_fidelity_is_measured_at_the_start_now_and_then_and_at_the_end(
+    couple: Couple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fidelity, "wrong", lambda *_: set())
     raw, root = couple(mode="feedback", plug="fresh", layer_map="uniform", steps=5, fidelity_rows=2, fidelity_every=2)
     start(raw, root, "couple")
     found = facts_of(root, "couple")["fidelity"]
     assert [each["step"] for each in found] == [0, 2, 4, 5]
     assert found == json.loads((root / "couple" / "fidelity.json").read_text(encoding="utf-8"))
     assert {len(each[way]["decoder"]) for each in found for way in ("bridge", "none")} == {3}
+    assert facts_of(root, "couple")["still"] == []
     before = load_file(str(root / "couple" / "coupled.safetensors"))
     raw, other = couple(mode="feedback", plug="fresh", layer_map="uniform", steps=5, fidelity_rows=0)
     start(raw, other, "couple")
     assert facts_of(other, "couple")["fidelity"] == []
     after = load_file(str(other / "couple" / "coupled.safetensors"))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_module_whose_fidelity_is_not_above_zero_stays_still_and_is_said_to(
+    couple: Couple, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_three(_coupling: Coupling, _ways: WaysBack, _rows: object, step: int, _at_once: int) -> Fidelity:
+        return Fidelity(step, {"decoder": [0.5, -0.1, 0.2]}, {"decoder": [0.1, 0.1, 0.1]})
+
+    monkeypatch.setattr("plugbridge.stages.couple.fidelity", of_three)
+    raw, root = couple(mode="feedback", plug="fresh", layer_map="uniform", layers=1, steps=3, checkpoint_every=1)
+    with caplog.at_level(logging.WARNING):
+        start(raw, root, "couple")
+    assert "fidelity is not above 0 in these layers, whose modules stay as they start: decoder 1" in caplog.text
+    assert facts_of(root, "couple")["still"] == [["decoder", 1]]
+    moved: dict[int, float] = {}
+    for name, tensor in load_file(str(root / "couple" / "coupled.safetensors")).items():
+        if name.endswith("lora_B.weight"):
+            layer = int(name.split(":")[1])
+            moved[layer] = max(moved.get(layer, 0.0), float(tensor.abs().max()))
+    assert moved[1] == 0 < min(moved[0], moved[2])

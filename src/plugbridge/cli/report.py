@@ -155,6 +155,9 @@ def print_table(found: dict[str, Any]) -> None:
         )
         if coupling["fidelity"]:
             out.print(fidelity_said(coupling["fidelity"]))
+        if coupling["still"]:
+            places = ", ".join(f"{stack} {layer}" for stack, layer in coupling["still"])
+            out.print(f"modules that stayed as they started, their fidelity not above 0: {places}")
     for line in found["remarks"] or filter(None, [cut_line(found["cut"])]):
         out.print(line)
     out.print(f"{commonest(found)} {chance:.3f}; performance gap recovered (PGR) {recovered}")

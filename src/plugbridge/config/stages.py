@@ -241,7 +241,7 @@ class CoupleConfig(PartsConfig):
         le=ROWS,
         description="training rows, drawn by the seed, on which feedback's gradient is compared with the exact one "
         "before the first step and after the last; 0 for none. With importance: fisher only, which takes the large "
-        "model's gradients anyway; a streamed large model is not compared",
+        "model's gradients anyway. In layers where the cosine is not above 0 at the start, modules stay as they are",
     )
     fidelity_every: int = Field(
         default=0, ge=0, le=STEPS, description="steps after which that is done again during training; 0 for never"

@@ -157,6 +157,7 @@ def tune_by_blocks(case: Case) -> Step:
     """A module trains by exact gradients, the model's blocks one after another: in memory, or read for it from disk."""
     model, layout = load(case)
     wrapped, _ = attach(model, case.method, layout, case.settings)
+    wrapped.train()
     own = {saved_key(name): tensor.detach().clone().requires_grad_(True) for name, tensor in trainable(wrapped).items()}
     loss = exact_loss(
         wrapped, case.method, layout, case.encoder, lambda: unpack(case.method, layout, own),

@@ -28,14 +28,12 @@ from plugbridge.stages.work import (
     schedule_of,
     train,
 )
-from plugbridge.streaming import window_of
 from plugbridge.tasks.encode import Encoded
 from plugbridge.train import batch_indices, current_step, drawn
 from plugbridge.transfer.cache import make_cache
 from plugbridge.transfer.couple import Mode, find_mode
 from plugbridge.transfer.coupling import (
     Coupling,
-    Loss,
     bridge_state,
     drop_vocabulary,
     require_gradients,
@@ -43,7 +41,7 @@ from plugbridge.transfer.coupling import (
     without_bridge,
 )
 from plugbridge.transfer.down import start_down
-from plugbridge.transfer.fidelity import WaysBack, fidelity
+from plugbridge.transfer.fidelity import Fidelity, WaysBack, fidelity
 from plugbridge.transfer.ladder import length_in
 from plugbridge.transfer.needed import needs_bridge
 from plugbridge.transfer.start import Start, fresh_start, small_start
@@ -90,6 +88,10 @@ def couple(work: Work) -> dict[str, Any]:
     started = coupling.parameters()  # before the mode puts peft's own module on the Bridge
     loss = mode.start(coupling) if starts else _no_loss
     climbed = {f"ladder/{key}": tensor for key, tensor in coupling.ladder.items()}
+    gradients = settings.fidelity_rows > 0 and p.config.score.importance == "fisher"  # else none is ever taken
+    compared = _Compared(work, coupling, loss) if gradients and isinstance(loss, WaysBack) else None
+    if compared is not None:
+        compared.start()
     parameters = {name: tensor for name, tensor in {**started, **climbed}.items() if tensor.requires_grad}
     rates = {
         "": rate_of_training(settings, p.method),
@@ -102,8 +104,6 @@ def couple(work: Work) -> dict[str, Any]:
     schedule = schedule_of(settings, p.config.seed, rates)
     if mode.exact:
         schedule = replace(schedule, micro_batch=None)  # its parts go through a block together
-    gradients = settings.fidelity_rows > 0 and p.config.score.importance == "fisher"  # else none is ever taken
-    compared = _Compared(work, coupling, loss) if gradients and _comparable(coupling, loss) else None
     rows, title = p.large_rows["train"], f"couple ({settings.mode})"
     losses = train(work, models, parameters, rows, loss if compared is None else compared, schedule, title)
     if compared is not None:
@@ -122,23 +122,18 @@ def couple(work: Work) -> dict[str, Any]:
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "fidelity": [] if compared is None else compared.found,
+        "still": sorted(coupling.still),
     }
-
-
-def _comparable(coupling: Coupling, loss: Loss) -> bool:
-    """Whether a loss is compared with backpropagation: of a streamed model that would have all blocks in memory."""
-    large = coupling.large_model
-    return isinstance(loss, WaysBack) and large is not None and window_of(large) is None
 
 
 class _Compared:
     """A loss that is compared with backpropagation before some steps; what was found is kept for a resumed stage."""
 
-    def __init__(self, work: Work, coupling: Coupling, loss: Loss) -> None:
-        assert isinstance(loss, WaysBack)
+    def __init__(self, work: Work, coupling: Coupling, loss: WaysBack) -> None:
         p = work.prepared
         self.coupling, self.loss, self.seed = coupling, loss, p.config.seed
         self.every = p.config.couple.fidelity_every
+        self.at_once = min(p.config.couple.batch_size, p.config.couple.micro_batch or p.config.couple.batch_size)
         self.rows = drawn(p.large_rows["train"], p.config.couple.fidelity_rows, p.config.seed)
         self.path = work.folder / "fidelity.json"
         kept: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
@@ -146,20 +141,32 @@ class _Compared:
 
     def __call__(self, rows: list[Encoded]) -> Tensor:
         step = current_step(self.seed)
-        if step == 0 or (self.every and step % self.every == 0):
+        if self.every and step % self.every == 0:
             self.measure(step)
         return self.loss(rows)
+
+    def start(self) -> None:
+        """Compare before the first step; a module whose gradient would lead it astray is to stay as it starts."""
+        self.measure(0)
+        for found in self.found[:1]:
+            start = Fidelity(**found)
+            wrong = start.wrong(self.coupling.first)
+            if (advice := start.advice()) is not None:
+                log.warning("%s", advice)
+            if wrong:
+                places = ", ".join(f"{stack} {layer}" for stack, layer in sorted(wrong))
+                log.warning("fidelity is not above 0 in these layers, whose modules stay as they start: %s", places)
+            self.coupling.still.update(wrong)
+            require_gradients(self.coupling)
 
     def measure(self, step: int) -> None:
         """Compare before a step, unless that was done."""
         if any(each["step"] == step for each in self.found):
             return
-        found = fidelity(self.coupling, self.loss, self.rows, step)
+        found = fidelity(self.coupling, self.loss, self.rows, step, self.at_once)
         if not all(map(math.isfinite, found.means())):
             return  # nor is the loss finite, which ends the training and is told
         log.info("step %d: %s", step, found.said())
-        if step == 0 and (advice := found.advice()) is not None:
-            log.warning("%s", advice)
         self.found.append(asdict(found))
         write_json(self.path, self.found)
 

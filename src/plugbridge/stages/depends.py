@@ -15,7 +15,7 @@ from plugbridge.tuners.table import Method, MethodSettings
 
 DRAWN = "drawn by the seed"
 """How some training rows are chosen; earlier versions took the first, and their results are not these."""
-UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute", "fidelity_rows", "fidelity_every")
+UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute", "fidelity_every")
 """Keys that change no result, beyond rounding; `micro_batch` does with dropout, and is then named beside them."""
 LATER: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw",),
@@ -26,6 +26,7 @@ LATER: dict[str, tuple[Any, ...]] = {
     "error_bound": (0.0,),
     "kept_bits": (None,),
     "perturbation": (1e-3,),
+    "fidelity_rows": (8,),
     "proxy": (False,),
 }
 """Keys that came later, and what they are where a run from before them has none: such a run need not be done anew."""

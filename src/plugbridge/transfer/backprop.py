@@ -24,7 +24,7 @@ from plugbridge.shrink.sweep import Block, Run, Slots, blocks_of, put_in_place, 
 from plugbridge.tasks.encode import Batch, Encoded, Encoder, gold
 from plugbridge.train import shares
 from plugbridge.transfer.coupling import Coupling, Loss
-from plugbridge.transfer.feedback import layer_prefix
+from plugbridge.transfer.prefix_cache import layer_prefix
 from plugbridge.tuners.module import Module, Slot, attach, pack, parameter_name
 from plugbridge.tuners.table import Method
 
@@ -37,8 +37,12 @@ def backprop(coupling: Coupling) -> Loss:
     large = coupling.large_model
     assert large is not None
     wrapped, _ = attach(large, coupling.method, coupling.large, coupling.settings)
-    for slot, parameter in _parameters(wrapped, coupling.method, coupling.large, coupling.module).items():
-        parameter.requires_grad_(coupling.trains(slot))
+    wrapped.train()
+    return coupled_exactly(coupling, wrapped)
+
+
+def coupled_exactly(coupling: Coupling, wrapped: PeftModel) -> Loss:
+    """`exact_loss` of a coupling's large model, which carries its module."""
     return exact_loss(
         wrapped, coupling.method, coupling.large, coupling.encoder, coupling.at_large_width, coupling.trains,
         coupling.micro_batch,
@@ -56,12 +60,10 @@ def exact_loss(
 ) -> Loss:
     """The loss of a model that carries a module, trained block by block: `module` gives its tensors for every step.
 
-    The model is in training mode from now on, with its dropout; those of the module's slots that train do so in the
-    model as well. A step's rows go through a block in parts of `micro_batch` rows.
+    Dropout acts where the model is in training mode. A step's rows go through a block in parts of `micro_batch` rows.
     """
     model = cast(PreTrainedModel, wrapped.get_base_model())
     fuse_gelu(model)
-    wrapped.train()
     blocks = blocks_of(model, layout)
     number = {(block.stack, layer): block.number for layer, block in _with_layers(blocks)}
     drops = drops_out(model.config) or any(isinstance(part, nn.Dropout) and part.p > 0 for part in wrapped.modules())
@@ -77,6 +79,7 @@ def exact_loss(
             parameters = _parameters(wrapped, method, layout, wide)
             for slot, parameter in parameters.items():
                 parameter.data = local[slot].detach()
+                parameter.requires_grad_(trains(slot))
             local = parameters
         own: Own = {block.number: {} for block in blocks}
         for slot, tensor in local.items():
@@ -88,7 +91,7 @@ def exact_loss(
         own = placed(wide)
         parts: list[tuple[Callable[[], Tensor], Run]] = []
         for part, share in shares(rows, micro_batch, lambda row: row.weight):
-            numbers = _drawn_from(_new_seed() if drops else None, model.device)
+            numbers = _drawn_from(_new_seed() if drops and wrapped.training else None, model.device)
             batch = gold(encoder, part).to(model.device)
             prefixed = _prefixed(layout, encoder, own) if method.stacked else run_block
             parts.append((

@@ -30,7 +30,8 @@ class Coupling:
     and `cache` are the ladder's own: its gates and projections, and where activations are kept.
     `bridge` is None where none is read (`identity`, or a start that is plugged in as it is), the plan then
     `without_bridge`.
-    `first` is the first layer of each stack whose module trains; 0 where it is not named. `recompute`
+    `first` is the first layer of each stack whose module trains; 0 where it is not named. `still` are stacks and layers
+    above it whose module stays as it starts, put there before the first step. `recompute`
     says that feedback runs a module's own sublayer again instead of keeping what its first run left, with
     what norms are at the Bridge's width, and standalone the Bridge's blocks. `perturbation` is how far mezo moves
     the module, `micro_batch` how many rows go through a block at a time in backprop.
@@ -51,6 +52,7 @@ class Coupling:
     ladder: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     cache: ActivationCache | None = None
     first: dict[str, int] = field(default_factory=dict[str, int])
+    still: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
     recompute: bool = True
     activations: Activations = "bridge"
     error_bound: float = 0.0
@@ -66,6 +68,10 @@ class Coupling:
 
     def trains(self, slot: Slot) -> bool:
         """Whether a slot's tensor trains."""
+        return self.has_module(slot) and (slot.stack, slot.layer) not in self.still
+
+    def has_module(self, slot: Slot) -> bool:
+        """Whether a slot is of the layers whose module is used."""
         return slot.layer >= self.first.get(slot.stack, 0)
 
     def bridge_layout(self) -> Layout:
@@ -73,8 +79,9 @@ class Coupling:
         return Layout(self.large.family, dict(self.plan.sizes), dict(self.large.layers))
 
     def at_large_width(self) -> Module:
-        """The module as the large model would carry it."""
-        return apply_plug(self.method, self.small, self.large, self.plug, self.module)
+        """The module as the large model would carry it, without a graph where it does not train."""
+        wide = apply_plug(self.method, self.small, self.large, self.plug, self.module)
+        return {slot: tensor if self.trains(slot) else tensor.detach() for slot, tensor in wide.items()}
 
     def at_bridge_width(self) -> Module:
         """The module as the Bridge carries it: plug, then down."""
@@ -113,7 +120,7 @@ def silence(coupling: Coupling) -> None:
     """Set the tensors that do not train to zero: no LoRA, no adapter. A prefix stays, none cannot be had."""
     if not coupling.method.stacked:
         for slot, tensor in coupling.module.items():
-            if not coupling.trains(slot):
+            if not coupling.has_module(slot):
                 tensor.zero_()
 
 

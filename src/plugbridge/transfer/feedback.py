@@ -23,17 +23,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from plugbridge.evaluate import at_least_float32
 from plugbridge.families.spec import Layout, Place, Sublayer
 from plugbridge.models import fuse_gelu, last_positions
 from plugbridge.tasks.encode import Batch, Encoded, gold
+from plugbridge.transfer.backprop import coupled_exactly
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.fidelity import WaysBack
+from plugbridge.transfer.prefix_cache import layer_prefix
 from plugbridge.transfer.residual import Width, head_loss
 from plugbridge.transfer.residual_gradient import NarrowNorm, ResidualGradient
-from plugbridge.transfer.through import detached, loss_at_end, through_loss
+from plugbridge.transfer.through import detached, through_loss
 from plugbridge.transfer.unread import unread
 from plugbridge.tuners.module import Module, attach, pack, parameter_name
 
@@ -194,16 +196,6 @@ def prefix_cache(coupling: Coupling, layout: Layout, module: Module, visit: Visi
     return layer_prefix(layout, coupling.encoder.kind == "seq2seq", value, layer, x)
 
 
-def layer_prefix(layout: Layout, seq2seq: bool, value: Tensor, layer: int, x: Tensor) -> Any:
-    """A cache of one layer's prefix. value: (tokens, 2 x inner width), x: what the layer reads, (n, length, hidden)."""
-    heads, head_dim = (layout.sizes[axis] for axis in layout.family.prefix.axes.split())
-    kv = value.to(x.dtype).reshape(-1, 2, heads, head_dim).permute(1, 2, 0, 3)  # kv, heads, tokens, head_dim
-    cache = DynamicCache()
-    keys, values = (part.expand(x.shape[0], -1, -1, -1) for part in kv)
-    cache.update(keys, values, layer)
-    return EncoderDecoderCache(cache, DynamicCache()) if seq2seq else cache
-
-
 def call(
     coupling: Coupling,
     layout: Layout,
@@ -337,7 +329,7 @@ def feedback(coupling: Coupling, through_bridge: bool = True) -> Loss:
 
     if norms is None:
         return by(None)
-    return WaysBack(by(norms), by(None), loss_at_end(coupling, large, wrapped))
+    return WaysBack(by(norms), by(None), coupled_exactly(coupling, wrapped))
 
 
 def send_back(

@@ -31,9 +31,10 @@ from plugbridge.shrink.prune import BridgePlan
 from plugbridge.tasks.encode import Encoded, gold
 from plugbridge.tensors.axes import Project, transform
 from plugbridge.tensors.patterns import axis_names
+from plugbridge.transfer.backprop import coupled_exactly
 from plugbridge.transfer.coupling import Coupling, Loss
 from plugbridge.transfer.fidelity import WaysBack
-from plugbridge.transfer.kept import KeptBits, kept_in
+from plugbridge.transfer.kept import kept_in
 from plugbridge.transfer.residual import head_loss
 from plugbridge.tuners.module import attach, pack, parameter_name
 
@@ -206,11 +207,11 @@ def through_loss(coupling: Coupling) -> WaysBack:
     wrapped, _ = attach(large, coupling.method, coupling.large, coupling.settings)
     large.requires_grad_(False)
     wrapped.eval()
-    exact = loss_at_end(coupling, large, wrapped)
-    rounded = loss_at_end(coupling, large, wrapped, coupling.kept_bits)
+    exact = coupled_exactly(coupling, wrapped)
+    at_end = loss_at_end(coupling, large, wrapped)
 
     def by(way: Way) -> Loss:
-        plain = exact if way == "exact" else rounded
+        plain = exact if way == "exact" else at_end
 
         def loss(rows: list[Encoded]) -> Tensor:
             switch.way = way
@@ -221,12 +222,12 @@ def through_loss(coupling: Coupling) -> WaysBack:
     return WaysBack(by("bridge"), by("none"), by("exact"))
 
 
-def loss_at_end(coupling: Coupling, large: PreTrainedModel, wrapped: nn.Module, bits: KeptBits | None = None) -> Loss:
+def loss_at_end(coupling: Coupling, large: PreTrainedModel, wrapped: nn.Module) -> Loss:
     """The plugged large model's loss, to be differentiated by autograd; its head runs at label positions only.
 
-    What its blocks keep for that is in so many `bits`, or as it is.
+    What its blocks keep for that is in `kept_bits`, or as it is.
     """
-    layout, kind = coupling.large, coupling.encoder.kind
+    layout, kind, bits = coupling.large, coupling.encoder.kind, coupling.kept_bits
     spared = {} if coupling.method.stacked else {"use_cache": False}
     end = large.get_submodule(layout.family.stack[layout.family.prefix.stack].final_norm)
 

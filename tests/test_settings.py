@@ -113,6 +113,7 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
     ("couple.activations", "large", (*ALONE, "ladder_delta", *NO_BRIDGE[2:]), {}, "no error goes back through"),
     ("couple.fidelity_rows", 2, (*ALONE, *NO_BRIDGE[2:]), {}, "no error goes back through a Bridge to be compared"),
     ("couple.fidelity_every", 2, ("standalone",), {}, "only an error is compared"),
+    ("couple.bridge_resident", False, (*ALONE, "ladder_delta", *NO_BRIDGE[2:]), {}, "no Bridge is read block by block"),
     ("couple.error_bound", 0.5, ("feedback", "standalone"), {}, "only with activations: large"),
     ("couple.kept_bits", 8, ("feedback", "standalone"), {}, "only with activations: large"),
     ("prune.channels", "pca", ("standalone",), {}, "must be a model by itself"),
@@ -137,7 +138,8 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
      "couple.recompute is False, but in mode 'feedback' with activations: large nothing is run again"),
     *((f"couple.{key}", value, ("feedback",), {"couple": {"steps": 0}}, f"couple.{key} is {value!r}, but couple.steps")
       for key, value in (*LOOP.items(), ("micro_batch", 2), ("optimizer", "adafactor"),
-                         ("recompute", False), ("fidelity_rows", 2), ("fidelity_every", 2)) if key != "steps"),
+                         ("recompute", False), ("fidelity_rows", 2), ("fidelity_every", 2),
+                         ("bridge_resident", False)) if key != "steps"),
     *((f"couple.{key}", value, ("standalone",), {"couple": {"mode": "standalone", "steps": 0}}, "couple.steps is 0")
       for key, value in (("down", "learned"), ("bridge", "freeze"), ("plug_learning_rate", 0.3))),
     ("large", {"path": "large", "load_in": "8bit"}, ("feedback",), {"evaluate.models": ["small_tuned"]},
@@ -150,6 +152,7 @@ REFUSED: list[tuple[str, Any, tuple[str, ...], Raw, str]] = [
 
 UNCHANGED: list[tuple[str, Any, str, tuple[str, ...], Raw]] = [
     ("couple.fidelity_every", 1, "couple", ("feedback",), {}),
+    ("couple.bridge_resident", False, "couple", ("feedback",), {}),
     ("couple.recompute", False, "couple", ("standalone", "feedback"), {}),
     ("couple.micro_batch", 1, "couple", ("standalone", "ladder_delta", "feedback", "mezo", "backprop"), {}),
     ("couple.checkpoint_every", 1, "couple", ("feedback",), {}),
@@ -396,7 +399,7 @@ def test_of_no_steps_all_settings_but_these_act(
     raw = put(base("standalone", {}), "couple", {"mode": "standalone", "plug": "random", "steps": 0})
     other = {**LOOP, "micro_batch": 2, "optimizer": "adafactor", "plug_learning_rate": 0.3, "down": "learned",
              "bridge": "freeze", "bridge_learning_rate": 0.3, "activations": "large", "error_bound": 0.5,
-             "kept_bits": 8, "perturbation": 0.5, "recompute": False, "fidelity_rows": 2,
+             "kept_bits": 8, "perturbation": 0.5, "recompute": False, "bridge_resident": False, "fidelity_rows": 2,
              "fidelity_every": 2}  # fmt: skip
     del other["steps"]
     assert {*OF_STEPS} == {*other}

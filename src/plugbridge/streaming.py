@@ -3,8 +3,8 @@
 The model is transformers' own and keeps on the device whatever is outside of the blocks, and the blocks'
 vectors (norms, biases: less than a thousandth of a block). The matrices of a block are put in place when one of its
 sublayers is called, by the model itself or alone, and stay until another block's is. What is not in place is an
-`Absent` parameter: of the right shape, dtype and device, with no memory behind it, NaN everywhere, so that a
-result that missed a weight cannot go unseen.
+`Absent` parameter: of the right shape, dtype and device, with no memory behind it, NaN everywhere (of a packed matrix
+its scales are), so that a result that missed a weight cannot go unseen.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plugbridge.errors import ModelError
-from plugbridge.families.spec import Layout, Place
+from plugbridge.families.spec import Layout, Place, layout_of_config
 from plugbridge.models import layout_for, load_model
 from plugbridge.parsing import shown
 from plugbridge.tensors.checkpoint import DTYPES, Checkpoint
 
+SCALE_NAN = 127
+"""The byte that is NaN as a packed matrix's scale, a float8."""
 Owners = list[tuple[nn.Module, str]]
 """Modules that hold one parameter, each with the attribute's name; several where weights are tied."""
 ReaderOf = Callable[[list[str], nn.Parameter], Callable[[], Tensor]]
@@ -36,7 +38,8 @@ class Absent(nn.Parameter):
     @staticmethod
     def of(like: Tensor, device: str, read: Callable[[], Tensor]) -> "Absent":
         """A stand-in of `like`'s shape and dtype."""
-        nothing = torch.full((), torch.nan, dtype=like.dtype, device=device).expand(like.shape)
+        missed = torch.nan if like.is_floating_point() else SCALE_NAN
+        nothing = torch.full((), missed, dtype=like.dtype, device=device).expand(like.shape)
         absent = Absent(nothing, requires_grad=False)
         absent.read = read
         return absent
@@ -129,13 +132,16 @@ def load_streamed(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, Layout]:
-    """A frozen model in evaluation mode whose blocks stay on disk, and its layout.
+    """A frozen model in evaluation mode whose blocks stay on disk, and its layout. A Bridge may be `packed`.
 
     Raises ModelError as `load_model` does, and for a tensor that is missing or of another shape.
     """
-    model = _without_weights(source, checkpoint, dtype, trust_remote_code)
-    return model, stream_blocks(model, device, partial(_reader, source, model, checkpoint, device))
+    model = _without_weights(source, checkpoint, dtype, trust_remote_code, packed)
+    layout = layout_of_config(model.config.to_dict()) if packed else layout_for(model)
+    stream_blocks(model, layout, device, partial(_reader, source, model, checkpoint, device))
+    return model, layout
 
 
 def load_converted(
@@ -166,39 +172,44 @@ def load_converted(
     return model
 
 
-def stream_blocks(model: PreTrainedModel, device: str, reader_of: ReaderOf, reader: Executor | None = None) -> Layout:
+def stream_blocks(
+    model: PreTrainedModel, layout: Layout, device: str, reader_of: ReaderOf, reader: Executor | None = None
+) -> None:
     """Put what is outside of the blocks of a model on `meta` in place, and the blocks when they are needed.
 
-    Returns the model's layout. `reader` runs what reads ahead.
+    `reader` runs what reads ahead.
     """
-    layout = layout_for(model)
     fill_buffers(model, device)
     order = {place: i for i, place in enumerate(_blocks_of(layout))}
     blocks: list[list[tuple[Absent, Owners]]] = [[] for _ in order]
-    table = layout.table()
     for names, parameter in _distinct(model):
         read = reader_of(names, parameter)
         owners = _owners(model, names)
-        place = table[names[0]].place
-        if place.stack is None or parameter.dim() < 2:
+        place = layout.block_of(names[0])
+        if place is None or (parameter.dim() < 2 and parameter.is_floating_point()):
             _place(owners, nn.Parameter(read(), requires_grad=False))
             continue
         absent = Absent.of(parameter, device, read)
         _place(owners, absent)
-        blocks[order[place.stack, cast(int, place.layer)]].append((absent, owners))
+        blocks[order[place]].append((absent, owners))
     window = Window(blocks, reader)
-    for path, _ in layout.functions():
-        place, _ = layout.place_of(path)
-        function = model.get_submodule(path)
-        function.register_forward_pre_hook(_opener(window, order[cast(str, place.stack), cast(int, place.layer)]))
     cast(Any, model).streaming_window = window
+    for path, _ in layout.functions():
+        model.get_submodule(path).register_forward_pre_hook(_opener(window_opener(model, path, layout)))
     model.requires_grad_(False).eval()
-    return layout
 
 
 def window_of(model: nn.Module) -> Window | None:
     """The window of a streamed model; None if the whole model is in memory."""
     return getattr(model, "streaming_window", None)
+
+
+def window_opener(model: nn.Module, path: str, layout: Layout) -> Callable[[], None] | None:
+    """What puts the block that a module is in in place; None where the whole model is in memory."""
+    window, place = window_of(model), layout.block_of(path)
+    if window is None or place is None:
+        return None
+    return partial(window.need, _blocks_of(layout).index(place))
 
 
 def block_bytes(model: nn.Module, layout: Layout) -> int:
@@ -212,9 +223,11 @@ def block_bytes(model: nn.Module, layout: Layout) -> int:
     return max(found.values())
 
 
-def _opener(window: Window, block: int) -> Callable[..., None]:
+def _opener(opens: Callable[[], None] | None) -> Callable[..., None]:
+    assert opens is not None
+
     def hook(*_: Any) -> None:
-        window.need(block)
+        opens()
 
     return hook
 
@@ -225,10 +238,10 @@ def _blocks_of(layout: Layout) -> list[tuple[str, int]]:
 
 
 def _without_weights(
-    source: str, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool
+    source: str, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, packed: bool = False
 ) -> PreTrainedModel:
     """A model on `meta`, its weights tied as transformers ties them, which compares those that the files hold twice."""
-    model = load_model(source, dtype=dtype, device="meta", trust_remote_code=trust_remote_code)
+    model = load_model(source, dtype=dtype, device="meta", trust_remote_code=trust_remote_code, packed=packed)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for name, other in ties.items():

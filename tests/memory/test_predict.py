@@ -80,6 +80,16 @@ def test_feedback_through_a_packed_bridge_is_close_to_what_a_real_step_has_alive
     assert predict(case, step).peak < predict(plain, step).peak
 
 
+def test_feedback_through_a_streamed_bridge_has_two_blocks_of_it() -> None:
+    case = replace(with_top(case_of("gpt2", layers=8), ""), reduction=1, packed=3, activations="large")
+    streamed, step = replace(case, bridge_streamed=True), STEPS["couple, feedback"]
+    found, whole = predict(streamed, step), predict(case, step)
+    assert found.peak == pytest.approx(really_alive(streamed, step), rel=0.15)
+    assert found.peak == pytest.approx(trace(streamed, step).peak, rel=0.02)
+    assert found.peak < whole.peak
+    assert found.read > whole.read == 0
+
+
 def test_packing_a_bridge_extends_to_the_true_depth() -> None:
     case = case_of("gpt2", packed=3)
     assert predict(case, STEPS["prune"]).peak == pytest.approx(trace(case, STEPS["prune"]).peak, rel=0.02)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from test_half_precision import READS_LARGE, gradient_of
 from test_transfer import ROWS, coupling_of
 from torch import Tensor
 
-from conftest import FAMILIES, METHODS, pack_model, pairwise
-from plugbridge.streaming import window_of
+from conftest import FAMILIES, METHODS, make_model, make_tokenizer, pack_model, pairwise
+from plugbridge.config.stages import Activations
+from plugbridge.shrink.packing import load_bridge
+from plugbridge.streaming import Absent, window_of
+from plugbridge.tensors.packed import Bits
 from plugbridge.transfer.couple import MODES
-from plugbridge.transfer.coupling import Coupling
+from plugbridge.transfer.coupling import Coupling, drop_vocabulary
 from plugbridge.transfer.repair import RepairTarget, repair_loss, repaired_parameters
 from test_streaming import LAYERS, resident, streamed
 
@@ -65,6 +69,42 @@ def test_errors_through_packed_matrices_read_no_block_again(sharded: Callable[[s
     assert window is not None
     stacks = len(coupling.large.layers)
     assert window.reads == stacks * LAYERS + 1  # each once, and one read ahead
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "how"),
+    pairwise(FAMILIES, METHODS, (("bridge", 3), ("large", 16), ("large", 3))),
+)
+def test_a_streamed_bridge_takes_the_same_step(
+    tmp_path: Path, family: str, method: str, how: tuple[Activations, Bits | Literal[16]]
+) -> None:
+    activations, bits = how
+    plain = coupling_of(family, method)
+    if bits != 16:
+        pack_model(plain.bridge, plain.large, bits)
+    plain.bridge.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    found: list[list[Tensor]] = []
+    for streams in (False, True):
+        bridge = load_bridge(tmp_path, streamed=streams)
+        drop_vocabulary(bridge, plain.large)
+        absent = [(m, leaf) for m in bridge.modules() for leaf, p in m._parameters.items() if isinstance(p, Absent)]
+        coupling = replace(
+            coupling_of(family, method), bridge=bridge, train_bridge=False, activations=activations,
+            large_model=make_model(family, hidden=16, layers=2, heads=4, seed=3),
+        )  # fmt: skip
+        loss = MODES["feedback"].start(coupling)
+        before = 0
+        for _ in range(3):  # the window learns in the first ones what comes next
+            before = window.reads if (window := window_of(bridge)) is not None else 0
+            found.append([*torch.autograd.grad(loss(ROWS), list(coupling.parameters().values()), allow_unused=True)])
+        if window is not None:
+            assert 0 < window.reads - before <= sum(plain.large.layers.values())  # each once a step
+            there = [getattr(module, leaf) for module, leaf in absent]
+            assert 0 < sum(not isinstance(p, Absent) for p in there) <= len(there) / len(window.blocks) * 2
+    for gradients in found[1:]:
+        for one, other in zip(found[0], gradients, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("target", ["response", "logits"])

@@ -60,7 +60,7 @@ def coupling_of(
         part: {key: tensor.detach().clone() for key, tensor in getattr(made, part).items()}
         for part in ("module", "plug", "down")
     }
-    coupling = replace(made, **copies, bridge=copy.deepcopy(made.bridge), ladder={}, first={})
+    coupling = replace(made, **copies, bridge=copy.deepcopy(made.bridge), ladder={}, first={}, still=set())
     require_gradients(coupling)
     return coupling
 

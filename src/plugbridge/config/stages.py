@@ -246,6 +246,11 @@ class CoupleConfig(PartsConfig):
     fidelity_every: int = Field(
         default=0, ge=0, le=STEPS, description="steps after which that is done again during training; 0 for never"
     )
+    bridge_resident: bool = Field(
+        default=True,
+        description="whether all of the Bridge is in memory; false, in feedback, has the matrices of one of its blocks "
+        "there, and reads one more ahead: each once for every `micro_batch` of rows",
+    )
     bridge: Literal["train", "freeze"] = Field(default="train", description="whether the Bridge's own weights train")
     bridge_learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of the Bridge's weights")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -320,6 +320,14 @@ class Layout:
                 if number.isdigit():
                     return Place(stack_name, int(number)), rest
         raise ShapeError(f"'{module}' is in no stack of family '{self.family.name}'")
+
+    def block_of(self, path: str) -> tuple[str, int] | None:
+        """Stack and layer of a module or weight inside a block; None outside."""
+        try:
+            place, _ = self.place_of(path)
+        except ShapeError:
+            return None
+        return cast(tuple[str, int], (place.stack, place.layer))
 
     def linear_axes(self, module: str) -> tuple[str, str]:
         """(in, out) axes of a linear module, each one dimension of its weight's pattern."""

@@ -28,6 +28,8 @@ from plugbridge.transfer.repair import RepairTarget
 from plugbridge.tuners.table import METHODS, Method, MethodSettings
 
 DEFAULT = MethodSettings(8, 16.0)
+MADE_UP = {"scales": 56, "top": 0.01}
+"""Values of a made-up packed matrix's scales, of which 56 is 1 in eight bits: small, and not zero, as no error is."""
 TARGETS = {"causal": 1, "seq2seq": 2}
 """Tokens of a row's answer: a label word, of a seq2seq model one of two tokens or more with its end mark."""
 
@@ -77,7 +79,8 @@ class Case:
     and their states are in memory. The step ends with the `optimizer`'s. Coupling starts from a module of
     `small`'s shape behind a plug, or without one from a fresh module. `target` is what a repair fits, `down`
     whether coupling trains the way down. The Bridge's matrices are of `packed` bits, and its error passes the
-    `activations` of the Bridge or of the large model, the latter kept in `kept_bits`.
+    `activations` of the Bridge or of the large model, the latter kept in `kept_bits`. With `bridge_streamed` a block of
+    the Bridge is in memory, and one read ahead.
     """
 
     config: PreTrainedConfig
@@ -108,6 +111,7 @@ class Case:
     packed: PackBits = 16
     activations: Activations = "bridge"
     kept_bits: KeptBits | None = None
+    bridge_streamed: bool = False
 
     @property
     def reads_files(self) -> bool:
@@ -157,6 +161,7 @@ class Case:
         return replace(
             self, trained={}, sizes=None, train_bridge=True, recompute=True, micro_batch=None, together=False,
             optimizer="adamw", target="response", down="select", packed=16, activations="bridge", kept_bits=None,
+            bridge_streamed=False,
         )  # fmt: skip
 
     def shorter(self, batch: int, length: int) -> "Case":
@@ -170,9 +175,14 @@ class Case:
             assert checkpoint is not None
             return load_streamed(self.weights, checkpoint, dtype=self.dtype, device=self.device)
         if self.streamed:
-            model, _ = self.on_meta()
-            return model, stream_blocks(model, self.device, self._made_up, AtOnce())
+            model, layout = self.on_meta()
+            self.stream(model, layout)
+            return model, layout
         return self._made(self.device)
+
+    def stream(self, model: PreTrainedModel, layout: Layout) -> None:
+        """Have a model on `meta` read its blocks from nowhere."""
+        stream_blocks(model, layout, self.device, self._made_up, AtOnce())
 
     def on_meta(self) -> tuple[PreTrainedModel, Layout]:
         """The model without weights."""
@@ -187,8 +197,9 @@ class Case:
         model = cast(PreTrainedModel, built).eval()
         return model, layout_for(model)
 
-    def _made_up(self, _names: list[str], like: Tensor) -> Callable[[], Tensor]:
-        return lambda: note_read(torch.zeros(like.shape, dtype=like.dtype, device=self.device))
+    def _made_up(self, names: list[str], like: Tensor) -> Callable[[], Tensor]:
+        value = MADE_UP.get(names[0].rpartition(".")[2], 0)
+        return lambda: note_read(torch.full(like.shape, value, dtype=like.dtype, device=self.device))
 
     def plan(self, layout: Layout) -> BridgePlan:
         """A Bridge's plan that keeps the first units; a projection keeps the first directions."""

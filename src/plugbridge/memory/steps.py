@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from plugbridge.evaluate import mean_loss
 from plugbridge.families.spec import Layout
-from plugbridge.memory.case import TARGETS, Case, scored
+from plugbridge.memory.case import MADE_UP, TARGETS, Case, scored
 from plugbridge.memory.packed import pack_weights
 from plugbridge.models import checkpoint_activations, find_checkpoint, last_positions
 from plugbridge.progress import Silent
@@ -43,8 +43,6 @@ from plugbridge.transfer.start import LayerLikeness, MapKind, PlugFit, Start, St
 from plugbridge.transfer.states import States, watch
 from plugbridge.tuners.module import Module, attach, pack, saved_key, trainable, unpack
 
-MADE_UP = {"scales": 56, "top": 0.01}
-"""Values of a made-up packed matrix's scales, of which 56 is 1 in eight bits: small, and not zero, as no error is."""
 MakeStep = Callable[[Case], "Step"]
 Marks = list[tuple[nn.Module, str]]
 
@@ -183,11 +181,14 @@ def bridge_of(
 ) -> tuple[PreTrainedModel, BridgePlan]:
     """A Bridge with random weights, as one read from disk."""
     plan = case.plan(layout).to(case.device)
-    with torch.device("meta" if case.packed != 16 else case.device):
+    with torch.device("meta" if case.packed != 16 or case.bridge_streamed else case.device):
         bridge: Any = type(model)(bridge_config(model.config, layout, plan))
     bridge = bridge.to(dtype).eval()
     if case.packed != 16:
         make_packed(bridge, matrices_of(bridge, layout), case.packed, "out in")
+    if case.bridge_streamed:
+        case.stream(bridge, layout)
+    elif case.packed != 16:
         fill_buffers(bridge, case.device)
         for name, parameter in list(bridge.named_parameters(remove_duplicate=False)):
             owner, _, leaf = name.rpartition(".")

@@ -56,6 +56,7 @@ CACHE: Settings = {"couple.cache": "disk"}
 STREAMED: Settings = {"resident": "none"}
 KEPT: Settings = {"couple.recompute": False}
 ROUNDED: Settings = {"couple.kept_bits": 8}
+READ_BRIDGE: Settings = {"couple.bridge_resident": False}
 GAIN = 0.95
 """The largest share of the time that is worth the memory."""
 FREEZE: Settings = {"couple.bridge": "freeze"}
@@ -72,6 +73,7 @@ CHANGES: tuple[Change, ...] = (
     Change({"score.keep": "disk"}, ("score",)),
     Change(CACHE, ("couple (",)),
     Change({"couple.recompute": True}, ("couple",)),
+    Change(READ_BRIDGE, ("couple (",)),
     Change(ROUNDED, ("couple (",)),
     Change({"couple.activations": "bridge", "couple.kept_bits": None}, ("couple (",)),
     Change(ADAFACTOR, ("couple",)),

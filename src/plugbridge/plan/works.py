@@ -110,7 +110,7 @@ def subjects_of(config: RunConfig, length: int | None, memory: int | None) -> Su
         train_bridge=config.couple.bridge == "train", recompute=config.couple.recompute,
         optimizer=config.couple.optimizer, down=config.couple.down, packed=config.prune.weight_bits,
         activations=config.couple.activations or "bridge",
-        kept_bits=config.couple.kept_bits,
+        kept_bits=config.couple.kept_bits, bridge_streamed=not config.couple.bridge_resident,
     )  # fmt: skip
     empty, layout = base.on_meta()
     sizes = bridge_sizes(config, empty, layout)

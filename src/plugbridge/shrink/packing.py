@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from plugbridge.families.spec import Layout, layout_of_config
-from plugbridge.models import PACKED, load_model
+from plugbridge.models import PACKED, find_checkpoint, load_model
+from plugbridge.streaming import load_streamed
 from plugbridge.tensors.packed import GROUP, Bits, Packed, pack, packed_shapes, unpack
 
 PARTS = {"codes": "weight", "scales": "scales", "top": "top"}
@@ -139,9 +140,18 @@ def packed_weights(
             yield f"{path}.{leaf}", getattr(found, part)
 
 
-def load_bridge(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """A Bridge, packed or not, in evaluation mode; what is not packed is in `dtype`. Raises ModelError."""
-    return load_model(str(folder), dtype=dtype, device=device, packed=True)
+def load_bridge(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", streamed: bool = False
+) -> PreTrainedModel:
+    """A Bridge, packed or not, in evaluation mode; what is not packed is in `dtype`. Raises ModelError.
+
+    A `streamed` one has one block's matrices in memory, and reads another ahead.
+    """
+    if not streamed:
+        return load_model(str(folder), dtype=dtype, device=device, packed=True)
+    checkpoint = find_checkpoint(str(folder))
+    assert checkpoint is not None
+    return load_streamed(str(folder), checkpoint, dtype=dtype, device=device, packed=True)[0]
 
 
 def bytes_of(bridge: PreTrainedModel, layout: Layout, reads_tokens: bool) -> int:

@@ -62,7 +62,8 @@ def couple(work: Work) -> dict[str, Any]:
     plan = (read_plan(work.root) if through else without_bridge(large)).to(p.device)
     start = _start(work, small, large)
     module = {slot: tensor.to(p.device, torch.float32) for slot, tensor in start.module.items()}
-    bridge = load_bridge(bridge_folder(work), device=p.device) if through else None
+    streams = not settings.bridge_resident
+    bridge = load_bridge(bridge_folder(work), device=p.device, streamed=streams) if through else None
     starts = settings.steps > 0 or through  # or the module is plugged in as it is
     down = start_down(settings.down, large, plan, p.method, module)
     coupling = Coupling(

@@ -15,7 +15,7 @@ from plugbridge.tuners.table import Method, MethodSettings
 
 DRAWN = "drawn by the seed"
 """How some training rows are chosen; earlier versions took the first, and their results are not these."""
-UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute", "fidelity_every")
+UNSEEN = ("checkpoint_every", "keep", "micro_batch", "recompute", "bridge_resident", "fidelity_every")
 """Keys that change no result, beyond rounding; `micro_batch` does with dropout, and is then named beside them."""
 LATER: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw",),

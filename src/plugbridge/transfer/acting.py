@@ -26,7 +26,7 @@ together.
 OF_STEPS = (
     "learning_rate", "batch_size", "micro_batch", "warmup", "optimizer", "weight_decay", "clip", "plug_learning_rate",
     "down", "bridge", "bridge_learning_rate", "activations", "error_bound", "kept_bits", "perturbation", "recompute",
-    "fidelity_rows", "fidelity_every",
+    "bridge_resident", "fidelity_rows", "fidelity_every",
 )  # fmt: skip
 """Keys of `couple` that only its steps read."""
 RUN_ONLY = ("large_zero_shot", "large_probe", "large_proxy", "large_plugged")
@@ -162,6 +162,8 @@ def _idle(config: RunConfig, mode: Mode) -> Iterator[tuple[str, str]]:
         yield "couple.fidelity_rows", "without importance: fisher no gradient of the large model is ever taken"
     if mode.name != "feedback" or couple.fidelity_rows == 0 or config.score.importance != "fisher":
         yield "couple.fidelity_every", "with mode 'feedback' and some fidelity_rows only an error is compared"
+    if mode.name != "feedback":
+        yield "couple.bridge_resident", f"{here} no Bridge is read block by block"
     if mode.name != "feedback" or couple.activations != "large":
         yield "couple.kept_bits", "only with activations: large in mode 'feedback' is anything kept"
         yield "couple.error_bound", "only with activations: large in mode 'feedback' positions are left out"

@@ -106,12 +106,17 @@ def without_bridge(layout: Layout) -> BridgePlan:
 
 
 def drop_vocabulary(bridge: PreTrainedModel, layout: Layout) -> None:
-    """Take a Bridge's embeddings and head away: for modes in which it neither reads tokens nor predicts any."""
+    """Take a Bridge's embeddings and head away: for modes in which it neither reads tokens nor predicts any.
+
+    Their numbers of rows stay, by which peft finds the embeddings.
+    """
     names = layout.vocabulary()
     for name, old in list(bridge.named_parameters(remove_duplicate=False)):
         if name in names:
             owner, _, leaf = name.rpartition(".")
-            setattr(bridge.get_submodule(owner), leaf, nn.Parameter(old.new_empty(0), requires_grad=False))
+            setattr(
+                bridge.get_submodule(owner), leaf, nn.Parameter(old.new_empty(old.shape[0], 0), requires_grad=False)
+            )
     bridge.set_output_embeddings(nn.Identity())
 
 

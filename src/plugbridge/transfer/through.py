@@ -28,6 +28,7 @@ from plugbridge.families.spec import Layout, Place
 from plugbridge.models import few_logits, fuse_gelu
 from plugbridge.shrink.packing import PackedLinear, matrices_of
 from plugbridge.shrink.prune import BridgePlan
+from plugbridge.streaming import window_opener
 from plugbridge.tasks.encode import Encoded, gold
 from plugbridge.tensors.axes import Project, transform
 from plugbridge.tensors.patterns import axis_names
@@ -166,13 +167,22 @@ def detached(value: Any) -> Any:
 
 
 def back_of(coupling: Coupling, path: str, layer: nn.Module) -> Back:
-    """The way back through one linear layer, for which the Bridge has `layer`."""
+    """The way back through one linear layer, for which the Bridge has `layer`; of a streamed one its block is read."""
     layout, plan = coupling.large, coupling.plan
     place, _ = layout.place_of(path)
     axes_in, axes_out = layout.linear_axes(path)
     device = next(layer.parameters()).device
     inputs, outputs = (op_of(layout, plan, axes, place, device) for axes in (axes_in, axes_out))
-    return Back(partial(weight_of, layer), inputs, outputs, _size(layout, axes_in), coupling.error_bound)
+    weight = partial(weight_of, layer)
+    opens = window_opener(coupling.pruned, path, layout)
+    if opens is not None:
+        weight = partial(_read_weight, opens, layer)
+    return Back(weight, inputs, outputs, _size(layout, axes_in), coupling.error_bound)
+
+
+def _read_weight(opens: Callable[[], None], layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    opens()
+    return weight_of(layer, dtype)
 
 
 def op_of(layout: Layout, plan: BridgePlan, axes: str, place: Place, device: torch.device) -> Op:

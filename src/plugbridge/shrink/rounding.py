@@ -30,7 +30,7 @@ from plugbridge.tensors.packed import (
 DAMPING = 0.05
 """What is added to the second moment's diagonal, as a share of its mean: vectors that were not seen matter as well."""
 _ROWS = 128
-"""Rows after which what they have lost is taken from all rows to come at once."""
+"""Rows after which what they have lost is taken from those to come at once."""
 
 
 @torch.no_grad()
@@ -50,51 +50,69 @@ def calibrated(matrix: Tensor, bits: Bits, vectors: Tensor | None, damping: floa
 
 def loss(matrix: Tensor, packed: Packed, vectors: Tensor) -> float:
     """Squared error of the products of vectors (n, rows) with a packed matrix (rows, columns)."""
-    return float((vectors @ (matrix.float() - packed.unpack())).square().sum())
+    rows, columns = matrix.shape
+    groups = -(-columns // GROUP)
+    product = vectors.new_zeros(len(vectors), columns)
+    for start in range(0, rows, _ROWS):
+        end = min(rows, start + _ROWS)
+        codes, scales = (part[start * groups : end * groups] for part in (packed.codes, packed.scales))
+        rounded = Packed(codes, scales, packed.top, torch.Size((end - start, columns))).unpack()
+        product.addmm_(vectors[:, start:end], matrix[start:end].float() - rounded)
+    return float(product.square().sum())
 
 
 def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float) -> Packed:
+    """GPTQ, its second moment V^T V + d I kept as the vectors V (n, rows) themselves: far fewer than there are rows.
+
+    What a rounded row has lost, e, is made up for by the rows to come: by -v_j S^-1 v e each, v being a row's column of
+    V, and S = d I plus the sum of v v^T over the rows to come (Woodbury). Rows beyond a few have that summed up in n
+    vectors.
+    """
     rows, columns = matrix.shape
-    order, upper = _factor(vectors, damping)
-    left = grouped(matrix).view(rows, -1)[order].float()  # a copy
-    grid, real = levels(bits).to(left.device), real_places(columns, left.device)
-    first = best_scales(left.view(-1, GROUP), bits, real.repeat(rows, 1))
-    top = power_of_two(2 * first.amax())  # corrections may make scales larger
-    codes, scales = [], []
+    order = vectors.square().sum(0).argsort(descending=True, stable=True)  # those of the largest vectors first
+    seen = vectors[:, order].double()
+    still = seen @ seen.mT  # S, of all rows to come
+    still.diagonal().add_(damping * float(seen.square().sum()) / rows)
+    wide, real = grouped(matrix), real_places(columns, matrix.device)
+    per_row, grid = len(real), levels(bits).to(matrix.device)
+    top = power_of_two(2 * _largest_scale(wide, bits, real))  # corrections may make scales larger
+    owed = torch.zeros(len(seen), per_row * GROUP, device=matrix.device)
+    codes = torch.empty(rows, per_row, 8 * bits, dtype=torch.int8, device=matrix.device)
+    scales = torch.empty(rows, per_row, dtype=torch.int8, device=matrix.device)
     for start in range(0, rows, _ROWS):
-        end = min(rows, start + _ROWS)
-        lost = torch.empty_like(left[start:end])
-        for row in range(start, end):
+        some, mine = order[start : start + _ROWS], seen[:, start : start + _ROWS]
+        still -= mine @ mine.mT
+        solved = torch.cholesky_solve(mine, torch.linalg.cholesky_ex(still)[0])
+        shares = _shares(mine.mT @ solved)
+        left = wide.view(rows, -1)[some].float() + mine.mT.float() @ owed
+        lost = torch.empty_like(left)
+        for row in range(len(some)):
             groups = left[row].view(-1, GROUP)
             kept = to_scales(best_scales(groups, bits, real), top)
             scale = read_scales(kept, top)
             code = nearest(groups, scale, bits)
-            rounded = (grid[code.int()] * scale.unsqueeze(-1)).view(-1)
-            lost[row - start] = (left[row] - rounded) * real.view(-1) / upper[row, row]
-            left[row + 1 : end] -= upper[row, row + 1 : end, None] * lost[row - start]
-            codes.append(join(code, bits))
-            scales.append(kept)
-        left[end:] -= upper[start:end, end:].mT @ lost
-    back = order.argsort()
-    every = torch.stack(codes)[back].flatten(0, 1), torch.stack(scales)[back].flatten()
-    return Packed(*every, top, torch.Size((rows, columns)))
+            lost[row] = (left[row] - (grid[code.int()] * scale.unsqueeze(-1)).view(-1)) * real.view(-1)
+            left[row + 1 :] -= shares[row, row + 1 :, None] * lost[row]
+            codes[some[row]], scales[some[row]] = join(code, bits), kept
+        owed += (solved.float() @ shares.mT) @ lost
+    return Packed(codes.flatten(0, 1), scales.flatten(), top, torch.Size((rows, columns)))
 
 
-def _factor(vectors: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Rows in their order, those of the largest vectors first, and the upper Cholesky factor of the inverse moment.
+def _largest_scale(groups: Tensor, bits: Bits, real: Tensor) -> Tensor:
+    """The largest of the best scales of a matrix's groups."""
+    found = [
+        best_scales(piece.float(), bits, real.repeat(len(piece) // len(real), 1)).amax()
+        for piece in groups.split(_ROWS * len(real))
+    ]
+    return torch.stack(found).amax()
 
-    Damping grows until there is one.
+
+def _shares(products: Tensor) -> Tensor:
+    """What each of some rows leaves to those after it of what it has lost, (rows, rows), with ones on the diagonal.
+
+    products: v_i S^-1 v_j of these rows, S being of the rows behind them all.
     """
-    moment = vectors.mT @ vectors
-    diagonal = moment.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    moment = moment[order][:, order]
-    mean = float(diagonal.mean())
-    while True:
-        damped = moment + damping * mean * torch.eye(len(order), device=moment.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed):
-                return order, upper
-        damping *= 10
+    moment = products + torch.eye(len(products), dtype=products.dtype, device=products.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(moment)[0])
+    upper = torch.linalg.cholesky_ex(inverse, upper=True)[0]
+    return (upper / upper.diagonal().unsqueeze(-1)).float()

@@ -7,9 +7,8 @@ seed, all of a batch at once as in a step:
 
 - *by block*: the share of the positions, padding left out, that hold 90 and 99 % of the squared norm of the errors at
   what a block's matrices give;
-- *by bound*: the share of the positions that are multiplied with the Bridge's matrices, the cosine of the module's
-  gradient with the exact one, a mean over its layers, and what a step takes, loss and gradient, over one at bound 0,
-  medians of steps that take turns.
+- *by bound*: the share of the positions that are multiplied with the Bridge's matrices, and the cosine of the module's
+  gradient with the exact one, a mean over its layers.
 
     plugbridge run configs/gpt2-lora.yaml --set prune.reduction=1 --set prune.bits=3 --out runs/gpt2
     python benchmarks/error_positions.py runs/gpt2 --table docs/results/error_positions.md
@@ -18,14 +17,12 @@ seed, all of a batch at once as in a step:
 import argparse
 import shlex
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import torch
@@ -42,7 +39,7 @@ from plugbridge.tasks.encode import IGNORE, Encoded, gold
 from plugbridge.train import drawn
 from plugbridge.transfer import through
 from plugbridge.transfer.couple import MODES
-from plugbridge.transfer.coupling import Coupling, Loss, drop_vocabulary, require_gradients
+from plugbridge.transfer.coupling import Coupling, drop_vocabulary, require_gradients
 from plugbridge.transfer.fidelity import WaysBack, fidelity
 from plugbridge.transfer.start import fresh_start
 from plugbridge.tuners.module import Module
@@ -50,8 +47,6 @@ from plugbridge.tuners.module import Module
 BOUNDS = (0.0, 0.001, 0.01, 0.03, 0.1, 0.3)
 HELD = (0.9, 0.99)
 ROWS = 32
-TURNS = 7
-"""Steps at each bound that are timed."""
 
 
 def coupling_of(root: Path, prepared: Prepared, module: Module) -> Coupling:
@@ -150,23 +145,6 @@ def by_bound(root: Path, prepared: Prepared, module: Module, bound: float) -> tu
     return sum(kept for kept, _ in sent) / whole, cosine
 
 
-def seconds_by_bound(root: Path, prepared: Prepared, module: Module) -> dict[float, float]:
-    """Seconds of a step at each bound, over those at the first."""
-    rows = rows_of(prepared)
-    steps: list[tuple[Loss, list[Tensor]]] = []
-    for bound in BOUNDS:
-        coupling = replace(coupling_of(root, prepared, module), error_bound=bound)
-        steps.append((MODES["feedback"].start(coupling), list(coupling.module.values())))
-    taken: list[list[float]] = [[] for _ in steps]
-    for turn in range(TURNS + 1):
-        for own, (loss, tensors) in zip(taken, steps, strict=True):
-            begun = time.perf_counter()
-            torch.autograd.grad(loss(rows), tensors)
-            if turn > 0:  # the first makes what stays
-                own.append(time.perf_counter() - begun)
-    return {bound: median(own) / median(taken[0]) for bound, own in zip(BOUNDS, taken, strict=True)}
-
-
 def measured(root: Path, data: Path | None) -> dict[str, Any]:
     """All of one run."""
     prepared = prepare(load_config(root / "config.yaml"), data)
@@ -185,7 +163,6 @@ def measured(root: Path, data: Path | None) -> dict[str, Any]:
             when: {bound: by_bound(root, prepared, module, bound) for bound in BOUNDS}
             for when, module in modules.items()
         },
-        "seconds": {when: seconds_by_bound(root, prepared, module) for when, module in modules.items()},
     }
 
 
@@ -208,12 +185,12 @@ def page(found: list[dict[str, Any]]) -> str:
         ):
             cells = [f"{share:.2f}" for shares in run["blocks"].values() for share in shares[block]]
             lines.append(f"| {block} | " + " | ".join(cells) + " |")
-        lines += ["", "| bound | start: sent | cosine | step, x | end: sent | cosine | step, x |", "|---" * 7 + "|"]
+        lines += ["", "| bound | start: sent | cosine | end: sent | cosine |", "|---" * 5 + "|"]
         for bound in BOUNDS:
             cells = [
                 f"{value:.{digits}f}"
-                for when, each in run["bounds"].items()
-                for value, digits in zip((*each[bound], run["seconds"][when][bound]), (2, 3, 2), strict=True)
+                for each in run["bounds"].values()
+                for value, digits in zip(each[bound], (2, 3), strict=True)
             ]
             lines.append(f"| {bound:g} | " + " | ".join(cells) + " |")
     about = (__doc__ or "").partition("    plugbridge run")[0]

@@ -8,6 +8,7 @@ import torch
 from plugbridge.tensors.packed import (
     GROUP,
     Bits,
+    grid_of,
     join,
     levels,
     nearest,
@@ -73,7 +74,7 @@ def test_codes_fill_every_bit(bits: Bits) -> None:
     top = power_of_two(torch.ones(()))
     scales = to_scales(torch.ones(grid.numel()), top)
     groups = grid[number].view(-1, GROUP)
-    codes = nearest(groups, read_scales(scales, top), bits)
+    codes = nearest(groups, read_scales(scales, top), grid_of(bits, groups.device))
     assert torch.equal(codes.flatten().long(), number)
     assert torch.allclose(unpack(join(codes, bits), scales, top, groups.shape, torch.float32), groups)
 

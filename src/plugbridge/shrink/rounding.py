@@ -14,11 +14,12 @@ from torch import Tensor
 from plugbridge.tensors.packed import (
     GROUP,
     Bits,
+    Grid,
     Packed,
     best_scales,
+    grid_of,
     grouped,
     join,
-    levels,
     nearest,
     pack,
     power_of_two,
@@ -78,8 +79,9 @@ def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float) -> P
     still = seen @ seen.mT  # S, of all rows to come
     still.diagonal().add_(damping * float(seen.square().sum()) / rows)
     wide, real = grouped(matrix), real_places(columns, matrix.device)
-    per_row, grid = len(real), levels(bits).to(matrix.device)
-    top = power_of_two(2 * _largest_scale(wide, bits, real))  # corrections may make scales larger
+    per_row, grid = len(real), grid_of(bits, matrix.device)
+    filled = real if columns % GROUP else None
+    top = power_of_two(2 * _largest_scale(wide, grid, real))  # corrections may make scales larger
     owed = torch.zeros(len(seen), per_row * GROUP, device=matrix.device)
     codes = torch.empty(rows, per_row, 8 * bits, dtype=torch.int8, device=matrix.device)
     scales = torch.empty(rows, per_row, dtype=torch.int8, device=matrix.device)
@@ -90,22 +92,25 @@ def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float) -> P
         shares = _shares(mine.mT @ solved)
         left = wide.view(rows, -1)[some].float() + mine.mT.float() @ owed
         lost = torch.empty_like(left)
+        chosen = torch.empty(len(some), per_row, GROUP, dtype=torch.int32, device=matrix.device)
         for row in range(len(some)):
             groups = left[row].view(-1, GROUP)
-            kept = to_scales(best_scales(groups, bits, real), top)
+            kept = to_scales(best_scales(groups, grid, filled), top)
             scale = read_scales(kept, top)
-            code = nearest(groups, scale, bits)
-            lost[row] = (left[row] - (grid[code.int()] * scale.unsqueeze(-1)).view(-1)) * real.view(-1)
-            left[row + 1 :] -= shares[row, row + 1 :, None] * lost[row]
-            codes[some[row]], scales[some[row]] = join(code, bits), kept
+            code = nearest(groups, scale, grid)
+            off = torch.addcmul(groups, grid.levels[code], scale.unsqueeze(-1), value=-1)
+            lost[row] = (off if filled is None else off * filled).view(-1)
+            left[row + 1 :].addr_(shares[row, row + 1 :], lost[row], alpha=-1)
+            chosen[row], scales[some[row]] = code, kept
+        codes[some] = join(chosen.flatten(0, 1), bits).view(len(some), per_row, -1)
         owed += (solved.float() @ shares.mT) @ lost
     return Packed(codes.flatten(0, 1), scales.flatten(), top, torch.Size((rows, columns)))
 
 
-def _largest_scale(groups: Tensor, bits: Bits, real: Tensor) -> Tensor:
+def _largest_scale(groups: Tensor, grid: Grid, real: Tensor) -> Tensor:
     """The largest of the best scales of a matrix's groups."""
     found = [
-        best_scales(piece.float(), bits, real.repeat(len(piece) // len(real), 1)).amax()
+        best_scales(piece.float(), grid, real.repeat(len(piece) // len(real), 1)).amax()
         for piece in groups.split(_ROWS * len(real))
     ]
     return torch.stack(found).amax()

@@ -5,7 +5,7 @@ bits they are evenly spaced. Codes are packed without gaps: 64 weights take 8 by
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ _HALF: dict[int, tuple[float, ...]] = {
     4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
 }
 """Max (1960), table I: the positive half of the levels."""
+_FEW = 2**4
+"""Levels at most whose scales are fitted; those of more bits reach as far as the weights do."""
 _AT_ONCE = 4
 """Weights that are unpacked by one look into a table."""
 _PIECE = 2**22
@@ -76,13 +78,14 @@ def packed_shapes(shape: torch.Size, bits: Bits) -> dict[str, tuple[tuple[int, .
 def pack(matrix: Tensor, bits: Bits) -> Packed:
     """A matrix rounded to the nearest levels, with scales of least squared error."""
     groups, real = grouped(matrix.detach()), real_places(matrix.shape[-1], matrix.device)
+    grid = grid_of(bits, groups.device)
     rows = max(1, _PIECE // real.numel())
     pieces = groups.split(rows * len(real))
-    found = torch.cat([best_scales(piece.float(), bits, real.repeat(len(piece) // len(real), 1)) for piece in pieces])
+    found = torch.cat([best_scales(piece.float(), grid, real.repeat(len(piece) // len(real), 1)) for piece in pieces])
     top = power_of_two(found.amax())
     scales = to_scales(found, top)
     each = zip(pieces, read_scales(scales, top).split(rows * len(real)), strict=True)
-    codes = torch.cat([join(nearest(piece.float(), scale, bits), bits) for piece, scale in each])
+    codes = torch.cat([join(nearest(piece.float(), scale, grid), bits) for piece, scale in each])
     return Packed(codes, scales, top, matrix.shape)
 
 
@@ -113,33 +116,45 @@ def read_scales(scales: Tensor, top: Tensor) -> Tensor:
     return scales.view(SCALE).float() * top.float()
 
 
-def nearest(groups: Tensor, scales: Tensor, bits: Bits) -> Tensor:
-    """The level nearest to every weight, by its number. groups: (n, 64); scales: (n,). Returns (n, 64) uint8."""
-    grid = levels(bits).to(groups.device, groups.dtype)
-    between = (grid[1:] + grid[:-1]) / 2
-    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return torch.bucketize(groups / safe.unsqueeze(-1), between, out_int32=True).to(torch.uint8)
+class Grid(NamedTuple):
+    """The levels of so many bits, ascending, and what lies halfway between neighbours; float32."""
+
+    levels: Tensor
+    between: Tensor
 
 
-def best_scales(groups: Tensor, bits: Bits, real: Tensor) -> Tensor:
-    """Scales of least squared error with the nearest levels, found by turns. groups, real: (n, 64). Returns (n,).
+def grid_of(bits: Bits, device: torch.device) -> Grid:
+    """The grid of so many bits."""
+    found = levels(bits).to(device)
+    return Grid(found, (found[1:] + found[:-1]) / 2)
 
-    Of a group only its `real` places count.
+
+def nearest(groups: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """The level nearest to every weight, by its number: (n, 64) int32. groups: (n, 64) float32; scales: (n,)."""
+    safe = scales.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.bucketize(groups / safe.unsqueeze(-1), grid.between, out_int32=True)
+
+
+def best_scales(groups: Tensor, grid: Grid, real: Tensor | None) -> Tensor:
+    """Scales of least squared error with the nearest levels, found by turns. groups: (n, 64). Returns (n,).
+
+    Of a group only its `real` places count, (n, 64); all of them where it is None.
     """
-    if bits == 8:
+    if len(grid.levels) > _FEW:
         return groups.abs().amax(-1) * (17 / 16)  # no weight is beyond the ends, however the scale is rounded
-    grid = levels(bits).to(groups.device)
-    scales = (groups.square().sum(-1) / real.sum(-1)).sqrt()
+    scales = (groups.square().sum(-1) / (GROUP if real is None else real.sum(-1))).sqrt_()
     for _ in range(4):
-        chosen = grid[nearest(groups, scales, bits).int()] * real
-        scales = (groups * chosen).sum(-1) / chosen.square().sum(-1)
+        chosen = grid.levels[nearest(groups, scales, grid)]
+        if real is not None:
+            chosen *= real
+        scales = torch.linalg.vecdot(groups, chosen) / torch.linalg.vecdot(chosen, chosen)
     return scales.clamp_min_(0)
 
 
 def join(codes: Tensor, bits: int) -> Tensor:
-    """Codes (n, 64) as bytes without gaps: (n, 8 * bits), the first code in the lowest bits."""
+    """Codes (n, 64) as bytes without gaps: (n, 8 * bits) int8, the first code in the lowest bits."""
     if bits == 8:
-        return codes.view(torch.int8)
+        return codes.to(torch.uint8).view(torch.int8)
     eights = codes.view(*codes.shape[:-1], -1, 8).long()
     word = sum(eights[..., i] << (bits * i) for i in range(8))
     assert isinstance(word, Tensor)

@@ -100,15 +100,28 @@ def coupled(case: Case, small: PreTrainedConfig, mode_name: str, method: str = "
     return Row(name, "couple", chosen, STEPS[f"couple, {mode_name}"])
 
 
-def few_bits(case: Case, small: PreTrainedConfig, mode_name: str, bits: PackBits, kept: KeptBits | None = None) -> Row:
-    """Coupling through a frozen Bridge of full width in few bits, modules in every layer, activations `kept` in few."""
+def few_bits(
+    case: Case,
+    small: PreTrainedConfig,
+    mode_name: str,
+    bits: PackBits,
+    kept: KeptBits | None = None,
+    read: bool = False,
+    own: bool = False,
+) -> Row:
+    """Coupling through a frozen Bridge of full width in few bits, modules in every layer.
+
+    Activations are `kept` in few bits, or are the Bridge's `own`; the Bridge is in memory, or `read` from disk.
+    """
     row = coupled(case, small, mode_name)
     chosen = replace(
         row.case, trained={}, sizes=None, reduction=1, packed=bits, channels="select", train_bridge=False,
-        activations="large" if mode_name == "feedback" else "bridge", optimizer="adamw", small=None, kept_bits=kept,
+        activations="large" if mode_name == "feedback" and not own else "bridge", optimizer="adamw", small=None,
+        kept_bits=kept, bridge_streamed=read,
     )  # fmt: skip
-    name = f"{row.method}, {bits} bits"
-    return replace(row, method=name if kept is None else f"{name}, activations in {kept} bits", case=chosen)
+    said = [f"activations in {kept} bits"] if kept is not None else []
+    said += ["its own activations"] * own + ["Bridge from disk"] * read
+    return replace(row, method=", ".join((row.method, f"{bits} bits", *said)), case=chosen)
 
 
 def peers(case: Case, small: PreTrainedConfig) -> list[Row]:
@@ -117,11 +130,12 @@ def peers(case: Case, small: PreTrainedConfig) -> list[Row]:
     In memory, and of feedback, no Bridge and backpropagation also streamed.
     """
     rows = [few_bits(case, small, mode, bits) for mode in ("feedback", "standalone") for bits in FEW_BITS]
-    rows.append(few_bits(case, small, "feedback", 3, kept=8))
+    rows += [few_bits(case, small, "feedback", 3, kept=8), few_bits(case, small, "feedback", 3, own=True)]
     rows += [coupled(case, small, mode) for mode in ("identity", "backprop", "mezo")]
     streamed = replace(case, streamed=True)
     disk = [few_bits(streamed, small, "feedback", bits) for bits in FEW_BITS]
     disk.append(few_bits(streamed, small, "feedback", 3, kept=8))
+    disk += [few_bits(streamed, small, "feedback", 3, read=True, own=own) for own in (False, True)]
     disk += [coupled(streamed, small, mode) for mode in ("identity", "backprop", "mezo")]
     rows += [replace(row, method=f"{row.method}, {STREAMED}") for row in disk]
     return [*rows, Row(PROXY, "evaluate", replace(_with(case, METHODS["lora"]), small=small), STEPS["evaluate, proxy"])]

@@ -14,7 +14,6 @@ from torch import Tensor
 from plugbridge.tensors.packed import (
     GROUP,
     Bits,
-    Grid,
     Packed,
     best_scales,
     grid_of,
@@ -22,7 +21,6 @@ from plugbridge.tensors.packed import (
     join,
     nearest,
     pack,
-    power_of_two,
     read_scales,
     real_places,
     to_scales,
@@ -49,7 +47,7 @@ def calibrated(matrix: Tensor, bits: Bits, vectors: Tensor | None, damping: floa
     if vectors is None or not 0 < largest < math.inf:
         return plain
     seen = vectors.to(matrix.device, torch.float32) / largest  # only directions and ratios matter
-    found = _corrected(matrix, bits, seen, damping)
+    found = _corrected(matrix, bits, seen, damping, 2 * plain.top)  # corrections may make scales larger
     return found if loss(matrix, found, seen) < loss(matrix, plain, seen) else plain
 
 
@@ -66,12 +64,12 @@ def loss(matrix: Tensor, packed: Packed, vectors: Tensor) -> float:
     return float(product.square().sum())
 
 
-def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float) -> Packed:
+def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float, top: Tensor) -> Packed:
     """GPTQ, its second moment V^T V + d I kept as the vectors V (n, rows) themselves: far fewer than there are rows.
 
-    What a rounded row has lost, e, is made up for by the rows to come: by -v_j S^-1 v e each, v being a row's column of
-    V, and S = d I plus the sum of v v^T over the rows to come (Woodbury). Rows beyond a few have that summed up in n
-    vectors.
+    What a rounded row has lost, e, is made up for by the rows to come, by v_j S^-1 v e each: v is the row's column of
+    V, v_j that of a row to come, and S = d I plus the sum of all v_j v_j^T (Woodbury). It is done at once for the next
+    few rows, and summed up over rows, as S^-1 v e (n, columns), for those behind them.
     """
     rows, columns = matrix.shape
     order = vectors.square().sum(0).argsort(descending=True, stable=True)  # those of the largest vectors first
@@ -81,7 +79,6 @@ def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float) -> P
     wide, real = grouped(matrix), real_places(columns, matrix.device)
     per_row, grid = len(real), grid_of(bits, matrix.device)
     filled = real if columns % GROUP else None
-    top = power_of_two(2 * _largest_scale(wide, grid, real))  # corrections may make scales larger
     owed = torch.zeros(len(seen), per_row * GROUP, device=matrix.device)
     codes = torch.empty(rows, per_row, 8 * bits, dtype=torch.int8, device=matrix.device)
     scales = torch.empty(rows, per_row, dtype=torch.int8, device=matrix.device)
@@ -105,15 +102,6 @@ def _corrected(matrix: Tensor, bits: Bits, vectors: Tensor, damping: float) -> P
         codes[some] = join(chosen.flatten(0, 1), bits).view(len(some), per_row, -1)
         owed += (solved.float() @ shares.mT) @ lost
     return Packed(codes.flatten(0, 1), scales.flatten(), top, torch.Size((rows, columns)))
-
-
-def _largest_scale(groups: Tensor, grid: Grid, real: Tensor) -> Tensor:
-    """The largest of the best scales of a matrix's groups."""
-    found = [
-        best_scales(piece.float(), grid, real.repeat(len(piece) // len(real), 1)).amax()
-        for piece in groups.split(_ROWS * len(real))
-    ]
-    return torch.stack(found).amax()
 
 
 def _shares(products: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ seed, all of a batch at once as in a step:
 
 import argparse
 import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -166,8 +165,8 @@ def measured(root: Path, data: Path | None) -> dict[str, Any]:
     }
 
 
-def page(found: list[dict[str, Any]]) -> str:
-    """What was measured, as Markdown."""
+def page(found: list[dict[str, Any]], asked: str) -> str:
+    """What was measured, as Markdown, and what was asked for."""
     lines: list[str] = []
     for run in found:
         title = f"{run['family']}, {run['task']}, {run['bits']} bits, prompts of {run['positions']:.0f} tokens"
@@ -194,7 +193,7 @@ def page(found: list[dict[str, Any]]) -> str:
             ]
             lines.append(f"| {bound:g} | " + " | ".join(cells) + " |")
     about = (__doc__ or "").partition("    plugbridge run")[0]
-    made = f"Made by\n\n    python benchmarks/error_positions.py {shlex.join(sys.argv[1:])}\n"
+    made = f"Made by\n\n    python benchmarks/error_positions.py {asked}\n"
     return "# Positions that carry the error\n" + about.partition("\n")[2] + made + "\n".join(lines) + "\n"
 
 
@@ -207,9 +206,10 @@ def main() -> None:
     args = parser.parse_args()
     quiet_transformers()
     found = [measured(root, args.data) for root in args.runs]
-    print(page(found))
+    asked = shlex.join(map(str, args.runs)) + " --data DIR" * (args.data is not None)
+    print(page(found, asked))
     if args.table:
-        write_text(args.table, page(found))
+        write_text(args.table, page(found, asked))
         write_json(args.table.with_suffix(".json"), found)
 
 

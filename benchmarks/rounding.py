@@ -12,7 +12,6 @@ closely is good at the start and not at the end. Of finished runs of feedback wi
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,8 +99,8 @@ def measured(root: Path, data: Path | None) -> dict[str, Any]:
     return {"task": prepared.task.name, "family": layout.family.name, "seed": prepared.config.seed, "cosines": cosines}
 
 
-def page(found: list[dict[str, Any]]) -> str:
-    """What was measured, as Markdown."""
+def page(found: list[dict[str, Any]], asked: str) -> str:
+    """What was measured, as Markdown, and what was asked for."""
     titles = [
         f"{run['family']}, {run['task']}, seed {run['seed']}: {when}" for run in found for when in ("start", "end")
     ]
@@ -110,7 +109,7 @@ def page(found: list[dict[str, Any]]) -> str:
         cells = [f"{run['cosines'][name][when]:.3f}" for run in found for when in ("start", "end")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     about = (__doc__ or "").partition("    plugbridge run")[0]
-    made = f"Made by\n\n    python benchmarks/rounding.py {shlex.join(sys.argv[1:])}\n"
+    made = f"Made by\n\n    python benchmarks/rounding.py {asked}\n"
     return f"# Rounding for errors that change\n\n{about}{made}" + "\n".join(lines) + "\n"
 
 
@@ -123,8 +122,9 @@ def main() -> None:
     args = parser.parse_args()
     quiet_transformers()
     found = [measured(root, args.data) for root in args.runs]
+    asked = shlex.join(map(str, args.runs)) + " --data DIR" * (args.data is not None)
     if args.table:
-        write_text(args.table, page(found))
+        write_text(args.table, page(found, asked))
         write_json(args.table.with_suffix(".json"), found)
 
 

@@ -10,27 +10,20 @@ closely is good at the start and not at the end. Of finished runs of feedback wi
     python benchmarks/rounding.py runs/gpt2 --table docs/results/rounding.md
 """
 
-import argparse
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from error_positions import coupling_of
+from finished_runs import coupling_of, measure_runs, opened
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plugbridge.config import load_config
 from plugbridge.families.spec import Layout
-from plugbridge.files import write_json, write_text
-from plugbridge.models import quiet_transformers
-from plugbridge.prepare import Prepared, prepare
+from plugbridge.prepare import Prepared
 from plugbridge.shrink.packing import matrices_of
 from plugbridge.shrink.rounding import calibrated
 from plugbridge.shrink.vectors import read_vectors
-from plugbridge.stages.couple import read_coupled
 from plugbridge.stages.shrink import VECTORS
 from plugbridge.stages.work import read_plan
 from plugbridge.tensors.packed import Bits, pack
@@ -38,7 +31,6 @@ from plugbridge.train import drawn
 from plugbridge.transfer.couple import MODES
 from plugbridge.transfer.coupling import drop_vocabulary
 from plugbridge.transfer.fidelity import WaysBack, fidelity
-from plugbridge.transfer.start import fresh_start
 
 ROWS = 64
 BITS: tuple[Bits, ...] = (3, 2)
@@ -78,11 +70,7 @@ def roundings(root: Path, layout: Layout, bits: Bits) -> dict[str, Rounding]:
 
 def measured(root: Path, data: Path | None) -> dict[str, Any]:
     """All of one run."""
-    prepared = prepare(load_config(root / "config.yaml"), data)
-    torch.manual_seed(prepared.config.seed)
-    layout = prepared.without_weights[prepared.config.large_path][1]
-    start = fresh_start(prepared.method, prepared.settings, layout, prepared.load_to_fit()[0]).module
-    modules = {"start": start, "end": read_coupled(root / "couple" / "coupled.safetensors")[0]}
+    prepared, layout, modules = opened(root, data)
     rows = drawn(prepared.large_rows["train"], ROWS, prepared.config.seed + 1)
     cosines: dict[str, dict[str, float]] = {}
     for bits in BITS:
@@ -113,20 +101,5 @@ def page(found: list[dict[str, Any]], asked: str) -> str:
     return f"# Rounding for errors that change\n\n{about}{made}" + "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="finished runs of feedback with a packed Bridge")
-    parser.add_argument("--data", type=Path, help="directory of the tasks' files")
-    parser.add_argument("--table", type=Path, help="Markdown file to write, with a JSON file beside it")
-    args = parser.parse_args()
-    quiet_transformers()
-    found = [measured(root, args.data) for root in args.runs]
-    asked = shlex.join(map(str, args.runs)) + " --data DIR" * (args.data is not None)
-    if args.table:
-        write_text(args.table, page(found, asked))
-        write_json(args.table.with_suffix(".json"), found)
-
-
 if __name__ == "__main__":
-    main()
+    measure_runs(__doc__ or "", measured, page)
